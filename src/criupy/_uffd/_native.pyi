@@ -1,0 +1,77 @@
+"""Types of the cffi extension, in the part that Python uses.
+
+``lib`` follows ``criupy.h``: every call returns ``>= 0`` or ``-errno``.
+"""
+
+from collections.abc import Buffer
+from typing import Any, Final, Protocol
+
+class Frame(Protocol):
+    cmd: int
+    nr_pages: int
+    vaddr: int
+    dst_id: int
+
+class Stats(Protocol):
+    """``struct criupy_stats``; times are nanoseconds of CLOCK_MONOTONIC, 0 for "not yet"."""
+
+    phase: int
+    outcome: int
+    link: int
+    link_error: int
+    error: int
+    close_status: int
+    poison_error: int
+    reply_fault: int
+    bad_reply: Frame
+    bad_reply_offset: int
+    nr_obeyed: int
+    created_ns: int
+    finished_ns: int
+    drained_ns: int
+    ended_ns: int
+    nr_tasks: int
+    nr_forks: int
+    nr_gone: int
+    nr_live: int
+    pages_total: int
+    pages_missing: int
+    pages_received: int
+    pages_demand: int
+    pages_background: int
+    pages_existing: int
+    pages_dropped: int
+    pages_zero: int
+    pages_poisoned: int
+    bytes_received: int
+    nr_requests: int
+    nr_demand_requests: int
+    nr_outstanding: int
+    window_pages: int
+    rtt_ns: int
+    nr_faults: int
+    nr_events_fork: int
+    nr_events_remap: int
+    nr_events_remove: int
+    nr_events_unmap: int
+    nr_again: int
+    nr_notices_lost: int
+    latency_sum_ns: int
+    latency_max_ns: int
+    latency: list[int]
+
+class Notice(Protocol):
+    kind: int
+    error: int
+    a: int
+    b: int
+
+class _FFI(Protocol):
+    NULL: Any
+    def new(self, cdecl: str, init: Any = ...) -> Any: ...
+    def gc(self, cdata: Any, destructor: Any, size: int = ...) -> Any: ...
+    def from_buffer(self, cdecl: str, buffer: Buffer) -> Any: ...
+
+ffi: _FFI
+# The declarations themselves are in criupy.h; cffi checks each call against them.
+lib: Any

@@ -1,0 +1,73 @@
+/* Page-server frames, as criu/page-xfer.c writes them: struct page_server_iov
+ * in the byte order of the machine, little-endian on all that CRIU lazily
+ * migrates between.
+ *
+ *   3.17 to 4.1.1   u32 cmd, u32 nr_pages, u64 vaddr, u64 dst_id           24 bytes
+ *   4.2 on          u32 cmd, padding, u64 nr_pages, u64 vaddr, u64 dst_id  32 bytes
+ *
+ * The padding is whatever was on the peer's stack: never look at it. */
+
+#include "internal.h"
+
+static void put32(uint8_t *out, uint32_t value)
+{
+	for (int i = 0; i < 4; i++)
+		out[i] = (uint8_t)(value >> 8 * i);
+}
+
+static void put64(uint8_t *out, uint64_t value)
+{
+	for (int i = 0; i < 8; i++)
+		out[i] = (uint8_t)(value >> 8 * i);
+}
+
+static uint64_t get(const uint8_t *in, int bytes)
+{
+	uint64_t value = 0;
+
+	for (int i = 0; i < bytes; i++)
+		value |= (uint64_t)in[i] << 8 * i;
+	return value;
+}
+
+int criupy_frame_encode(const struct criupy_frame *frame, uint8_t *out, size_t size)
+{
+	put32(out, frame->cmd);
+	if (size == CRIUPY_FRAME_24) {
+		if (frame->nr_pages > UINT32_MAX)
+			return -EOVERFLOW;
+		put32(out + 4, (uint32_t)frame->nr_pages);
+	} else if (size == CRIUPY_FRAME_32) {
+		put32(out + 4, 0);
+		put64(out + 8, frame->nr_pages);
+	} else {
+		return -EINVAL;
+	}
+	put64(out + size - 16, frame->vaddr);
+	put64(out + size - 8, frame->dst_id);
+	return 0;
+}
+
+int criupy_frame_decode(struct criupy_frame *frame, const uint8_t *in, size_t size)
+{
+	if (size != CRIUPY_FRAME_24 && size != CRIUPY_FRAME_32)
+		return -EINVAL;
+	frame->cmd = (uint32_t)get(in, 4);
+	frame->nr_pages = size == CRIUPY_FRAME_24 ? get(in + 4, 4) : get(in + 8, 8);
+	frame->vaddr = get(in + size - 16, 8);
+	frame->dst_id = get(in + size - 8, 8);
+	return 0;
+}
+
+int criupy_reply_check(const struct criupy_frame *reply, const struct criupy_frame *request)
+{
+	if (reply->cmd != (CRIUPY_CMD_ADD_F | CRIUPY_PE_PRESENT << 16))
+		return CRIUPY_REPLY_COMMAND;
+	if (reply->vaddr != request->vaddr)
+		return CRIUPY_REPLY_ADDRESS;
+	if (reply->dst_id != request->dst_id)
+		return CRIUPY_REPLY_ID;
+	if (!reply->nr_pages || reply->nr_pages > request->nr_pages)
+		return CRIUPY_REPLY_COUNT;
+	return 0;
+}

@@ -1,0 +1,249 @@
+/* The native core, as C sees it and as cffi reads it: declarations only, so
+ * that the two cannot drift apart.
+ *
+ * Conventions. The object comes first. A call returns >= 0 or -errno. Nothing
+ * here prints, aborts or keeps state outside the object it was given. Lengths
+ * are bytes, nr_* are counts of 4096-byte pages, ranges are half open. */
+
+#define CRIUPY_PAGE_SIZE 4096
+
+/* ---- userfaultfd ioctls (uffd.c) ---------------------------------------- */
+
+/* userfaultfd(2); flags are O_CLOEXEC, O_NONBLOCK and UFFD_USER_MODE_ONLY. */
+int criupy_uffd_open(int flags);
+/* UFFDIO_API, once per descriptor; offered receives the kernel's features. */
+int criupy_uffd_api(int uffd, uint64_t features, uint64_t *offered);
+/* UFFDIO_REGISTER for missing faults; ioctls receives the range's ioctls. */
+int criupy_uffd_register(int uffd, uint64_t start, uint64_t length, uint64_t *ioctls);
+int criupy_uffd_unregister(int uffd, uint64_t start, uint64_t length);
+/* Each returns 0 or -errno, and in *progress the bytes that were done. Both
+ * matter: -EAGAIN after some progress means "that prefix is in, go on". */
+int criupy_uffd_copy(int uffd, uint64_t dst, const void *src, uint64_t length, uint64_t *progress);
+int criupy_uffd_zeropage(int uffd, uint64_t start, uint64_t length, uint64_t *progress);
+int criupy_uffd_poison(int uffd, uint64_t start, uint64_t length, uint64_t *progress);
+int criupy_uffd_wake(int uffd, uint64_t start, uint64_t length);
+/* 1 when the address space behind the descriptor is alive, 0 when it is gone. */
+int criupy_uffd_alive(int uffd);
+
+/* ---- what the images say of one dumped task (image.c) -------------------- */
+
+struct criupy_image;
+
+/* The child of a fork sees zeros here, or nothing (MADV_WIPEONFORK, MADV_DONTFORK). */
+#define CRIUPY_EXTENT_NOT_INHERITED 1
+
+/* Copy nr_extents lazy extents, in address order and disjoint. id is what the
+ * source calls the task (its dump-time pid). data_pages gives each extent's
+ * first page in the pages file and may be NULL for a remote source; flags may
+ * be NULL. -EINVAL for anything unsorted, overlapping, empty or unaligned. */
+int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t *starts,
+			const uint64_t *nr_pages, const uint64_t *data_pages,
+			const uint8_t *flags, size_t nr_extents);
+/* Serve from this pages file: it is mapped, the descriptor is not kept. */
+int criupy_image_map(struct criupy_image *image, int fd);
+void criupy_image_destroy(struct criupy_image *image);
+uint64_t criupy_image_nr_pages(const struct criupy_image *image);
+/* Record that [page, page + nr) was asked for, or no longer is. */
+void criupy_image_set_requested(struct criupy_image *image, uint64_t page, uint64_t nr, int requested);
+
+/* ---- the lazy space of one address space (space.c) ------------------------ */
+
+struct criupy_space;
+
+#define CRIUPY_PAGE_MISSING 0
+#define CRIUPY_PAGE_PRESENT 1
+#define CRIUPY_PAGE_REMOVED 2
+#define CRIUPY_PAGE_POISONED 3
+/* These two are answers of criupy_space_lookup only. */
+#define CRIUPY_PAGE_IN_FLIGHT 4
+#define CRIUPY_PAGE_NONE 5
+
+/* Every page of the image missing, at its dump-time address. The image must
+ * outlive the space. */
+int criupy_space_create(struct criupy_space **space, struct criupy_image *image);
+/* What a forked child has: the parent's states and mappings as of now. */
+int criupy_space_fork(const struct criupy_space *parent, struct criupy_space **child);
+void criupy_space_destroy(struct criupy_space *space);
+/* The state of the page at a run-time address; page receives its number in
+ * the image unless the answer is CRIUPY_PAGE_NONE. */
+int criupy_space_lookup(const struct criupy_space *space, uint64_t addr, uint64_t *page);
+/* Where a page of the image is now, and in nr (in: at most, out: at least 1)
+ * how many pages from it on are contiguous there and in the image. -ENOENT
+ * when it is mapped nowhere. */
+int criupy_space_locate(const struct criupy_space *space, uint64_t page, uint64_t *addr, uint64_t *nr);
+/* UFFD_EVENT_REMOVE and UFFD_EVENT_UNMAP: returns how many missing pages are
+ * no longer wanted. */
+int64_t criupy_space_remove(struct criupy_space *space, uint64_t start, uint64_t length);
+/* UFFD_EVENT_REMAP: what was at [from, from + length) is now at to. */
+int criupy_space_remap(struct criupy_space *space, uint64_t from, uint64_t to, uint64_t length);
+/* Give [page, page + nr) a state. */
+void criupy_space_set(struct criupy_space *space, uint64_t page, uint64_t nr, int state);
+uint64_t criupy_space_nr_missing(const struct criupy_space *space);
+/* The first run at or after *page, inside one extent and at most max long, of
+ * pages that are missing (and, unless any is set, not asked for). Returns its
+ * length, 0 when there is none. */
+uint64_t criupy_space_next_missing(const struct criupy_space *space, uint64_t *page, uint64_t max, int any);
+
+/* ---- page-server frames (codec.c) ----------------------------------------- */
+
+#define CRIUPY_FRAME_24 24
+#define CRIUPY_FRAME_32 32
+#define CRIUPY_CMD_GET 7
+#define CRIUPY_CMD_ADD_F 6
+#define CRIUPY_CMD_CLOSE 0x1023
+#define CRIUPY_CMD_FORCE_CLOSE 0x1024
+#define CRIUPY_PE_PRESENT 4
+
+struct criupy_frame {
+	uint32_t cmd;
+	uint64_t nr_pages;
+	uint64_t vaddr;
+	uint64_t dst_id;
+};
+
+/* Encode into size bytes; -EINVAL for another size than 24 or 32, -EOVERFLOW
+ * for a count that 24 bytes cannot carry. */
+int criupy_frame_encode(const struct criupy_frame *frame, uint8_t *out, size_t size);
+int criupy_frame_decode(struct criupy_frame *frame, const uint8_t *in, size_t size);
+
+/* What is wrong with a reply to a GET; 0 is nothing. */
+#define CRIUPY_REPLY_COMMAND 1
+#define CRIUPY_REPLY_ADDRESS 2
+#define CRIUPY_REPLY_ID 3
+#define CRIUPY_REPLY_COUNT 4
+#define CRIUPY_REPLY_UNASKED 5
+#define CRIUPY_REPLY_TRAILING 6
+int criupy_reply_check(const struct criupy_frame *reply, const struct criupy_frame *request);
+
+/* ---- latency histogram (histogram.c) --------------------------------------- */
+
+/* 16 linear buckets to each power of two of nanoseconds, 40 powers. */
+#define CRIUPY_NR_BUCKETS 640
+int criupy_histogram_bucket(uint64_t ns);
+
+/* ---- the pager (pager.c) ---------------------------------------------------- */
+
+struct criupy_pager;
+
+struct criupy_pager_config {
+	uint64_t link_timeout_ns;	/* silence with something outstanding: lost */
+	uint32_t nr_buffers;		/* staging buffers of request_pages each, 2 or more */
+	uint32_t request_pages;		/* the longest request */
+	uint32_t window_pages;		/* background pages outstanding at most, 0: by measurement */
+};
+
+/* The life of a pager. It only moves down this list. */
+#define CRIUPY_PHASE_RESTORING 0	/* restore-finished has not been read */
+#define CRIUPY_PHASE_RUNNING 1		/* it has: the tasks may run */
+#define CRIUPY_PHASE_CLOSING 2		/* nothing more is wanted from the source */
+#define CRIUPY_PHASE_ENDED 3		/* no task and no link is left */
+
+/* How it ended. */
+#define CRIUPY_OUTCOME_NONE 0
+#define CRIUPY_OUTCOME_COMPLETE 1	/* every wanted page arrived */
+#define CRIUPY_OUTCOME_VETOED 2		/* aborted before restore-finished */
+#define CRIUPY_OUTCOME_RESTORE_FAILED 3	/* criu closed without restore-finished */
+#define CRIUPY_OUTCOME_GIVEN_UP 4	/* ended by criupy_pager_end */
+
+#define CRIUPY_LINK_NONE 0
+#define CRIUPY_LINK_OPEN 1
+#define CRIUPY_LINK_CLOSED 2		/* CLOSE was answered */
+#define CRIUPY_LINK_RESET 3		/* by us, on purpose */
+#define CRIUPY_LINK_LOST 4		/* link_error says why */
+
+struct criupy_stats {
+	uint32_t phase;
+	uint32_t outcome;
+	uint32_t link;
+	int32_t link_error;		/* errno; EPROTO: see reply_fault, EPIPE: the peer closed */
+	int32_t error;			/* errno of the pager's own failure, 0 while well */
+	int32_t close_status;		/* what the source answered to CLOSE, -1 before */
+	int32_t poison_error;		/* errno of UFFDIO_POISON, 0 if it was not refused */
+	uint32_t reply_fault;		/* CRIUPY_REPLY_*: what the bad reply violated */
+	struct criupy_frame bad_reply;
+	uint64_t bad_reply_offset;	/* bytes received before it */
+	uint64_t nr_obeyed;		/* commands carried out */
+	uint64_t created_ns;		/* CLOCK_MONOTONIC, like all times here */
+	uint64_t finished_ns;		/* restore-finished was read */
+	uint64_t drained_ns;		/* the last wanted page was in */
+	uint64_t ended_ns;
+	uint64_t nr_tasks;		/* handed over */
+	uint64_t nr_forks;		/* children found by UFFD_EVENT_FORK */
+	uint64_t nr_gone;		/* address spaces that vanished while pages were missing */
+	uint64_t nr_live;		/* address spaces still served */
+	uint64_t pages_total;		/* lazy pages of all tasks handed over */
+	uint64_t pages_missing;		/* over all live address spaces */
+	uint64_t pages_received;	/* from the link, or copied out of local images */
+	uint64_t pages_demand;		/* installed because a fault asked */
+	uint64_t pages_background;	/* installed before anything asked */
+	uint64_t pages_existing;	/* were there already (EEXIST) */
+	uint64_t pages_dropped;		/* no longer wanted: removed, unmapped, or gone */
+	uint64_t pages_zero;		/* faults answered with a zero page */
+	uint64_t pages_poisoned;
+	uint64_t bytes_received;
+	uint64_t nr_requests;
+	uint64_t nr_demand_requests;
+	uint64_t nr_outstanding;	/* pages asked for and not here yet */
+	uint64_t window_pages;
+	uint64_t rtt_ns;
+	uint64_t nr_faults;
+	uint64_t nr_events_fork;
+	uint64_t nr_events_remap;
+	uint64_t nr_events_remove;
+	uint64_t nr_events_unmap;
+	uint64_t nr_again;		/* copies answered EAGAIN without progress */
+	uint64_t nr_notices_lost;
+	uint64_t latency_sum_ns;	/* fault read to page installed */
+	uint64_t latency_max_ns;
+	uint64_t latency[CRIUPY_NR_BUCKETS];
+};
+
+#define CRIUPY_NOTICE_TASK_DONE 1	/* a: pid */
+#define CRIUPY_NOTICE_TASK_GONE 2	/* a: pid, b: pages it still missed */
+#define CRIUPY_NOTICE_NO_MEMORY 3	/* a: pid, b: address */
+#define CRIUPY_NOTICE_NO_DESCRIPTOR 4	/* a: pid */
+#define CRIUPY_NOTICE_NOT_LOCKED 5	/* the staging buffers could not be locked; error */
+
+struct criupy_notice {
+	uint32_t kind;
+	int32_t error;
+	uint64_t a;
+	uint64_t b;
+};
+
+/* Start the thread. */
+int criupy_pager_create(struct criupy_pager **pager, const struct criupy_pager_config *config);
+/* Stop the thread and release everything. If restore-finished was read and
+ * pages are missing they are poisoned first: closing would make them zeros. */
+void criupy_pager_destroy(struct criupy_pager *pager);
+/* An eventfd that becomes readable when a notice or a change of phase or link
+ * is there to read. */
+int criupy_pager_event_fd(const struct criupy_pager *pager);
+void criupy_pager_snapshot(struct criupy_pager *pager, struct criupy_stats *stats);
+/* 1 and a notice, or 0. One reader. */
+int criupy_pager_next_notice(struct criupy_pager *pager, struct criupy_notice *notice);
+
+/* The calls below hand a command to the thread, which obeys them in order and
+ * counts them in nr_obeyed. Descriptors and images pass
+ * to the pager when 0 is returned, and stay the caller's otherwise. */
+
+/* The connection to the source, with frames of frame_size bytes. shared: other
+ * holders of the socket exist, so it must end with FORCE_CLOSE. */
+int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, int shared);
+/* A task of the restore. The image is new for each pid. */
+int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, struct criupy_image *image);
+/* All tasks are announced: read restore-finished from here. */
+int criupy_pager_watch_restore(struct criupy_pager *pager, int fd);
+/* Veto the restore and reset the source, unless restore-finished is there. */
+int criupy_pager_abort(struct criupy_pager *pager);
+/* After restore-finished: fetch nothing more and end only by criupy_pager_end.
+ * Threads that touch a missing page wait. */
+int criupy_pager_give_up(struct criupy_pager *pager);
+/* Give up, poison what is missing, then let go of the tasks. Where the kernel
+ * refuses, stats.poison_error says so and the tasks are kept. */
+int criupy_pager_poison(struct criupy_pager *pager);
+/* Look which address spaces still exist and let go of those that do not. */
+int criupy_pager_probe(struct criupy_pager *pager);
+/* After giving up: end the link, with a reset (the source goes on), or having
+ * read what is outstanding with CLOSE. Tasks that are left are poisoned. */
+int criupy_pager_end(struct criupy_pager *pager, int reset);

@@ -1,0 +1,104 @@
+/* What the files of the native core share and Python never sees. */
+
+#ifndef CRIUPY_INTERNAL_H
+#define CRIUPY_INTERNAL_H
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "criupy.h"
+
+#define PAGE_SHIFT 12
+
+static inline uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static inline uint64_t max_u64(uint64_t a, uint64_t b)
+{
+	return a > b ? a : b;
+}
+
+/* ---- image.c ---------------------------------------------------------------- */
+
+struct extent {
+	uint64_t start;		/* dump-time address */
+	uint64_t nr_pages;
+	uint64_t first;		/* its first page's number in the image */
+	uint64_t data;		/* its first page's number in the pages file */
+};
+
+struct criupy_image {
+	uint64_t id;
+	size_t nr_extents;
+	struct extent *extents;
+	uint8_t *flags;		/* per extent, NULL when all are 0 */
+	uint64_t nr_pages;
+	uint8_t *requested;	/* per page: asked for, not here yet */
+	bool has_data;		/* extents[].data is meaningful */
+	uint8_t *map;		/* the pages file, NULL for a remote source */
+	uint64_t map_length;
+	uint64_t map_touched;	/* bytes read through the map since it was given back */
+	struct criupy_image *next;	/* in the pager's list */
+};
+
+/* The extent that page (a number in the image, in range) belongs to. */
+const struct extent *image_extent_of(const struct criupy_image *image, uint64_t page);
+/* The first extent that ends after a dump-time address; nr_extents if none. */
+size_t image_extent_after(const struct criupy_image *image, uint64_t addr);
+/* The page's bytes in the mapped file, made resident; NULL with errno set when
+ * the file does not have them. nr pages must lie inside one extent. */
+const uint8_t *image_data(struct criupy_image *image, uint64_t page, uint64_t nr);
+
+static inline uint64_t image_address(const struct extent *extent, uint64_t page)
+{
+	return extent->start + ((page - extent->first) << PAGE_SHIFT);
+}
+
+/* ---- translate.c -------------------------------------------------------------- */
+
+struct piece {
+	uint64_t key;
+	uint64_t value;
+	uint64_t length;
+};
+
+struct pieces {
+	struct piece *items;
+	size_t nr;
+	size_t room;
+};
+
+struct translation {
+	struct pieces to_image;		/* key: run-time address, value: dump-time address */
+	struct pieces to_runtime;	/* the inverse */
+};
+
+int translation_init(struct translation *t);
+int translation_copy(struct translation *t, const struct translation *from);
+void translation_free(struct translation *t);
+/* Look key up; the value, and how far from there the piece goes on. */
+bool pieces_find(const struct pieces *pieces, uint64_t key, uint64_t *value, uint64_t *rest);
+/* The first piece that ends after key; nr if none. */
+size_t pieces_after(const struct pieces *pieces, uint64_t key);
+int translation_move(struct translation *t, uint64_t from, uint64_t to, uint64_t length);
+
+/* ---- space.c -------------------------------------------------------------------- */
+
+struct criupy_space {
+	struct criupy_image *image;
+	struct translation translation;
+	uint8_t *state;
+	uint64_t nr_missing;
+};
+
+/* ---- histogram.c ------------------------------------------------------------------ */
+
+void histogram_add(uint64_t *buckets, uint64_t ns);
+
+#endif

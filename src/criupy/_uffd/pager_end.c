@@ -1,0 +1,283 @@
+/* How a pager ends.
+ *
+ * The source takes the way its connection ends as a verdict on its process: a
+ * FIN or an answered CLOSE means "it runs elsewhere" and kills it, an RST means
+ * "it does not" and lets it go on. So the connection must end as what is true:
+ *
+ *   before restore-finished   no task has run. Closing the restore socket makes
+ *                             criu kill them, so an RST is right
+ *   after it                  a task may run here. CLOSE, read the status, FIN;
+ *                             an RST only once every task is known to be dead
+ *
+ * "Before" and "after" are decided by the four bytes in the restore socket, and
+ * criu may be sending them right now. shutdown(SHUT_RD) settles it: what came
+ * before can still be read, what comes later fails at criu's end.
+ *
+ * And a userfaultfd that is closed turns every missing page into zeros, so
+ * after restore-finished it is let go only when nothing is missing, when the
+ * address space is gone, or when what is missing has been poisoned. */
+
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "pager.h"
+
+#define RESTORE_FINISHED 0x52535446u	/* LAZY_PAGES_RESTORE_FINISHED, criu/include/uffd.h */
+#define MAX_POISON_PAGES 512
+#define POISON_PATIENCE_NS UINT64_C(5000000000)
+
+static void close_restore(struct criupy_pager *p)
+{
+	if (p->restore >= 0) {
+		unwatch(p, p->restore);
+		close(p->restore);
+	}
+	p->restore = -1;
+}
+
+static void release_all(struct criupy_pager *p)
+{
+	for (struct task *t = p->tasks; t; t = t->next)
+		task_release(p, t);
+}
+
+/* The source goes on. */
+static void reset_link(struct criupy_pager *p)
+{
+	if (p->stats.link != CRIUPY_LINK_OPEN && p->stats.link != CRIUPY_LINK_LOST)
+		return;
+	unwatch(p, p->link.fd);
+	link_reset(&p->link);
+	if (p->stats.link == CRIUPY_LINK_OPEN)
+		p->stats.link = CRIUPY_LINK_RESET;
+}
+
+/* No task has run and none will. */
+static void undo(struct criupy_pager *p, uint32_t outcome)
+{
+	close_restore(p);
+	reset_link(p);
+	release_all(p);
+	p->stats.outcome = outcome;
+	pager_set_phase(p, CRIUPY_PHASE_ENDED);
+}
+
+/* 1 when the word was read, 0 when it is not there yet, -errno when it never
+ * will be. */
+static int read_word(struct criupy_pager *p)
+{
+	while (p->restore_have < sizeof(p->restore_word)) {
+		ssize_t got = recv(p->restore, p->restore_word + p->restore_have,
+				   sizeof(p->restore_word) - p->restore_have, MSG_DONTWAIT);
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got < 0)
+			return errno == EAGAIN ? 0 : -errno;
+		if (!got)
+			return -EPIPE;
+		p->restore_have += (size_t)got;
+	}
+	return 1;
+}
+
+static bool word_is_finished(const struct criupy_pager *p)
+{
+	uint32_t word;
+
+	memcpy(&word, p->restore_word, sizeof(word));
+	return word == RESTORE_FINISHED;
+}
+
+static void finished(struct criupy_pager *p)
+{
+	close_restore(p);
+	p->stats.finished_ns = p->now_ns;
+	pager_set_phase(p, CRIUPY_PHASE_RUNNING);
+}
+
+void restore_read(struct criupy_pager *p)
+{
+	int ret;
+
+	if (p->restore < 0 || p->stats.phase != CRIUPY_PHASE_RESTORING)
+		return;
+	ret = read_word(p);
+	if (!ret)
+		return;
+	if (ret > 0 && word_is_finished(p)) {
+		finished(p);
+	} else {
+		if (ret > 0)
+			p->stats.error = EPROTO;
+		undo(p, CRIUPY_OUTCOME_RESTORE_FAILED);
+	}
+}
+
+void restore_abort(struct criupy_pager *p)
+{
+	if (p->stats.phase != CRIUPY_PHASE_RESTORING)
+		return;
+	if (p->restore >= 0) {
+		(void)shutdown(p->restore, SHUT_RD);
+		if (read_word(p) > 0 && word_is_finished(p)) {
+			finished(p);
+			return;
+		}
+	}
+	undo(p, CRIUPY_OUTCOME_VETOED);
+}
+
+/* ---- after restore-finished ------------------------------------------------------ */
+
+/* True when nothing is left to poison in this space, false when the kernel
+ * would not (stats.poison_error). */
+static bool poison(struct criupy_pager *p, struct task *t)
+{
+	uint64_t page = 0, limit = MAX_POISON_PAGES, since = monotonic_ns();
+
+	task_drain(p, t);
+	while (t->uffd >= 0) {
+		uint64_t nr = criupy_space_next_missing(t->space, &page, limit, 1), addr, progress;
+		int ret;
+
+		if (!nr) {
+			/* Events may have moved something behind us. */
+			if (!task_drain(p, t))
+				return true;
+			page = 0;
+			continue;
+		}
+		if (criupy_space_locate(t->space, page, &addr, &nr)) {
+			criupy_space_set(t->space, page, 1, CRIUPY_PAGE_REMOVED);
+			continue;
+		}
+		ret = criupy_uffd_poison(t->uffd, addr, nr << PAGE_SHIFT, &progress);
+		if (progress) {
+			criupy_space_set(t->space, page, progress >> PAGE_SHIFT, CRIUPY_PAGE_POISONED);
+			p->stats.pages_poisoned += progress >> PAGE_SHIFT;
+			limit = MAX_POISON_PAGES;
+			continue;
+		}
+		switch (ret) {
+		case -EAGAIN:
+		case -ENOMEM:
+			if (monotonic_ns() - since > POISON_PATIENCE_NS) {
+				p->stats.poison_error = -ret;
+				return false;
+			}
+			if (!task_drain(p, t))
+				nanosleep(&(struct timespec){ .tv_nsec = 50000 }, NULL);
+			page = 0;
+			break;
+		case -EEXIST:
+			criupy_space_set(t->space, page, 1, CRIUPY_PAGE_PRESENT);
+			(void)criupy_uffd_wake(t->uffd, addr, CRIUPY_PAGE_SIZE);
+			break;
+		case -ENOENT:
+			if (nr > 1) {
+				limit = nr / 2;
+			} else {
+				limit = MAX_POISON_PAGES;
+				if (!task_drain(p, t))
+					criupy_space_set(t->space, page, 1, CRIUPY_PAGE_REMOVED);
+			}
+			break;
+		case -ESRCH:
+		case -ENOSPC:
+			task_gone(p, t);
+			break;
+		default:
+			p->stats.poison_error = -ret;
+			return false;
+		}
+	}
+	return true;
+}
+
+void poison_all(struct criupy_pager *p)
+{
+	if (p->stats.phase != CRIUPY_PHASE_RUNNING)
+		return;
+	p->given_up = true;
+	p->stats.poison_error = 0;
+	for (struct task *t = p->tasks; t; t = t->next) {
+		if (t->uffd < 0)
+			continue;
+		t->poisoned = poison(p, t);
+		if (t->poisoned)
+			task_release(p, t);
+	}
+	pager_publish(p);
+}
+
+void probe_all(struct criupy_pager *p)
+{
+	for (struct task *t = p->tasks; t; t = t->next)
+		if (t->uffd >= 0 && !criupy_uffd_alive(t->uffd))
+			task_gone(p, t);
+	pager_publish(p);
+}
+
+void end_link(struct criupy_pager *p, bool reset)
+{
+	if (p->stats.phase != CRIUPY_PHASE_RUNNING)
+		return;
+	if (p->stats.nr_live)
+		poison_all(p);
+	p->given_up = true;
+	p->final_outcome = CRIUPY_OUTCOME_GIVEN_UP;
+	/* A poisoned task may run on: two running ones are worse than a source
+	 * that ends. */
+	if (reset && !p->stats.nr_live && !p->stats.pages_poisoned)
+		reset_link(p);
+	pager_set_phase(p, CRIUPY_PHASE_CLOSING);
+}
+
+/* A link that cannot answer a CLOSE any more, while a task may run here: a FIN
+ * must reach the source before anything that would reset it. */
+static void close_lost_link(struct criupy_pager *p)
+{
+	uint8_t waste[4096];
+	struct iovec into = { waste, sizeof(waste) };
+
+	if (p->link.fd < 0)
+		return;
+	(void)shutdown(p->link.fd, SHUT_WR);
+	/* Unread bytes would make the close a reset. */
+	for (int i = 0; i < 16384; i++)
+		if (p->link.receive(&p->link, &into, 1) <= 0)
+			break;
+	link_close(&p->link);
+}
+
+void check_done(struct criupy_pager *p)
+{
+	if (p->stats.phase == CRIUPY_PHASE_RUNNING && !p->given_up) {
+		for (struct task *t = p->tasks; t; t = t->next) {
+			if (t->uffd < 0 || t->space->nr_missing)
+				continue;
+			if (!t->forked)
+				pager_notice(p, CRIUPY_NOTICE_TASK_DONE, 0, (uint64_t)t->pid, 0);
+			task_release(p, t);
+		}
+		if (!p->stats.nr_live) {
+			p->stats.drained_ns = monotonic_ns();
+			p->final_outcome = CRIUPY_OUTCOME_COMPLETE;
+			pager_set_phase(p, CRIUPY_PHASE_CLOSING);
+		}
+	}
+	if (p->stats.phase != CRIUPY_PHASE_CLOSING)
+		return;
+	if (p->stats.link == CRIUPY_LINK_OPEN) {
+		if (!p->close_sent && !p->nr_requests && p->rx.state == RX_HEADER && !p->rx.header_have)
+			link_send_close(p);
+		return;
+	}
+	if (p->stats.link == CRIUPY_LINK_LOST)
+		close_lost_link(p);
+	p->stats.outcome = p->final_outcome;
+	pager_set_phase(p, CRIUPY_PHASE_ENDED);
+}

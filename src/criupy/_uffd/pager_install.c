@@ -1,0 +1,227 @@
+/* Putting pages in place.
+ *
+ * A run of pages is copied to each address space that still misses them. The
+ * kernel decides what a run is: the images tell where VMAs began and ended when
+ * the task was dumped, but its own mprotect, munmap or mremap moves borders, the
+ * first of these without any event. So every copy may come back with "not all",
+ * "not now", "there already" or "not one mapping", and each of these is an
+ * ordinary answer:
+ *
+ *   EAGAIN   an event waits: read it, judge again; still EAGAIN: park the reply
+ *   EEXIST   the page is there: wake who waits for it, go on behind it
+ *   ENOENT   a border inside the run: halve it. At a single page: before
+ *            restore-finished the area is not registered yet, leave the page
+ *            missing; afterwards, with all events read, it is no longer mapped
+ *   ESRCH    the address space is gone
+ *
+ * COPY holds the target's VMA lock for the whole call, so runs are cut to
+ * MAX_COPY: its own munmap should not wait longer than that. */
+
+#include <sched.h>
+
+#include "pager.h"
+
+#define MAX_COPY_PAGES 128
+
+/* An event that was read still blocks copies until the thread that raised it
+ * has run; usually that is within microseconds. */
+#define AGAIN_TRIES 3
+
+/* A task that raises events without pause must not keep the others waiting. */
+#define MAX_DRAINS 16
+
+static void answered(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr)
+{
+	uint64_t now = 0;
+	size_t kept = 0;
+
+	for (size_t i = 0; i < t->nr_waits; i++) {
+		uint64_t ns;
+
+		if (t->waits[i].page - page >= nr) {
+			t->waits[kept++] = t->waits[i];
+			continue;
+		}
+		if (!now)
+			now = monotonic_ns();
+		ns = now - t->waits[i].read_ns;
+		histogram_add(p->stats.latency, ns);
+		p->stats.latency_sum_ns += ns;
+		p->stats.latency_max_ns = max_u64(p->stats.latency_max_ns, ns);
+	}
+	t->nr_waits = kept;
+}
+
+static void installed(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr, bool demand)
+{
+	criupy_space_set(t->space, page, nr, CRIUPY_PAGE_PRESENT);
+	if (demand)
+		p->stats.pages_demand += nr;
+	else
+		p->stats.pages_background += nr;
+	answered(p, t, page, nr);
+}
+
+static int install_into(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr_pages,
+			const uint8_t *data, bool demand)
+{
+	uint64_t end = page + nr_pages, done = page, limit = MAX_COPY_PAGES;
+	int again = 0, drains = 0;
+
+	while (done < end && t->uffd >= 0) {
+		const uint8_t *state = t->space->state;
+		uint64_t addr, nr, progress;
+		int ret;
+
+		if (state[done] != CRIUPY_PAGE_MISSING) {
+			done++;
+			continue;
+		}
+		for (nr = 1; nr < limit && done + nr < end; nr++)
+			if (state[done + nr] != CRIUPY_PAGE_MISSING)
+				break;
+		if (criupy_space_locate(t->space, done, &addr, &nr)) {
+			/* mremap over it, without an unmap event before. */
+			criupy_space_set(t->space, done, 1, CRIUPY_PAGE_REMOVED);
+			p->stats.pages_dropped++;
+			continue;
+		}
+		ret = criupy_uffd_copy(t->uffd, addr, data + ((done - page) << PAGE_SHIFT),
+				       nr << PAGE_SHIFT, &progress);
+		if (progress) {
+			installed(p, t, done, progress >> PAGE_SHIFT, demand);
+			done += progress >> PAGE_SHIFT;
+			limit = MAX_COPY_PAGES;
+			again = 0;
+			continue;
+		}
+		switch (ret) {
+		case -EAGAIN:
+			p->stats.nr_again++;
+			if (task_drain(p, t) ? ++drains > MAX_DRAINS : ++again > AGAIN_TRIES)
+				return -EAGAIN;
+			if (again)
+				sched_yield();
+			break;
+		case -EEXIST:
+			(void)criupy_uffd_wake(t->uffd, addr, CRIUPY_PAGE_SIZE);
+			criupy_space_set(t->space, done, 1, CRIUPY_PAGE_PRESENT);
+			p->stats.pages_existing++;
+			answered(p, t, done, 1);
+			done++;
+			break;
+		case -ENOENT:
+			if (nr > 1) {
+				limit = nr / 2;
+				break;
+			}
+			limit = MAX_COPY_PAGES;
+			if (p->stats.phase == CRIUPY_PHASE_RESTORING) {
+				done++;
+				break;
+			}
+			if (task_drain(p, t)) {
+				if (++drains > MAX_DRAINS)
+					return -EAGAIN;
+				break;
+			}
+			(void)criupy_uffd_wake(t->uffd, addr, CRIUPY_PAGE_SIZE);
+			criupy_space_set(t->space, done, 1, CRIUPY_PAGE_REMOVED);
+			p->stats.pages_dropped++;
+			answered(p, t, done, 1);
+			done++;
+			break;
+		case -ESRCH:
+		case -ENOSPC:
+			task_gone(p, t);
+			return 0;
+		case -ENOMEM:
+			pager_notice(p, CRIUPY_NOTICE_NO_MEMORY, ENOMEM, (uint64_t)t->pid, addr);
+			return -EAGAIN;
+		default:
+			pager_fail(p, -ret);
+			return 0;
+		}
+	}
+	return 0;
+}
+
+int install_run(struct criupy_pager *p, struct criupy_image *image, uint64_t page,
+		uint64_t nr_pages, const uint8_t *data, bool demand)
+{
+	int ret = 0;
+
+	for (struct task *t = p->tasks; t; t = t->next) {
+		if (t->space->image != image || t->uffd < 0 || t->poisoned)
+			continue;
+		if (install_into(p, t, page, nr_pages, data, demand)) {
+			t->busy = true;
+			p->busy = true;
+			ret = -EAGAIN;
+		}
+	}
+	return ret;
+}
+
+/* ---- staging buffers, and replies that wait in them ---------------------------- */
+
+void buffer_free(struct criupy_pager *p, struct buffer *b)
+{
+	b->next = p->free_buffers;
+	p->free_buffers = b;
+}
+
+void buffer_park(struct criupy_pager *p, struct buffer *b)
+{
+	b->next = NULL;
+	*p->parked_tail = b;
+	p->parked_tail = &b->next;
+}
+
+static struct buffer *unpark_first(struct criupy_pager *p)
+{
+	struct buffer *b = p->parked;
+
+	p->parked = b->next;
+	if (!p->parked)
+		p->parked_tail = &p->parked;
+	return b;
+}
+
+struct buffer *buffer_take(struct criupy_pager *p)
+{
+	struct buffer *b = p->free_buffers;
+
+	if (b) {
+		p->free_buffers = b->next;
+		return b;
+	}
+	/* Nothing is lost: the pages are still missing and are asked for again. */
+	b = unpark_first(p);
+	criupy_image_set_requested(b->image, b->page, b->nr_pages, 0);
+	return b;
+}
+
+void install_parked(struct criupy_pager *p)
+{
+	struct buffer *b = p->parked;
+
+	p->busy = false;
+	p->parked = NULL;
+	p->parked_tail = &p->parked;
+	for (struct task *t = p->tasks; t; t = t->next)
+		t->busy = false;
+	while (b) {
+		struct buffer *next = b->next;
+
+		if (install_run(p, b->image, b->page, b->nr_pages, b->data, b->demand)) {
+			buffer_park(p, b);
+		} else {
+			criupy_image_set_requested(b->image, b->page, b->nr_pages, 0);
+			buffer_free(p, b);
+		}
+		b = next;
+	}
+	for (struct task *t = p->tasks; t; t = t->next)
+		task_serve_waits(p, t);
+}

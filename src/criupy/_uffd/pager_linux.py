@@ -1,0 +1,254 @@
+"""The pager, as Python drives it.
+
+The thread behind :class:`Pager` serves page faults without the interpreter.
+Everything here happens once per task or per second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from criupy.errors import UffdError, UffdUnavailable
+
+try:
+    from criupy._uffd._native import ffi, lib
+except ImportError as error:
+    raise UffdUnavailable(
+        "load criupy's native part", errno.ENOSYS, "it exists on Linux only; install a wheel built there"
+    ) from error
+
+if TYPE_CHECKING:
+    from criupy._uffd._native import Stats
+
+__all__ = ["Image", "Link", "Notice", "NoticeKind", "Outcome", "Pager", "Phase", "ReplyFault"]
+
+
+class Phase(enum.IntEnum):
+    """The life of a pager; it only moves down this list."""
+
+    RESTORING = lib.CRIUPY_PHASE_RESTORING
+    RUNNING = lib.CRIUPY_PHASE_RUNNING
+    CLOSING = lib.CRIUPY_PHASE_CLOSING
+    ENDED = lib.CRIUPY_PHASE_ENDED
+
+
+class Outcome(enum.IntEnum):
+    """How a pager ended."""
+
+    NONE = lib.CRIUPY_OUTCOME_NONE
+    COMPLETE = lib.CRIUPY_OUTCOME_COMPLETE
+    VETOED = lib.CRIUPY_OUTCOME_VETOED
+    RESTORE_FAILED = lib.CRIUPY_OUTCOME_RESTORE_FAILED
+    GIVEN_UP = lib.CRIUPY_OUTCOME_GIVEN_UP
+
+
+class Link(enum.IntEnum):
+    """The state of the connection to the source."""
+
+    NONE = lib.CRIUPY_LINK_NONE
+    OPEN = lib.CRIUPY_LINK_OPEN
+    CLOSED = lib.CRIUPY_LINK_CLOSED
+    RESET = lib.CRIUPY_LINK_RESET
+    LOST = lib.CRIUPY_LINK_LOST
+
+
+class ReplyFault(enum.IntEnum):
+    """What a reply of the source violated."""
+
+    NONE = 0
+    COMMAND = lib.CRIUPY_REPLY_COMMAND
+    ADDRESS = lib.CRIUPY_REPLY_ADDRESS
+    ID = lib.CRIUPY_REPLY_ID
+    COUNT = lib.CRIUPY_REPLY_COUNT
+    UNASKED = lib.CRIUPY_REPLY_UNASKED
+
+
+class NoticeKind(enum.IntEnum):
+    """What the pager has to tell beside its counters."""
+
+    TASK_DONE = lib.CRIUPY_NOTICE_TASK_DONE
+    TASK_GONE = lib.CRIUPY_NOTICE_TASK_GONE
+    NO_MEMORY = lib.CRIUPY_NOTICE_NO_MEMORY
+    NO_DESCRIPTOR = lib.CRIUPY_NOTICE_NO_DESCRIPTOR
+    NOT_LOCKED = lib.CRIUPY_NOTICE_NOT_LOCKED
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """One notice; ``a`` and ``b`` mean what ``criupy.h`` says beside the kind."""
+
+    kind: NoticeKind
+    errno: int
+    a: int
+    b: int
+
+
+def _check(operation: str, result: int) -> int:
+    if result < 0:
+        raise UffdError(operation, -result)
+    return result
+
+
+class Image:
+    """What the images say of one dumped task's lazy pages.
+
+    ``starts`` and ``nr_pages`` are the extents in address order (bytes and
+    4096-byte pages), ``data_pages`` each extent's first page in the pages
+    file, ``not_inherited`` a byte per extent that is 1 where a forked child
+    does not get the memory. ``id`` is what the source calls the task.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        starts: array[int],
+        nr_pages: array[int],
+        data_pages: array[int] | None = None,
+        not_inherited: bytes | None = None,
+    ) -> None:
+        if not len(starts) == len(nr_pages):
+            raise ValueError("starts and nr_pages differ in length")
+        out = ffi.new("struct criupy_image **")
+        _check(
+            "take over lazy extents",
+            lib.criupy_image_create(
+                out,
+                id,
+                ffi.from_buffer("uint64_t[]", starts),
+                ffi.from_buffer("uint64_t[]", nr_pages),
+                ffi.NULL if data_pages is None else ffi.from_buffer("uint64_t[]", data_pages),
+                ffi.NULL if not_inherited is None else ffi.from_buffer("uint8_t[]", not_inherited),
+                len(starts),
+            ),
+        )
+        self._image: Any = ffi.gc(out[0], lib.criupy_image_destroy)
+
+    @property
+    def nr_pages(self) -> int:
+        """Lazy pages in all extents."""
+        return int(lib.criupy_image_nr_pages(self._image))
+
+    def map(self, fd: int) -> None:
+        """Serve from this pages file; the descriptor stays the caller's."""
+        _check("map the pages file", lib.criupy_image_map(self._image, fd))
+
+    def _given(self) -> None:
+        ffi.gc(self._image, None)
+        self._image = ffi.NULL
+
+
+class Pager:
+    """The thread that serves every task of one restore.
+
+    ``link_timeout`` (seconds): how long the source may be silent while a
+    request is outstanding. ``nr_buffers`` staging buffers of
+    ``request_pages`` pages each are kept locked in memory. ``window_pages``
+    fixes the background window; 0 lets it follow the link.
+    """
+
+    def __init__(
+        self,
+        *,
+        link_timeout: float,
+        nr_buffers: int = 8,
+        request_pages: int = 256,
+        window_pages: int = 0,
+    ) -> None:
+        config = ffi.new(
+            "struct criupy_pager_config *",
+            {
+                "link_timeout_ns": int(link_timeout * 1e9),
+                "nr_buffers": nr_buffers,
+                "request_pages": request_pages,
+                "window_pages": window_pages,
+            },
+        )
+        out = ffi.new("struct criupy_pager **")
+        _check("start the pager", lib.criupy_pager_create(out, config))
+        self._pager: Any = out[0]
+        self._told = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the thread and release everything it owns.
+
+        Tasks that run and miss pages have those poisoned first.
+        """
+        pager, self._pager = self._pager, None
+        if pager is not None:
+            lib.criupy_pager_destroy(pager)
+
+    @property
+    def event_fd(self) -> int:
+        """Readable when a notice or a new phase is there; read it to reset it."""
+        return int(lib.criupy_pager_event_fd(self._pager))
+
+    def snapshot(self) -> Stats:
+        """Return a copy of all counters."""
+        stats: Stats = ffi.new("struct criupy_stats *")
+        lib.criupy_pager_snapshot(self._pager, stats)
+        return stats
+
+    def notices(self) -> Iterator[Notice]:
+        """Take the notices that are there."""
+        with contextlib.suppress(BlockingIOError):  # nothing new since the last call
+            os.eventfd_read(self.event_fd)
+        notice = ffi.new("struct criupy_notice *")
+        while lib.criupy_pager_next_notice(self._pager, notice):
+            yield Notice(NoticeKind(notice.kind), notice.error, notice.a, notice.b)
+
+    def obeyed(self, stats: Stats) -> bool:
+        """Tell whether everything said so far had been carried out at a snapshot."""
+        return stats.nr_obeyed >= self._told
+
+    def set_link(self, fd: int, *, frame_size: int, shared: bool) -> None:
+        """Hand over the connection to the source; the descriptor is the pager's now."""
+        self._tell("set_link", lib.criupy_pager_set_link(self._pager, fd, frame_size, shared))
+
+    def add_task(self, pid: int, uffd: int, image: Image) -> None:
+        """Hand over a restored task's userfaultfd and its image; both are the pager's now."""
+        self._tell("add_task", lib.criupy_pager_add_task(self._pager, pid, uffd, image._image))
+        image._given()
+
+    def watch_restore(self, fd: int) -> None:
+        """Hand over the restore socket: all tasks are announced, restore-finished is next."""
+        self._tell("watch_restore", lib.criupy_pager_watch_restore(self._pager, fd))
+
+    def abort(self) -> None:
+        """Veto the restore and reset the source, unless restore-finished is already there."""
+        self._tell("abort", lib.criupy_pager_abort(self._pager))
+
+    def give_up(self) -> None:
+        """Fetch nothing more; what touches a missing page waits."""
+        self._tell("give_up", lib.criupy_pager_give_up(self._pager))
+
+    def poison(self) -> None:
+        """Give up and make every missing page raise SIGBUS; let go of the tasks."""
+        self._tell("poison", lib.criupy_pager_poison(self._pager))
+
+    def probe(self) -> None:
+        """Let go of address spaces that no longer exist."""
+        self._tell("probe", lib.criupy_pager_probe(self._pager))
+
+    def end(self, *, reset: bool) -> None:
+        """End the link after giving up: by a reset (the source goes on) or by CLOSE."""
+        self._tell("end", lib.criupy_pager_end(self._pager, reset))
+
+    def _tell(self, what: str, result: int) -> None:
+        _check(f"tell the pager: {what}", result)
+        self._told += 1
