@@ -1,0 +1,471 @@
+"""The lazy-pages daemon: one restore, from criu's connect to the last page.
+
+The pager thread moves the pages; here is what happens once per task or once per
+restore, and above all how it may end. Two periods, with opposite rules:
+
+before restore-finished   No task has run. Whatever goes wrong, the restore is
+                          vetoed and the source reset, so that it goes on.
+after it                  The tasks run and the source must not. What goes wrong
+                          leaves pages that will never come; by ``on_failure``
+                          they are poisoned (a touch is a SIGBUS) or the tasks
+                          are killed. A userfaultfd is never just closed.
+
+Which of the two holds is known to the pager alone, since criu may be sending
+the four bytes at this moment; so every abort is a command to it, and the answer
+says what came of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import trio
+
+from criupy._uffd.pager_linux import Image, Link, NoticeKind, Outcome, Pager, Phase, ReplyFault
+from criupy.errors import CriupyError, ImageError, LazyPagesError
+from criupy.images import frame_size
+from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask
+from criupy.lazy_pages._images import DumpedTask, load_tasks
+from criupy.lazy_pages._kill_linux import kill_trees
+from criupy.lazy_pages._process_linux import bind_restore_socket
+from criupy.lazy_pages._source_linux import adopt_source, connect_source
+from criupy.lazy_pages._statistics import State, Statistics
+from criupy.wire.restore_socket import Zombie
+
+if TYPE_CHECKING:
+    import socket
+
+    from criupy._uffd._native import Stats
+
+__all__ = ["Config", "LazyPages", "open_lazy_pages"]
+
+log = logging.getLogger("criupy.lazy_pages")
+
+# After SIGKILL an address space goes within milliseconds, unless its tasks hang in the kernel.
+_KILL_PATIENCE = 10.0
+_PROBE_INTERVAL = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What one restore needs to know.
+
+    ``page_server`` is the source's (host, port), ``ps_socket`` an inherited
+    connected socket instead; with neither, pages come from the images.
+    Timeouts are in seconds. ``frame_size`` None takes what the images tell.
+    """
+
+    images_dir: Path
+    page_server: tuple[str, int] | None = None
+    ps_socket: int | None = None
+    frame_size: Literal[24, 32] | None = None
+    connect_timeout: float = 10.0
+    link_timeout: float = 30.0
+    stop_timeout: float = 30.0
+    on_failure: Literal["poison", "kill"] = "poison"
+
+    @property
+    def remote(self) -> bool:
+        """Whether the pages come over a connection."""
+        return self.page_server is not None or self.ps_socket is not None
+
+
+class LazyPages:
+    """A restore being served; made by open_lazy_pages."""
+
+    def __init__(self, config: Config, listener: trio.socket.SocketType, socket_path: Path) -> None:
+        self.config = config
+        self.socket_path = socket_path
+        self._listener = listener
+        self._before = trio.CancelScope()  # what stop() may simply cancel: no task can have run
+        self._stops = 0
+        self._changed = trio.Event()
+        self._ended = trio.Event()
+        self._failure: BaseException | None = None
+        self._pager: Pager | None = None
+        self._tasks: list[RestoredTask] = []
+        self._last = Statistics()
+        self._state = State.WAITING
+
+    # ---- for the caller ------------------------------------------------------
+
+    def statistics(self) -> Statistics:
+        """Return the counters as of now (or as of the end)."""
+        if self._pager is not None:
+            self._last = Statistics.from_pager(self._pager.snapshot(), self._state)
+        return self._last
+
+    def stop(self) -> None:
+        """Ask for the end.
+
+        Before restore-finished: veto the restore, the source goes on. After
+        it, the first call lets the transfer complete within ``stop_timeout``,
+        the second applies ``on_failure`` at once.
+        """
+        self._stops += 1
+        self._before.cancel()
+        self._wake()
+
+    async def wait(self) -> Statistics:
+        """Wait until the restore is served; raise LazyPagesError if it was not."""
+        await self._ended.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self._last
+
+    # ---- the whole life --------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            with Pager(link_timeout=self.config.link_timeout) as pager:
+                self._pager = pager
+                try:
+                    await self._serve(pager)
+                except BaseException as error:
+                    # Cancelled, or a defect of ours: the rules hold all the same.
+                    with trio.CancelScope(shield=True):
+                        await self._settle(pager, error)
+                    raise
+                finally:
+                    self.statistics()
+                    self._pager = None
+        except LazyPagesError as error:
+            self._failure = error
+            if self._state is not State.ABORTED:
+                self._state = State.FAILED
+        except BaseException:
+            self._failure = LazyPagesError("the daemon was cancelled")
+            self._state = State.FAILED
+            raise
+        else:
+            self._state = State.COMPLETE
+        finally:
+            self._close_listener()
+            for task in self._tasks:
+                task.close()
+            self._last = self._last.with_state(self._state)
+            self._ended.set()
+
+    async def _serve(self, pager: Pager) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen_to, pager)
+            try:
+                try:
+                    with self._before:
+                        await self._restore(pager, nursery)
+                except CriupyError as error:
+                    raise LazyPagesError(await self._give_up(pager, str(error))) from error
+                await self._supervise(pager)
+            except CriupyError as error:
+                # Out of the nursery as what it is, not as a group of one.
+                failure: CriupyError | None = error
+            else:
+                failure = None
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    async def _listen_to(self, pager: Pager) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(pager.event_fd)
+            for notice in pager.notices():
+                match notice.kind:
+                    case NoticeKind.TASK_DONE:
+                        log.info("%d: all pages are in place", notice.a)
+                    case NoticeKind.TASK_GONE:
+                        log.info("%d: the process is gone, %d pages were not needed any more", notice.a, notice.b)
+                    case NoticeKind.NO_MEMORY:
+                        log.warning(
+                            "%d: no memory for the page at %#x (a cgroup limit?), trying again", notice.a, notice.b
+                        )
+                    case NoticeKind.NO_DESCRIPTOR:
+                        log.warning(
+                            "%d: a fork waits for a file descriptor (%s), trying again; raise RLIMIT_NOFILE",
+                            notice.a,
+                            os.strerror(notice.errno),
+                        )
+                    case NoticeKind.NOT_LOCKED:
+                        log.warning(
+                            "could not lock %d KiB of buffers in memory (%s); raise RLIMIT_MEMLOCK",
+                            notice.a >> 10,
+                            os.strerror(notice.errno),
+                        )
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    # ---- before restore-finished -------------------------------------------------
+
+    async def _restore(self, pager: Pager, nursery: trio.Nursery) -> None:
+        dumped = await trio.to_thread.run_sync(
+            partial(load_tasks, self.config.images_dir, local=not self.config.remote)
+        )
+        sock, _ = await self._listener.accept()
+        self._close_listener()
+        self._state = State.RESTORING
+        connection = RestoreConnection(sock)
+        try:
+            if self.config.remote:
+                await self._connect(pager)
+            announced: set[int] = set()
+            while len(announced) < len(dumped):
+                announced.add(await self._take_task(pager, nursery, connection, dumped))
+            log.info("all %d tasks have come, waiting for restore-finished", len(announced))
+            pager.watch_restore(connection.detach())
+        finally:
+            connection.close()
+
+    async def _connect(self, pager: Pager) -> None:
+        size = self.config.frame_size
+        if size is None:
+            size = frame_size(self.config.images_dir) or 32
+        if self.config.ps_socket is not None:
+            fd = adopt_source(self.config.ps_socket, link_timeout=self.config.link_timeout)
+            log.info("using socket %d to the page server, frames of %d bytes", fd, size)
+        else:
+            assert self.config.page_server is not None
+            host, port = self.config.page_server
+            fd = await connect_source(
+                host,
+                port,
+                connect_timeout=self.config.connect_timeout,
+                link_timeout=self.config.link_timeout,
+            )
+            log.info("connected to page server %s:%d, frames of %d bytes", host, port, size)
+        pager.set_link(fd, frame_size=size, shared=self.config.ps_socket is not None)
+
+    async def _take_task(
+        self,
+        pager: Pager,
+        nursery: trio.Nursery,
+        connection: RestoreConnection,
+        dumped: Mapping[int, DumpedTask],
+    ) -> int:
+        task = await connection.receive_task()
+        known = dumped.get(task.pid)
+        if isinstance(task, Zombie):
+            log.debug("%d: zombie", task.pid)
+            if known is None:
+                raise self._stranger(task.pid)
+            return task.pid
+        self._tasks.append(task)
+        if known is None or known.extents is None:
+            raise self._stranger(task.pid)
+        extents = known.extents
+        image = Image(
+            task.pid,
+            extents.starts,
+            extents.nr_pages,
+            None if known.pages is None else extents.page_indices,
+            known.not_inherited,
+        )
+        if known.pages is not None:
+            with open(known.pages, "rb") as pages:
+                image.map(pages.fileno())
+        pager.add_task(task.pid, task.uffd.fileno(), image)
+        task.uffd.detach()
+        log.info("%d: %d lazy pages in %d extents", task.pid, extents.total_pages, len(extents))
+        if task.pidfd is not None:
+            nursery.start_soon(self._watch_exit, pager, task.pidfd.fileno())
+        return task.pid
+
+    def _stranger(self, pid: int) -> LazyPagesError:
+        return LazyPagesError(
+            f"criu restores pid {pid}, which {self.config.images_dir} does not hold: "
+            "give restore and daemon the same --images-dir"
+        )
+
+    async def _watch_exit(self, pager: Pager, pidfd: int) -> None:
+        await trio.lowlevel.wait_readable(pidfd)
+        pager.probe()
+
+    def _close_listener(self) -> None:
+        if self._listener.fileno() < 0:
+            return
+        self._listener.close()
+        # criu connects once; a later restore should see that nobody listens.
+        with contextlib.suppress(FileNotFoundError):
+            self.socket_path.unlink()
+
+    # ---- until the end ----------------------------------------------------------------
+
+    async def _supervise(self, pager: Pager) -> None:
+        deadline = float("inf")
+        while True:
+            changed = self._changed
+            stats = pager.snapshot()
+            if stats.phase == Phase.ENDED:
+                return self._report_end(stats)
+            if stats.phase == Phase.RUNNING and self._state is State.RESTORING:
+                self._state = State.TRANSFERRING
+                log.info("restore finished, %d pages to go", stats.pages_missing)
+            trouble = self._trouble(stats)
+            if trouble is None and self._stops:
+                if stats.phase == Phase.RESTORING:
+                    trouble = "stopped"
+                elif deadline == float("inf"):
+                    deadline = trio.current_time() + self.config.stop_timeout
+                    log.info(
+                        "asked to stop: transferring the last %d pages, for at most %g s",
+                        stats.pages_missing,
+                        self.config.stop_timeout,
+                    )
+                if self._stops > 1:
+                    trouble = f"stopped at the second request, {stats.pages_missing} pages were missing"
+                elif trio.current_time() >= deadline:
+                    trouble = f"stopped after --stop-timeout, {stats.pages_missing} pages were missing"
+            if trouble is not None and stats.phase != Phase.CLOSING:
+                raise LazyPagesError(await self._give_up(pager, trouble))
+            with trio.move_on_at(deadline):
+                await changed.wait()
+
+    def _trouble(self, stats: Stats) -> str | None:
+        if stats.error:
+            return f"the pager failed: {os.strerror(stats.error)}"
+        if stats.link != Link.LOST:
+            return None
+        if stats.link_error == errno.EPROTO:
+            bad = stats.bad_reply
+            return (
+                f"the page server broke the protocol ({ReplyFault(stats.reply_fault).name.lower()}) "
+                f"at byte {stats.bad_reply_offset}: cmd {bad.cmd:#x}, {bad.nr_pages} pages, "
+                f"address {bad.vaddr:#x}, id {bad.dst_id:#x}; does --frame fit its CRIU version?"
+            )
+        if stats.link_error == errno.ETIMEDOUT:
+            return (
+                f"the page server was silent for {self.config.link_timeout:g} s with pages outstanding; "
+                "see --link-timeout"
+            )
+        if stats.link_error == errno.EPIPE:
+            return "the page server closed the connection"
+        return f"the connection to the page server was lost: {os.strerror(stats.link_error)}"
+
+    def _report_end(self, stats: Stats) -> None:
+        match stats.outcome:
+            case Outcome.VETOED:
+                raise LazyPagesError(f"the restore was aborted; {self._source_goes_on()}")
+            case Outcome.RESTORE_FAILED:
+                raise LazyPagesError(
+                    f"criu closed the connection before restore-finished: the restore failed, "
+                    f"see its log; {self._source_goes_on()}"
+                )
+        if stats.link == Link.CLOSED and stats.close_status:
+            log.warning("every page arrived, but the page server ended with status %d", stats.close_status)
+        elif stats.link == Link.LOST:
+            log.warning(
+                "every page arrived, but the page server did not confirm the end (%s)", os.strerror(stats.link_error)
+            )
+        log.info("transferred %d pages, served %d faults", stats.pages_received, stats.nr_faults)
+
+    def _source_goes_on(self) -> str:
+        if not self.config.remote:
+            return "the images are untouched"
+        return "a live source goes on (its network stays locked unless it was dumped with --network-lock skip)"
+
+    # ---- failure ------------------------------------------------------------------------
+
+    async def _obeyed(self, pager: Pager) -> Stats:
+        while True:
+            changed = self._changed
+            stats = pager.snapshot()
+            if pager.obeyed(stats):
+                return stats
+            await changed.wait()
+
+    async def _give_up(self, pager: Pager, trouble: str) -> str:
+        """End what cannot go on, by the rules of the period; return the whole story."""
+        pager.abort()
+        stats = await self._obeyed(pager)
+        if stats.phase == Phase.ENDED:
+            if self._state is State.WAITING:
+                return f"{trouble}; no restore had connected"
+            self._state = State.ABORTED
+            return f"{trouble}; the restore was vetoed and {self._source_goes_on()}"
+        pager.give_up()
+        stats = await self._obeyed(pager)
+        missing = stats.pages_missing
+        told = ""
+        if self.config.on_failure == "poison":
+            pager.poison()
+            stats = await self._obeyed(pager)
+            if stats.nr_live:
+                told = f"this kernel cannot poison pages ({os.strerror(stats.poison_error)}), so "
+            else:
+                pager.end(reset=False)
+                await self._phase(pager, Phase.ENDED)
+                return f"{trouble}; {stats.pages_poisoned} missing pages were poisoned: touching one is a SIGBUS"
+        left = await self._kill(pager)
+        if left:
+            # Children that no pidfd led to. Poison is better than zeros.
+            pager.poison()
+            stats = await self._obeyed(pager)
+            told += f"{left} forked processes could not be found, "
+            if stats.nr_live:
+                log.error("%d address spaces with missing pages are let go: their processes are damaged", left)
+        pager.end(reset=not left)
+        await self._phase(pager, Phase.ENDED)
+        fate = "could not be let go on" if left or not self.config.remote else "a live source goes on"
+        if stats.link == Link.LOST:
+            fate = "the source was lost before"
+        return f"{trouble}; {told}the tasks were killed with {missing} pages missing ({fate})"
+
+    async def _phase(self, pager: Pager, phase: Phase) -> None:
+        while True:
+            changed = self._changed
+            if pager.snapshot().phase >= phase:
+                return
+            await changed.wait()
+
+    async def _kill(self, pager: Pager) -> int:
+        """Kill the restored tasks with all that they forked; return how many address spaces are left."""
+        kill_trees([(task.host_pid, task.pidfd.fileno()) for task in self._tasks if task.pidfd is not None])
+        with trio.move_on_after(_KILL_PATIENCE):
+            while True:
+                pager.probe()
+                if not (await self._obeyed(pager)).nr_live:
+                    return 0
+                await trio.sleep(_PROBE_INTERVAL)
+        return int(pager.snapshot().nr_live)
+
+    async def _settle(self, pager: Pager, error: BaseException) -> None:
+        """Bring the pager to an end after an error that no one told it of."""
+        if pager.snapshot().phase == Phase.ENDED:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen_to, pager)
+            story = await self._give_up(pager, str(error) or type(error).__name__)
+            log.debug("%s", story)
+            nursery.cancel_scope.cancel()
+
+
+@contextlib.asynccontextmanager
+async def open_lazy_pages(
+    config: Config, *, work_dir: str | os.PathLike[str] | None = None, listener: socket.socket | None = None
+) -> AsyncGenerator[LazyPages, None]:
+    """Serve one restore; the socket listens when the block is entered.
+
+    ``work_dir`` is where ``lazy-pages.socket`` appears (the images directory by
+    default); ``listener`` is a socket that listens there already. Leaving the
+    block waits for the end and raises LazyPagesError if the restore could not
+    be served; leaving it by an exception or cancellation stops at once, as the
+    second stop() does.
+    """
+    directory = Path(config.images_dir if work_dir is None else work_dir)
+    if listener is None:
+        listener = bind_restore_socket(directory)
+    daemon = LazyPages(config, trio.socket.from_stdlib_socket(listener), directory / "lazy-pages.socket")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(daemon._run)
+        yield daemon
+        await daemon._ended.wait()
+    await daemon.wait()

@@ -1,0 +1,86 @@
+"""Connecting to the source of a migration.
+
+How this connection ends decides whether the source kills its process or lets
+it go on (facts at the top of _uffd/pager_end.c), so SO_LINGER with a time of 0
+is set before connect: if this daemon dies, the kernel resets the connection,
+and the source resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+
+import trio
+
+from criupy.errors import LazyPagesError
+
+__all__ = ["adopt_source", "connect_source"]
+
+# Dead peers show within this many seconds also while nothing is outstanding.
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+
+
+def _prepare(sock: socket.socket | trio.socket.SocketType, link_timeout: float) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(link_timeout * 1000)))
+    for name, value in _KEEPALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+async def connect_source(host: str, port: int, *, connect_timeout: float, link_timeout: float) -> int:
+    """Connect to a page server and return the descriptor, non-blocking.
+
+    Every address of the name is tried in turn, never two at a time: a live
+    source accepts once. Timeouts are in seconds; raises LazyPagesError.
+    """
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    last: OSError | None = None
+    with trio.move_on_after(connect_timeout):
+        try:
+            found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except socket.gaierror as error:
+            raise LazyPagesError(f"page server {where}: no such host ({error.strerror}); see --address") from error
+        for family, kind, protocol, _, address in found:
+            sock = trio.socket.socket(family, kind, protocol)
+            try:
+                _prepare(sock, link_timeout)
+                await sock.connect(address)
+            except OSError as error:
+                sock.close()
+                last = error
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                return sock.detach()
+        assert last is not None  # getaddrinfo returns at least one address
+        raise LazyPagesError(
+            f"page server {where}: {os.strerror(last.errno or 0)}; "
+            "is the dump waiting there (criu dump --lazy-pages --address ... --port ...)?"
+        ) from last
+    raise LazyPagesError(f"page server {where}: no answer within {connect_timeout:g} s; see --connect-timeout")
+
+
+def adopt_source(fd: int, *, link_timeout: float) -> int:
+    """Take over an inherited, connected socket (--ps-socket) and return its descriptor."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise LazyPagesError(f"--ps-socket {fd}: {error.strerror}; it must be a connected socket") from error
+    try:
+        if sock.type != socket.SOCK_STREAM:
+            raise LazyPagesError(f"--ps-socket {fd}: not a stream socket")
+        sock.getpeername()
+        with contextlib.suppress(OSError):  # a unix socket knows none of the TCP options
+            _prepare(sock, link_timeout)
+    except OSError as error:
+        raise LazyPagesError(f"--ps-socket {fd}: {error.strerror}; it must be connected to the source") from error
+    finally:
+        sock.detach()
+    os.set_inheritable(fd, False)
+    return fd
