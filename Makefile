@@ -1,0 +1,46 @@
+# Every target does its own set-up first: tools/setup finds out what is missing, quickly when nothing is.
+# ARGS is handed to pytest or the demo: make unit ARGS="-k codec"
+
+PATH := $(PATH):/usr/sbin:/sbin
+export PATH
+
+PYTHON3 := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test unit lint format build clean
+
+help:
+	@echo "make demo    migrate a process and watch it happen"
+	@echo "make test    run every test"
+	@echo "make unit    run the tests that take seconds and need neither CRIU nor root"
+	@echo "make lint    check style and types"
+	@echo "make format  let ruff format the sources"
+	@echo "make build   only set up .venv and build"
+	@echo "make clean   remove what was built (not the CRIUs in the cache)"
+
+demo:
+	@tools/setup
+	@$(PYTHON3) -m criupy.testing.demo $(ARGS)
+
+test:
+	@tools/setup
+	@$(PYTHON3) -m pytest $(ARGS)
+
+unit: build
+	@$(PYTHON3) -m pytest -m "not criu and not slow" $(ARGS)
+
+lint: build
+	$(PYTHON3) -m ruff check
+	$(PYTHON3) -m ruff format --check
+	$(PYTHON3) -m mypy
+
+format: build
+	$(PYTHON3) -m ruff format
+	$(PYTHON3) -m ruff check --fix
+
+build:
+	@tools/setup build
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+UFFD = ROOT / "src" / "criupy" / "_uffd"
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the native part is for Linux")
+
+
+def installed_files() -> list[Path]:
+    files = importlib.metadata.files("criupy")
+    assert files is not None
+    return [Path(str(file.locate())) for file in files]
+
+
+def test_every_c_file_is_built() -> None:
+    listed = re.search(r"set\(UFFD_SOURCES(.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.DOTALL)
+    assert listed is not None
+    assert sorted(listed[1].split()) == sorted(
+        file.name for file in UFFD.glob("*.c") if not file.name.endswith(".csrc.c")
+    )
+
+
+@linux_only
+def test_extension_is_abi3_and_exports_its_entry_only() -> None:
+    from criupy._uffd import _native
+
+    path = Path(_native.__file__)
+    assert path.name == "_native.abi3.so"
+    assert path in installed_files()
+    assert _native.lib.CRIUPY_PAGE_SIZE == 4096
+    assert exported_functions(path) == {"PyInit__native"}
+
+
+@linux_only
+def test_workload_is_one_static_program() -> None:
+    workload = next(file for file in installed_files() if file.name == "criupy-workload")
+    assert os.access(workload, os.X_OK)
+    assert 3 not in (kind for kind, *_ in program_headers(workload)), "PT_INTERP: it needs a loader"
+
+
+def test_installed_package_has_no_c_sources() -> None:
+    assert [file for file in installed_files() if file.suffix in {".c", ".h"}] == []
+
+
+def test_elsewhere_than_on_linux_the_wheel_is_pure(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run(
+        [*build, "-w", str(tmp_path), str(ROOT)],
+        env=os.environ | {"CRIUPY_PURE": "1"},
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "criupy/py.typed" in names
+    assert [name for name in names if Path(name).suffix in {".so", ".c", ".h"} or "workload" in Path(name).stem] == [
+        name for name in names if name.startswith("criupy/testing/workload") and name.endswith(".py")
+    ]
+    # A wheel is importable as it is: the package root needs neither the native part nor an install.
+    script = f"import sys; sys.path.insert(0, {str(wheel)!r}); import criupy; print(criupy.__file__)"
+    answer = subprocess.run([sys.executable, "-I", "-S", "-c", script], check=True, capture_output=True, text=True)
+    assert answer.stdout.startswith(str(wheel))
+
+
+def program_headers(path: Path) -> list[tuple[int, ...]]:
+    """The ELF64 program headers (elf(5)): type, flags, offset, vaddr, paddr, filesz, memsz, align."""
+    data = path.read_bytes()
+    assert data[:5] == b"\x7fELF\x02"
+    (offset,) = struct.unpack_from("<Q", data, 32)
+    size, count = struct.unpack_from("<HH", data, 54)
+    return [struct.unpack_from("<IIQQQQQQ", data, offset + i * size) for i in range(count)]
+
+
+def exported_functions(path: Path) -> set[str]:
+    """The names of the functions that a shared object offers to others: SHT_DYNSYM (elf(5))."""
+    data = path.read_bytes()
+    (offset,) = struct.unpack_from("<Q", data, 40)
+    size, count = struct.unpack_from("<HH", data, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", data, offset + i * size) for i in range(count)]
+    (table,) = (section for section in sections if section[1] == 11)
+    names = sections[table[6]][4]
+    found = set()
+    for at in range(table[4], table[4] + table[5], 24):
+        name, info, _, section_index, _, _ = struct.unpack_from("<IBBHQQ", data, at)
+        if info & 0xF == 2 and section_index != 0:
+            found.add(data[names + name : data.index(b"\0", names + name)].decode())
+    return found
