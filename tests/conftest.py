@@ -1,0 +1,97 @@
+"""What all tests share: async tests on trio, real CRIUs, the workload program."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+import criupy.testing
+
+HANG = 600
+"""Seconds after which a test with real processes counts as hung; a guard, not a limit on speed."""
+
+PIPE_SIZE = 8 << 20
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "criu: needs root and a CRIU that starts on this kernel")
+    config.addinivalue_line("markers", "slow: takes many seconds")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run `async def` tests with trio."""
+    function = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(function):
+        return None
+    names = inspect.signature(function).parameters
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    guarded = any(pyfuncitem.get_closest_marker(name) for name in ("criu", "slow"))
+
+    async def main() -> None:
+        with trio.fail_after(HANG if guarded else float("inf")):
+            await function(**arguments)
+
+    trio.run(main)
+    return True
+
+
+@functools.cache
+def usable_criu() -> tuple[list[object], str]:
+    if not sys.platform.startswith("linux"):
+        return [], "CRIU runs on Linux only"
+    from criupy.testing.criu_linux import find_criu
+
+    found, reasons = find_criu()
+    if found and int(Path("/proc/sys/fs/pipe-max-size").read_text()) < PIPE_SIZE:
+        return [], f"lazy dumps need `sysctl -w fs.pipe-max-size={PIPE_SIZE}`"
+    return list(found), "; ".join(reasons)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for `criu` once with each version that works here."""
+    if "criu" not in metafunc.fixturenames:
+        return
+    found, reason = usable_criu()
+    params = [pytest.param(criu, id=str(criu), marks=pytest.mark.criu) for criu in found]
+    if not params:
+        params = [pytest.param(None, id="no-criu", marks=[pytest.mark.criu, pytest.mark.skip(reason=reason)])]
+    metafunc.parametrize("criu", params)
+
+
+@pytest.fixture(scope="session")
+def workload_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The criupy-workload program: the installed one, or one compiled for this session."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("criupy-workload runs on Linux only")
+    from criupy.testing.workload_linux import find_workload
+
+    folder = Path(criupy.testing.__file__).parent
+    if "CRIUPY_WORKLOAD" in os.environ or (folder / "criupy-workload").exists():
+        yield find_workload()
+        return
+    program = tmp_path_factory.mktemp("program") / "criupy-workload"
+    sources = sorted(folder.glob("workload*.c"))
+    if not sources:
+        pytest.skip(f"{folder}: neither the criupy-workload program nor its source is there")
+    compiler = os.environ.get("CC", "cc")
+    flags = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-pthread", "-static"]
+    subprocess.run([compiler, *flags, "-o", program, *sources], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRIUPY_WORKLOAD", str(program))
+        yield program
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    """A directory for one migration, with `work` in it."""
+    (tmp_path / "work").mkdir()
+    return tmp_path
