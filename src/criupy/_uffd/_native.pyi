@@ -3,7 +3,7 @@
 ``lib`` follows ``criupy.h``: every call returns ``>= 0`` or ``-errno``.
 """
 
-from collections.abc import Buffer
+from typing_extensions import Buffer
 from typing import Any, Final, Protocol
 
 class Frame(Protocol):
