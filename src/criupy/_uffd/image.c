@@ -19,8 +19,9 @@
 #define MADV_POPULATE_READ 22	/* Linux 5.14 */
 #endif
 
-/* Above this the mapped pages file would count as much of our memory. */
-#define MAP_WINDOW (16u << 20)
+/* The largest folio that the kernel maps along with a page it has in its cache
+ * anyway. All of it counts as ours. */
+#define MAP_WINDOW (UINT64_C(2) << 20)
 
 static bool extents_are_sane(const uint64_t *starts, const uint64_t *nr_pages, size_t nr)
 {
@@ -124,15 +125,18 @@ int criupy_image_map(struct criupy_image *image, int fd)
 const uint8_t *image_data(struct criupy_image *image, uint64_t page, uint64_t nr)
 {
 	const struct extent *e = image_extent_of(image, page);
-	uint8_t *data = image->map + ((e->data + page - e->first) << PAGE_SHIFT);
-	uint64_t length = nr << PAGE_SHIFT;
+	uint64_t offset = (e->data + page - e->first) << PAGE_SHIFT, length = nr << PAGE_SHIFT;
+	uint8_t *data = image->map + offset;
 
-	/* The window is given back whole: its cost is that of the pages in it. */
-	if (image->map_touched > MAP_WINDOW) {
-		madvise(image->map, image->map_length, MADV_DONTNEED);
-		image->map_touched = 0;
+	/* What is behind us is given back before something new is mapped. */
+	if (offset < image->window_start || offset + length > image->window_end) {
+		if (image->window_end)
+			(void)madvise(image->map + image->window_start,
+				      image->window_end - image->window_start, MADV_DONTNEED);
+		image->window_start = offset & ~(MAP_WINDOW - 1);
+		image->window_end = min_u64((offset + length + MAP_WINDOW - 1) & ~(MAP_WINDOW - 1),
+					    image->map_length);
 	}
-	image->map_touched += length;
 	/* A source that is not resident makes the kernel take the slow way,
 	 * outside the target's lock. A file that has shrunk says EFAULT here;
 	 * before Linux 5.14 (EINVAL) the copy itself will. */

@@ -43,7 +43,8 @@ struct criupy_image {
 	bool has_data;		/* extents[].data is meaningful */
 	uint8_t *map;		/* the pages file, NULL for a remote source */
 	uint64_t map_length;
-	uint64_t map_touched;	/* bytes read through the map since it was given back */
+	uint64_t window_start;	/* the part of the map that may be resident */
+	uint64_t window_end;
 	struct criupy_image *next;	/* in the pager's list */
 };
 

@@ -1,0 +1,101 @@
+"""A live migration with real CRIU at both ends and our daemon between, as the tests arrange it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slow_link import SlowLink, slow_link
+
+from criupy.testing.control_linux import Control
+from criupy.testing.criu_linux import (
+    Criu,
+    CriuJob,
+    Restored,
+    Source,
+    lazy_dump,
+    lazy_pages_daemon,
+    our_command,
+    restore,
+)
+from criupy.testing.spec import WorkloadSpec
+from criupy.testing.workload_linux import Workload, start_workload
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Migration:
+    """`source` is frozen by `dump`; `control` is that of the restored process."""
+
+    source: Workload
+    dump: Source
+    daemon: CriuJob
+    restored: Restored
+    control: Control
+    link: SlowLink | None
+    images: Path
+    room: Path
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.room / "work" / "stats.json").read_text())
+        return found
+
+    @property
+    def log(self) -> str:
+        return self.daemon.log.read_text()
+
+    async def verify_all(self) -> None:
+        for task in range(self.source.spec.tree):
+            result = await self.control.worker(task).verify()
+            assert result.is_good, (task, result)
+
+    async def ends_well(self) -> None:
+        """Everything arrived: all three exit with 0, and the source is killed."""
+        await self.daemon.succeed()
+        await self.dump.job.succeed()
+        assert (await self.source.wait()).signal == 9
+
+
+@contextlib.asynccontextmanager
+async def migrate(
+    criu: Criu,
+    spec: WorkloadSpec,
+    room: Path,
+    *,
+    rate: float | None = None,
+    before: Callable[[Control], None] | None = None,
+    daemon_extra: Iterable[str] = (),
+    restore_extra: Iterable[str] = (),
+) -> AsyncIterator[Migration]:
+    """Dump lazily, start our daemon and the restore; `before` gives the process orders while it is frozen."""
+    images, work = room / "images", room / "work"
+    async with contextlib.AsyncExitStack() as stack:
+        source = await stack.enter_async_context(start_workload(spec, room))
+        pages = await stack.enter_async_context(lazy_dump(criu, source.pid, images))
+        link = None
+        address = (pages.address, pages.port)
+        if rate is not None:
+            link = await stack.enter_async_context(slow_link(address, rate))
+            address = link.address
+        control = source.control.copy(room / "restored.control")
+        stack.callback(control.close)
+        if before is not None:
+            before(control)
+        daemon = await stack.enter_async_context(
+            lazy_pages_daemon(
+                our_command(), images, work, source=address, extra=["--stats-file", "stats.json", *daemon_extra]
+            )
+        )
+        restored = await stack.enter_async_context(
+            restore(
+                criu, images, work, source.pid, binds={source.control.path: control.path}, extra=restore_extra
+            )
+        )
+        control.gone = restored.gone
+        yield Migration(source, pages, daemon, restored, control, link, images, room)

@@ -1,0 +1,59 @@
+"""A TCP forwarder with a speed limit, so that pages are still in flight when a test acts."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import AsyncIterator
+
+import trio
+
+CHUNK = 16 << 10
+
+
+class SlowLink:
+    """One connection, forwarded to `target`; what the source sends passes at `rate` bytes per second."""
+
+    def __init__(self, target: tuple[str, int], rate: float) -> None:
+        self.target = target
+        self.rate = rate
+        self.address = ("127.0.0.1", 0)
+        self.blocked = False
+
+    async def forward(self, near: trio.SocketStream, far: trio.SocketStream, rate: float) -> None:
+        due = trio.current_time()
+        try:
+            async for data in near:
+                for start in range(0, len(data), CHUNK):
+                    part = data[start : start + CHUNK]
+                    if rate:
+                        due = max(due, trio.current_time()) + len(part) / self.rate
+                        await trio.sleep_until(due)
+                        while self.blocked:
+                            await trio.sleep(0.01)
+                    await far.send_all(part)
+            await far.send_eof()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            # A reset on one side is one on the other; an orderly end was passed on above.
+            for stream in (near, far):
+                with contextlib.suppress(OSError):
+                    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                stream.socket.close()
+
+    async def serve(self, near: trio.SocketStream) -> None:
+        far = await trio.open_tcp_stream(*self.target)
+        async with near, far, trio.open_nursery() as nursery:
+            nursery.start_soon(self.forward, near, far, 0)
+            nursery.start_soon(self.forward, far, near, self.rate)
+
+
+@contextlib.asynccontextmanager
+async def slow_link(target: tuple[str, int], rate: float) -> AsyncIterator[SlowLink]:
+    link = SlowLink(target, rate)
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        link.address = listener.socket.getsockname()[:2]
+        nursery.start_soon(trio.serve_listeners, link.serve, [listener])
+        yield link
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,189 @@
+"""What goes wrong in a real migration: who goes on, who ends, and that no page is ever wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import trio
+from migrating import MIB, Migration, migrate
+
+from criupy.testing.control_linux import Control, Order
+from criupy.testing.criu_linux import Criu
+from criupy.testing.spec import WorkloadSpec
+
+pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program")]
+
+SPEC = WorkloadSpec(size=64 * MIB, children=1)
+SLOW = 16 * MIB
+
+
+def script(room: Path, action: str, body: str) -> list[str]:
+    """An action script for criu that does something at one of its stations."""
+    path = room / "action.sh"
+    path.write_text(f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = {action} ] || exit 0\n{body}\n')
+    path.chmod(0o755)
+    return ["--action-script", str(path)]
+
+
+async def wait_for(path: Path) -> None:
+    while not path.exists():
+        await trio.sleep(0.01)
+
+
+async def source_goes_on(m: Migration) -> None:
+    assert (await m.dump.job.wait()).code == 1
+    assert await m.source.is_running()
+    assert (await m.source.worker().verify()).is_good
+
+
+def last_error(m: Migration) -> str:
+    errors = [line for line in m.log.splitlines() if "Error (" in line]
+    assert len(errors) == 1, errors
+    return errors[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_daemon_ends_before_restore_finished(criu: Criu, room: Path, number: signal.Signals) -> None:
+    hold = f"touch {room}/there; while [ ! -e {room}/go ]; do sleep 0.02; done"
+    async with migrate(criu, SPEC, room, restore_extra=script(room, "post-restore", hold)) as m:
+        await wait_for(room / "there")
+        os.kill(m.daemon.kept.pid, number)
+        ended = await m.daemon.wait()
+        (room / "go").touch()
+        assert (await m.restored.job.wait()).code != 0
+        await source_goes_on(m)
+        if number == signal.SIGTERM:
+            assert ended.code == 1
+            assert "vetoed" in last_error(m)
+
+
+async def test_restore_that_fails_leaves_the_source_running(criu: Criu, room: Path) -> None:
+    async with migrate(criu, SPEC, room, restore_extra=script(room, "post-restore", "exit 1")) as m:
+        assert (await m.restored.job.wait()).code != 0
+        assert (await m.daemon.wait()).code == 1
+        assert "the restore failed" in last_error(m)
+        await source_goes_on(m)
+
+
+@pytest.mark.parametrize("how", ["touch", "syscall", "child"])
+async def test_no_zeros_when_the_source_is_killed(criu: Criu, room: Path, how: str) -> None:
+    async with migrate(criu, SPEC, room, rate=SLOW) as m:
+        await m.restored.finished()
+        worker = m.control.worker()
+        if how == "child":
+            child = m.control.child()
+            await worker.fork(child)
+            worker = child
+        m.dump.job.kept.kill()
+        assert (await m.daemon.wait()).code == 1
+        assert "poisoned" in last_error(m)
+        result = await (worker.read_by_syscall() if how == "syscall" else worker.verify())
+        assert result.zero == result.wrong == 0, result
+        assert result.checked == SPEC.main_pages
+        lost = result.refused if how == "syscall" else result.poisoned
+        assert 0 < lost < SPEC.main_pages
+
+
+async def test_a_thread_that_waits_gets_sigbus_not_zeros(criu: Criu, room: Path) -> None:
+    def touch(control: Control) -> None:
+        control.worker().start_touching(Order.RANDOM, nr=SPEC.main_pages)
+
+    async with migrate(criu, SPEC, room, rate=SLOW, before=touch) as m:
+        await m.restored.finished()
+        m.dump.job.kept.kill()
+        result = await m.control.worker().wait()
+        assert result.zero == result.wrong == 0, result
+        assert result.poisoned > 0
+
+
+async def test_kill_on_failure(criu: Criu, room: Path) -> None:
+    async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=["--on-failure", "kill"]) as m:
+        await m.restored.finished()
+        child = await m.control.worker().fork(m.control.child())
+        m.dump.job.kept.kill()
+        assert (await m.daemon.wait()).code == 1
+        assert "killed" in last_error(m)
+        assert (await m.restored.task_ended()).signal == signal.SIGKILL
+        assert m.restored.gone(child) is not None
+
+
+async def test_silent_source(criu: Criu, room: Path) -> None:
+    async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=["--link-timeout", "1"]) as m:
+        await m.restored.finished()
+        assert m.link is not None
+        m.link.blocked = True
+        assert (await m.daemon.wait()).code == 1
+        assert "silent" in last_error(m)
+        result = await m.control.worker().verify()
+        assert result.zero == result.wrong == 0
+        assert result.poisoned > 0
+        m.link.blocked = False
+        # The process runs here, damaged as it is: the source must not run, too.
+        assert (await m.dump.job.wait()).code == 0
+        assert (await m.source.wait()).signal == signal.SIGKILL
+
+
+async def test_first_sigterm_drains(criu: Criu, room: Path) -> None:
+    async with migrate(criu, SPEC, room, rate=SLOW) as m:
+        await m.restored.finished()
+        os.kill(m.daemon.kept.pid, signal.SIGTERM)
+        await m.ends_well()
+        await m.verify_all()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["second-sigterm", "stop-timeout"])
+async def test_draining_has_an_end(criu: Criu, room: Path, again: bool) -> None:
+    async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=["--stop-timeout", "0.2"]) as m:
+        await m.restored.finished()
+        os.kill(m.daemon.kept.pid, signal.SIGTERM)
+        if again:
+            await trio.sleep(0.05)
+            os.kill(m.daemon.kept.pid, signal.SIGTERM)
+        assert (await m.daemon.wait()).code == 1
+        assert "stopped" in last_error(m)
+        result = await m.control.worker().verify()
+        assert result.zero == result.wrong == 0
+        assert result.poisoned > 0
+        # CLOSE was answered: the source ended, and nothing runs twice.
+        assert (await m.dump.job.wait()).code == 0
+        assert (await m.source.wait()).signal == signal.SIGKILL
+
+
+async def test_stopped_with_kill_lets_the_source_go_on(criu: Criu, room: Path) -> None:
+    extra = ["--stop-timeout", "0.2", "--on-failure", "kill"]
+    async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=extra) as m:
+        await m.restored.finished()
+        os.kill(m.daemon.kept.pid, signal.SIGTERM)
+        assert (await m.daemon.wait()).code == 1
+        assert (await m.restored.task_ended()).signal == signal.SIGKILL
+        await source_goes_on(m)
+
+
+async def test_task_killed_during_the_transfer(criu: Criu, room: Path) -> None:
+    async with migrate(criu, WorkloadSpec(size=32 * MIB, tree=3), room, rate=SLOW) as m:
+        await m.restored.finished()
+        m.restored.kill(m.control.worker(2).pid)
+        await m.ends_well()
+        for task in range(2):
+            assert (await m.control.worker(task).verify()).is_good
+        assert m.stats["pages_dropped"] > 0
+
+
+async def test_all_tasks_gone(criu: Criu, room: Path) -> None:
+    async with migrate(criu, SPEC, room, rate=SLOW) as m:
+        await m.restored.finished()
+        m.restored.kill()
+        await m.ends_well()
+        assert "gone" in m.log
+
+
+async def test_nobody_listens_at_the_source(criu: Criu, room: Path) -> None:
+    async with migrate(criu, SPEC, room, daemon_extra=["--port", "1"]) as m:
+        assert (await m.daemon.wait()).code == 1
+        assert (await m.restored.job.wait()).code != 0
+        assert "127.0.0.1:1" in last_error(m)
+        # The source never saw anybody; it waits on, frozen, for a daemon that comes.
+        assert m.dump.job.is_running
