@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import images_writer as w
@@ -116,6 +116,7 @@ def layouts(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[tuple[int, int
     return areas, runs
 
 
+@settings(deadline=None)
 @given(layout=layouts())
 def test_against_a_model_of_single_pages(
     layout: tuple[list[tuple[int, int]], list[tuple[int, int, int]]],

@@ -48,6 +48,7 @@ def runs(draw: st.DrawFn) -> list[w.Run]:
     return out
 
 
+@settings(deadline=None)
 @given(runs=runs(), style=st.sampled_from(["old", "new"]), batch=st.integers(1, 5))
 def test_round_trip(
     runs: list[w.Run], style: str, batch: int, tmp_path_factory: pytest.TempPathFactory
@@ -130,6 +131,7 @@ def test_refusal_names_the_entry(
     assert caught.value.offset == record_offset(bodies, before + 1)
 
 
+@settings(deadline=None, max_examples=400)
 @given(
     bodies=st.lists(
         st.lists(
@@ -142,7 +144,6 @@ def test_refusal_names_the_entry(
         max_size=4,
     )
 )
-@settings(max_examples=400)
 def test_quick_and_careful_ways_agree(
     bodies: list[list[tuple[int, int]]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -161,6 +162,7 @@ def test_quick_and_careful_ways_agree(
             )
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=60), cut=st.booleans())
 def test_any_bytes_give_a_pagemap_or_an_image_error(
     data: bytes, cut: bool, tmp_path_factory: pytest.TempPathFactory
