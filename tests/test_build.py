@@ -66,12 +66,12 @@ def test_elsewhere_than_on_linux_the_wheel_is_pure(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "criupy/py.typed" in names
-    assert [name for name in names if Path(name).suffix in {".so", ".c", ".h"} or "workload" in Path(name).stem] == [
-        name for name in names if name.startswith("criupy/testing/workload") and name.endswith(".py")
-    ]
+    built = {".so", ".c", ".h", ""}  # a program has no suffix
+    assert [name for name in names if Path(name).suffix in built and ".dist-info/" not in name] == []
     # A wheel is importable as it is: the package root needs neither the native part nor an install.
     script = f"import sys; sys.path.insert(0, {str(wheel)!r}); import criupy; print(criupy.__file__)"
-    answer = subprocess.run([sys.executable, "-I", "-S", "-c", script], check=True, capture_output=True, text=True)
+    python = [sys.executable, "-I", "-S", "-c", script]
+    answer = subprocess.run(python, check=True, capture_output=True, text=True)
     assert answer.stdout.startswith(str(wheel))
 
 

@@ -92,7 +92,7 @@ class State(enum.Enum):
 
 
 # One byte is wanted in FINISHED to notice the end, or what should not be there.
-_BYTES: Final = {State.PID: 4, State.UFFD: 1, State.FINISHED: 1, State.CLOSED: 0, State.FAILED: 0}
+_BYTES: Final = {State.PID: 4, State.UFFD: 1, State.FINISHED: 1, State.CLOSED: 0}
 
 
 class RestoreSocketDecoder(Generic[D]):
@@ -115,7 +115,7 @@ class RestoreSocketDecoder(Generic[D]):
     @property
     def bytes_wanted(self) -> int:
         """Size in bytes of the next recvmsg; 0 when next_event is to be called first, or never again."""
-        if self._eof:
+        if self._eof or self._state is State.FAILED:
             return 0
         return _BYTES[self._state] - len(self._buffer)
 
