@@ -21,6 +21,7 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +101,7 @@ class LazyPages:
     def statistics(self) -> Statistics:
         """Return the counters as of now (or as of the end)."""
         if self._pager is not None:
-            self._last = Statistics.from_pager(self._pager.snapshot(), self._state)
+            self._last = Statistics.from_pager(self._pager.snapshot(), self._state, time.monotonic_ns())
         return self._last
 
     def stop(self) -> None:

@@ -1,0 +1,1 @@
+import criupy.lazy_pages._cli
