@@ -30,9 +30,11 @@ unit: build
 	@$(PYTHON3) -m pytest -m "not criu and not slow" $(ARGS)
 
 lint: build
-	$(PYTHON3) -m ruff check
-	$(PYTHON3) -m ruff format --check
-	$(PYTHON3) -m mypy
+	@failed=; \
+	for check in "ruff check" "ruff format --check" mypy; do \
+		echo "$$check"; $(PYTHON3) -m $$check || failed="$$failed '$$check'"; \
+	done; \
+	[ -z "$$failed" ] || { echo "lint: failed:$$failed" >&2; exit 1; }
 
 format: build
 	$(PYTHON3) -m ruff format
