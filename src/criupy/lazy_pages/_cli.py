@@ -1,42 +1,127 @@
-import sys,json,argparse,trio,os,logging,time,resource
-ap=argparse.ArgumentParser()
-ap.add_argument("--no-default-config",action="store_true")
-ap.add_argument("-D"); ap.add_argument("-W"); ap.add_argument("-o"); ap.add_argument("-v4",action="store_true")
-ap.add_argument("--page-server",action="store_true"); ap.add_argument("--address"); ap.add_argument("--port",type=int); ap.add_argument("--status-fd",type=int)
-ap.add_argument("--display-stats",action="store_true")
-ap.add_argument("--on-failure",default="poison"); ap.add_argument("--stats-file"); ap.add_argument("--stop-timeout",type=float,default=30); ap.add_argument("--link-timeout",type=float,default=30)
-a=ap.parse_args()
-logging.addLevelName(40,'Error')
-logging.basicConfig(filename=os.path.join(a.W or a.D,a.o) if a.o else None,level=10,format="%(relativeCreated)d %(levelname)s (x.py:1) %(message)s")
-from pathlib import Path
-from criupy.lazy_pages._daemon_linux import *
-async def main():
-    c=Config(images_dir=Path(a.D),page_server=(a.address,a.port) if a.page_server else None,on_failure=a.on_failure,stop_timeout=a.stop_timeout,link_timeout=a.link_timeout)
-    import signal
-    async with trio.open_nursery() as n:
-        async with open_lazy_pages(c,work_dir=a.W) as d:
-            async def sigs():
-                with trio.open_signal_receiver(signal.SIGTERM) as r:
-                    async for _ in r: d.stop()
-            n.start_soon(sigs)
-            if a.status_fd is not None: os.write(a.status_fd,b"\0"); os.close(a.status_fd)
-            await d.wait()
-        n.cancel_scope.cancel()
-    s=d._last.raw
-    if a.stats_file:
-        open(os.path.join(a.W,a.stats_file),"w").write(json.dumps(dict(pages_missing=s.pages_missing,pages_total=s.pages_total,pages_demand=s.pages_demand,pages_dropped=s.pages_dropped,events=dict(fork=s.nr_events_fork,remap=s.nr_events_remap,remove=s.nr_events_remove,unmap=s.nr_events_unmap))))
-    ms=(s.drained_ns-s.finished_ns)/1e6
-    def pct(p):
-        tot=sum(s.latency); acc=0
-        for i,x in enumerate(s.latency):
-            acc+=x
-            if acc>=tot*p: 
-                return i if i<16 else ((16+i%16)<<(i//16+3-4))
-    logging.info(f"drain {ms:.1f} ms pages {s.pages_received} demand {s.pages_demand} bg {s.pages_background} faults {s.nr_faults} req {s.nr_requests} dreq {s.nr_demand_requests} again {s.nr_again} rtt {s.rtt_ns} win {s.window_pages} p50 {pct(.5)} p99 {pct(.99)} max {s.latency_max_ns} sum {s.latency_sum_ns/1e6:.1f}ms cpu {time.process_time():.2f} rss {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss>>10}")
+"""The command criupy-lazy-pages."""
 
-def run():
-    try: trio.run(main)
-    except* Exception as e:
-        while isinstance(e,ExceptionGroup): e=e.exceptions[0]
-        logging.error("%s",e,exc_info=e if "-x" in sys.argv else None); sys.exit(1)
-run()
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from criupy.errors import CriupyError, LazyPagesError
+from criupy.lazy_pages._log import open_log
+from criupy.lazy_pages._options import Answer, LazyPagesOptions, UsageError, parse
+
+if TYPE_CHECKING:
+    import socket
+
+    from criupy.lazy_pages._daemon_linux import LazyPages
+    from criupy.lazy_pages._statistics import Statistics
+
+__all__ = ["main"]
+
+log = logging.getLogger("criupy.lazy_pages")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0 when the restore was served."""
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        print(f"criupy-lazy-pages: {error}", file=sys.stderr)
+        return 1
+    if isinstance(options, Answer):
+        print(options.text)
+        return 0
+    try:
+        return _run(options)
+    except CriupyError as error:
+        _say(error)
+        return 1
+
+
+def _say(error: CriupyError) -> None:
+    if logging.getLogger("criupy").handlers:
+        log.error("%s", error)
+    else:
+        print(f"criupy-lazy-pages: {error}", file=sys.stderr)
+
+
+def _run(options: LazyPagesOptions) -> int:
+    # The order is CRIU's: images, work dir, log, socket, background, status, pidfile.
+    from criupy.lazy_pages._process_linux import (
+        bind_restore_socket,
+        daemonize,
+        lower_oom_score,
+        raise_descriptor_limit,
+        status_ready,
+        write_pidfile,
+    )
+
+    if not options.images_dir.is_dir():
+        raise LazyPagesError(f"images dir {options.images_dir}: no such directory; see --images-dir")
+    if not options.work_dir.is_dir():
+        raise LazyPagesError(f"work dir {options.work_dir}: no such directory; see --work-dir")
+    open_log(options.verbosity, options.log_file, options.work_dir)
+    for warning in options.warnings:
+        log.warning("%s", warning)
+    for fd in options.close_fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    listener = bind_restore_socket(options.work_dir)
+    if options.daemon:
+        child = daemonize()
+        if child:
+            if options.pidfile is not None:
+                try:
+                    write_pidfile(options.work_dir / options.pidfile, child)
+                except LazyPagesError:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    raise
+            return 0
+    elif options.pidfile is not None:
+        write_pidfile(options.work_dir / options.pidfile, os.getpid())
+    log.debug("oom_score_adj %d, RLIMIT_NOFILE %d", lower_oom_score(), raise_descriptor_limit())
+    if options.status_fd is not None:
+        status_ready(options.status_fd)
+    # trio comes after the fork, and after whoever waits for the socket has been told.
+    import trio
+
+    return trio.run(_serve, options, listener)
+
+
+async def _serve(options: LazyPagesOptions, listener: socket.socket) -> int:
+    import trio
+
+    from criupy.lazy_pages._daemon_linux import Config, open_lazy_pages
+    from criupy.lazy_pages._progress import show_progress
+
+    config = Config(
+        images_dir=options.images_dir,
+        page_server=options.page_server,
+        ps_socket=options.ps_socket,
+        frame_size=options.frame_size,
+        connect_timeout=options.connect_timeout,
+        link_timeout=options.link_timeout,
+        stop_timeout=options.stop_timeout,
+        on_failure=options.on_failure,
+    )
+    status = 0
+    async with trio.open_nursery() as nursery, open_lazy_pages(
+        config, work_dir=options.work_dir, listener=listener
+    ) as daemon:
+        nursery.start_soon(_stop_on_signal, daemon)
+        await show_progress(daemon, options)
+        try:
+            statistics = await daemon.wait()
+        except LazyPagesError as error:
+            status = 1
+            log.error("%s", error)
+            statistics = daemon.statistics()
+        nursery.cancel_scope.cancel()
+    return status
