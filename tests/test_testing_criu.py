@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import trio
 from criupy.testing.control_linux import Command, Control
 from criupy.testing.criu_linux import (
     Criu,
-    CriuJobFailed,
+    CriuJobError,
     dump,
     lazy_dump,
     lazy_pages_daemon,
@@ -24,6 +25,10 @@ from criupy.testing.workload_linux import start_workload
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program")]
 
 MIB = 1 << 20
+
+
+def is_there(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 async def all_good(control: Control, tasks: int) -> None:
@@ -126,7 +131,7 @@ async def test_restored_and_source_answer_in_different_files(criu: Criu, room: P
 
 
 async def test_failure_names_the_log_and_its_errors(criu: Criu, room: Path) -> None:
-    with pytest.raises(CriuJobFailed, match=r"dump ended with exit status 1, not 0: .*Error .*dump\.log"):
+    with pytest.raises(CriuJobError, match=r"dump ended with exit status 1, not 0: .*Error .*dump\.log"):
         await dump(criu, 4_000_000, room / "images")
 
 
@@ -143,9 +148,9 @@ async def test_nothing_is_left_when_a_migration_is_cancelled(criu: Criu, room: P
             ):
                 jobs = [pages.job, daemon, restored.job]
                 scope.cancel()
-                await trio.sleep_forever()
+                await trio.sleep(math.inf)
     assert scope.cancelled_caught
     assert len(jobs) == 3
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in pids if is_there(pid)]
     assert all(job.kept._process.returncode is not None for job in jobs)
     assert pages.job.kept.ended[pages.job.kept.pid].signal == 9

@@ -19,7 +19,7 @@ import trio
 
 from criupy.errors import CriupyError
 
-__all__ = ["Ended", "Kept", "KeeperError", "keep"]
+__all__ = ["Ended", "KeeperError", "Kept", "keep"]
 
 _GRACE = 20.0  # seconds for a keeper to end what it keeps
 
@@ -65,6 +65,7 @@ class Kept:
 
     @property
     def pid(self) -> int:
+        """The command."""
         assert self._pid is not None
         return self._pid
 
@@ -91,6 +92,7 @@ class Kept:
         return text[text.rindex(")") + 2]
 
     def is_alive(self, pid: int) -> bool:
+        """Tell whether a process runs, or is frozen; a zombie does not."""
         return pid not in self.ended and self.state(pid) not in (None, "Z", "X")
 
     def host_pid(self, pid: int) -> int:
@@ -121,9 +123,11 @@ class Kept:
                 os.close(descriptor)
 
     def kill(self, pid: int | None = None) -> None:
+        """Send SIGKILL."""
         self.signal(signal.SIGKILL, pid)
 
     def terminate(self) -> None:
+        """Send SIGTERM to the command."""
         self.signal(signal.SIGTERM)
 
     async def _pump(self) -> bool:
@@ -162,7 +166,8 @@ class Kept:
                 if not await self._pump():
                     raise KeeperError(f"the keeper of {self.output.name} ended: {self._said()}")
 
-    async def _wait_started(self) -> None:
+    async def wait_started(self) -> None:
+        """Wait until the command has a pid."""
         while self._pid is None:
             if not await self._pump():
                 raise KeeperError(f"the keeper of {self.output.name} did not start: {self._said()}")
@@ -171,7 +176,7 @@ class Kept:
         lines = self.output.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 
-    async def _aclose(self) -> None:
+    async def aclose(self) -> None:
         """Close the keeper's standard input and see everything end."""
         assert self._process.stdin is not None
         await self._process.stdin.aclose()
@@ -185,7 +190,9 @@ class Kept:
             await self._process.wait()
         await self._report.aclose()
         if waiting.cancelled_caught:
-            raise KeeperError(f"processes under {self.output.name} did not end within {_GRACE:.0f} s of SIGKILL")
+            raise KeeperError(
+                f"processes under {self.output.name} did not end within {_GRACE:.0f} s of SIGKILL"
+            )
 
 
 @contextlib.asynccontextmanager
@@ -202,8 +209,8 @@ async def keep(
 ) -> AsyncIterator[Kept]:
     """Run a command under a keeper and end all of it on leaving.
 
-    `keeper` is the criupy-workload program. Standard output and error go to the file `output`, standard input is
-    /dev/null. `binds` (target to source) puts files over others inside the `namespace`.
+    `keeper` is the criupy-workload program. Standard output and error go to the file `output`, standard
+    input is /dev/null. `binds` (target to source) puts files over others inside the `namespace`.
     """
     reading, writing = os.pipe2(os.O_CLOEXEC)
     report = trio.lowlevel.FdStream(reading)
@@ -224,14 +231,14 @@ async def keep(
                 env=env,
             )
     except BaseException:
-        report.close()
+        await trio.aclose_forcefully(report)
         raise
     finally:
         os.close(writing)
     kept = Kept(process, report, output, namespace=namespace)
     try:
-        await kept._wait_started()
+        await kept.wait_started()
         yield kept
     finally:
         with trio.CancelScope(shield=True):
-            await kept._aclose()
+            await kept.aclose()

@@ -20,15 +20,26 @@ import trio
 
 from criupy.errors import CriupyError
 
-__all__ = ["Command", "Control", "Gate", "Order", "RestorerState", "Result", "Touch", "Worker", "WorkloadError"]
+__all__ = [
+    "Command",
+    "Control",
+    "Gate",
+    "Order",
+    "RestorerState",
+    "Result",
+    "Touch",
+    "Worker",
+    "WorkloadError",
+]
 
 CONTROL_MAGIC: Final = 0x5957_5243
 CONTROL_VERSION: Final = 1
 ERROR_SIZE: Final = 160
 HISTOGRAM_SIZE: Final = 256
+STALL_NS: Final = 2000
 CONTROL_SIZE: Final = 256
 SLOT_SIZE: Final = 2440
-RESULT_SIZE: Final = 136
+RESULT_SIZE: Final = 128
 
 CONTROL_OFFSETS: Final = {
     "magic": 0,
@@ -61,6 +72,7 @@ SLOT_OFFSETS: Final = {
     "pid": 84,
     "heartbeat": 88,
     "result": 96,
+    "nr_samples": 224,
     "histogram": 232,
     "error": 2280,
 }
@@ -149,7 +161,6 @@ class Result:
     stalls: int
     stall_ns: int
     max_ns: int
-    nr_samples: int
     started_ns: int
     ended_ns: int
 
@@ -160,10 +171,17 @@ class Result:
 
     @property
     def seconds(self) -> float:
+        """How long the command took."""
         return (self.ended_ns - self.started_ns) / 1e9
 
 
 _RESULT = struct.Struct(f"@{len(fields(Result))}Q")
+
+
+def bucket_start(bucket: int) -> int:
+    """Return the lowest latency in ns that a bucket of a histogram counts."""
+    octave, quarter = divmod(bucket, 4)
+    return bucket if bucket < 8 else (4 + quarter) << (octave - 2)
 
 
 class Control:
@@ -185,6 +203,7 @@ class Control:
             raise WorkloadError(f"{path}: not a control file of this version of criupy-workload")
 
     def close(self) -> None:
+        """Unmap the file."""
         self._map.close()
 
     def copy(self, path: Path, gone: Callable[[int], str | None] | None = None) -> Control:
@@ -194,28 +213,32 @@ class Control:
         """
         # CRIU compares the mode of a mapped file with that at the dump
         mode = stat.S_IMODE(self.path.stat().st_mode)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-        with open(descriptor, "wb") as file:
-            file.write(self._map)
+        path.touch()
+        path.chmod(mode)
+        path.write_bytes(self._map)
         return Control(path, gone)
 
     def get(self, name: str) -> int:
-        return self._load(CONTROL_OFFSETS[name], wide=name in _WIDE)
+        """Read a number of the header."""
+        return self.load(CONTROL_OFFSETS[name], wide=name in _WIDE)
 
     @property
     def error(self) -> str:
-        return self._text(CONTROL_OFFSETS["error"])
+        """Why the workload could not start."""
+        return self.text(CONTROL_OFFSETS["error"])
 
     @property
     def gate(self) -> Gate:
+        """What the stand-in restorer is to do."""
         return Gate(self.get("gate"))
 
     @gate.setter
     def gate(self, value: Gate) -> None:
-        self._store(CONTROL_OFFSETS["gate"], value)
+        self.store(CONTROL_OFFSETS["gate"], value)
 
     @property
     def restorer_state(self) -> RestorerState:
+        """How far the stand-in restorer is."""
         return RestorerState(self.get("restorer_state"))
 
     def worker(self, task: int = 0, thread: int = 0) -> Worker:
@@ -230,18 +253,28 @@ class Control:
             raise ValueError(f"no child {index}: the workload was started with {self.get('nr_children')}")
         return Worker(self, self.get("nr_tasks") * self.get("nr_threads") + index)
 
-    def _load(self, offset: int, *, wide: bool = False) -> int:
+    def load(self, offset: int, *, wide: bool = False) -> int:
+        """Read the number of 4 or, when `wide`, 8 bytes at an offset."""
         # native mode ("@") copies a whole word at once; "=" would go byte by byte and could be seen half done
         value: int
         (value,) = struct.unpack_from("@Q" if wide else "@I", self._map, offset)
         return value
 
-    def _store(self, offset: int, value: int) -> None:
+    def store(self, offset: int, value: int) -> None:
+        """Write a number of 4 bytes."""
         struct.pack_into("@I", self._map, offset, value)
 
-    def _text(self, offset: int) -> str:
-        raw = self._map[offset : offset + ERROR_SIZE]
-        return raw.split(b"\0", 1)[0].decode(errors="replace")
+    def text(self, offset: int) -> str:
+        """Read an error text."""
+        return self.read(offset, ERROR_SIZE).split(b"\0", 1)[0].decode(errors="replace")
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read bytes."""
+        return self._map[offset : offset + length]
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write bytes, in no particular order."""
+        self._map[offset : offset + len(data)] = data
 
 
 _WIDE = frozenset({"slots_offset", "slot_size", "samples_offset", "file_size", "uffd_features"})
@@ -260,7 +293,7 @@ class Worker:
         self._base = control.get("slots_offset") + index * control.get("slot_size")
 
     def _get(self, name: str) -> int:
-        return self._control._load(self._base + SLOT_OFFSETS[name])
+        return self._control.load(self._base + SLOT_OFFSETS[name])
 
     @property
     def slot(self) -> int:
@@ -275,32 +308,34 @@ class Worker:
     @property
     def heartbeat(self) -> int:
         """A count that grows while the process runs."""
-        return self._control._load(self._base + SLOT_OFFSETS["heartbeat"], wide=True)
+        return self._control.load(self._base + SLOT_OFFSETS["heartbeat"], wide=True)
 
     @property
     def is_idle(self) -> bool:
+        """Whether it has done all it was told."""
         return self._get("issued") == self._get("finished")
 
     @property
     def result(self) -> Result:
         """What the last command found, or the current one so far."""
-        return Result(*_RESULT.unpack_from(self._control._map, self._base + SLOT_OFFSETS["result"]))
+        return Result(*_RESULT.unpack(self._control.read(self._base + SLOT_OFFSETS["result"], RESULT_SIZE)))
 
     @property
     def samples(self) -> array[int]:
         """Nanoseconds of the touches of the last `touch`, as far as there was room for them."""
         room = self._control.get("nr_samples")
         start = self._control.get("samples_offset") + self._index * room * 4
+        count = self._control.load(self._base + SLOT_OFFSETS["nr_samples"], wide=True)
         found = array("I")
-        found.frombytes(self._control._map[start : start + self.result.nr_samples * 4])
+        found.frombytes(self._control.read(start, count * 4))
         return found
 
     @property
     def histogram(self) -> array[int]:
-        """Counts of touches in four buckets an octave: bucket 4k+j is from (4+j)/4 * 2**k ns."""
+        """Counts of touches in four buckets an octave; `bucket_start` says where each begins."""
         start = self._base + SLOT_OFFSETS["histogram"]
         found = array("Q")
-        found.frombytes(self._control._map[start : start + HISTOGRAM_SIZE * 8])
+        found.frombytes(self._control.read(start, HISTOGRAM_SIZE * 8))
         return found
 
     def issue(self, command: Command, *arguments: int) -> None:
@@ -309,14 +344,14 @@ class Worker:
             raise WorkloadError(f"worker {self._index} is still busy with its last command")
         control, base = self._control, self._base
         padded = [*arguments, *(0 for _ in range(8 - len(arguments)))]
-        struct.pack_into("@8Q", control._map, base + SLOT_OFFSETS["arg"], *padded)
-        control._store(base + SLOT_OFFSETS["stop"], 0)
-        control._store(base + SLOT_OFFSETS["command"], command)
-        control._store(base + SLOT_OFFSETS["issued"], (self._get("issued") + 1) & 0xFFFF_FFFF)
+        control.write(base + SLOT_OFFSETS["arg"], struct.pack("@8Q", *padded))
+        control.store(base + SLOT_OFFSETS["stop"], 0)
+        control.store(base + SLOT_OFFSETS["command"], command)
+        control.store(base + SLOT_OFFSETS["issued"], (self._get("issued") + 1) & 0xFFFF_FFFF)
 
     def stop(self) -> None:
         """Ask a `touch` to end."""
-        self._control._store(self._base + SLOT_OFFSETS["stop"], 1)
+        self._control.store(self._base + SLOT_OFFSETS["stop"], 1)
 
     async def wait(self) -> Result:
         """Wait for the command given last and return what it found.
@@ -331,14 +366,15 @@ class Worker:
             if reason and not self.is_idle:
                 raise WorkloadError(f"worker {self._index} cannot answer: {reason}")
         status: int
-        (status,) = struct.unpack_from("@i", self._control._map, self._base + SLOT_OFFSETS["status"])
+        (status,) = struct.unpack("@i", self._control.read(self._base + SLOT_OFFSETS["status"], 4))
         if status < 0:
-            text = self._control._text(self._base + SLOT_OFFSETS["error"])
+            text = self._control.text(self._base + SLOT_OFFSETS["error"])
             name = Command(self._get("command")).name.lower()
             raise WorkloadError(f"worker {self._index}, {name}: {text or os.strerror(-status)}")
         return self.result
 
     async def run(self, command: Command, *arguments: int) -> Result:
+        """Give a command and wait for what it finds."""
         self.issue(command, *arguments)
         return await self.wait()
 
@@ -355,7 +391,7 @@ class Worker:
         count: int = 0,
         seed: int = 1,
         pause_ns: int = 0,
-        flags: Touch = Touch(0),
+        flags: Touch | int = 0,
         duration_ns: int = 0,
     ) -> None:
         """Touch pages and time each touch, without waiting for the end.
@@ -364,7 +400,9 @@ class Worker:
         """
         self.issue(Command.TOUCH, order, first, nr, count, seed, pause_ns, flags, duration_ns)
 
-    async def touch(self, order: Order = Order.RANDOM, *, first: int = 0, nr: int = 0, count: int = 0) -> Result:
+    async def touch(
+        self, order: Order = Order.RANDOM, *, first: int = 0, nr: int = 0, count: int = 0
+    ) -> Result:
         """Touch pages and time each touch."""
         self.start_touching(order, first=first, nr=nr, count=count)
         return await self.wait()
@@ -382,11 +420,11 @@ class Worker:
         return (await self.run(Command.RESIDENT, first, nr)).value
 
     async def discard(self, first: int, nr: int) -> Result:
-        """madvise(MADV_DONTNEED): the pages are to read as zeros from now on."""
+        """Discard pages with MADV_DONTNEED: they are to read as zeros from now on."""
         return await self.run(Command.DISCARD, first, nr)
 
     async def move(self, first: int, nr: int, address: int) -> Result:
-        """mremap to a fixed new place."""
+        """Move pages to a fixed new place with mremap."""
         return await self.run(Command.MOVE, first, nr, address)
 
     async def unmap(self, first: int, nr: int) -> Result:
@@ -394,7 +432,7 @@ class Worker:
         return await self.run(Command.UNMAP, first, nr)
 
     async def protect(self, first: int, nr: int, *, step: int = 1, writable: bool = False) -> Result:
-        """mprotect every second `step` pages, which splits or joins the kernel's VMAs."""
+        """Protect every second `step` pages, which splits or joins the kernel's VMAs."""
         return await self.run(Command.PROTECT, first, nr, step, int(writable))
 
     async def fork(self, child: Worker) -> int:
@@ -415,6 +453,4 @@ class Worker:
 
     async def exit(self, status: int = 0) -> None:
         """End the process with an exit status."""
-        self.issue(Command.EXIT, status)
-        while not self.is_idle:
-            await trio.sleep(_POLL_SHORT)
+        await self.run(Command.EXIT, status)

@@ -23,7 +23,7 @@ from criupy.testing.workload_linux import find_workload
 __all__ = [
     "Criu",
     "CriuJob",
-    "CriuJobFailed",
+    "CriuJobError",
     "Restored",
     "dump",
     "find_criu",
@@ -42,7 +42,7 @@ _ERROR_LINE = re.compile(r"Error \(")
 _HARMLESS = "RLIMIT_NOFILE"
 
 
-class CriuJobFailed(CriupyError):
+class CriuJobError(CriupyError):
     """A process of a migration ended otherwise than it should; its log's errors are in the message."""
 
 
@@ -117,10 +117,12 @@ class CriuJob:
     log: Path
 
     async def wait(self) -> Ended:
+        """Wait until it has ended."""
         return await self.kept.wait()
 
     @property
     def is_running(self) -> bool:
+        """Whether it has not ended yet."""
         return self.kept.is_alive(self.kept.pid)
 
     def errors(self) -> tuple[str, ...]:
@@ -129,12 +131,13 @@ class CriuJob:
         found = [line for line in lines if _ERROR_LINE.search(line) and _HARMLESS not in line]
         return tuple(found or self.kept.output.read_text(errors="replace").splitlines()[-3:])
 
-    def failure(self, ended: Ended, expected: str) -> CriuJobFailed:
+    def failure(self, ended: Ended, expected: str) -> CriuJobError:
+        """Make the error that says how it ended and what its log says."""
         said = "; ".join(self.errors()[-4:]) or "it said nothing"
-        return CriuJobFailed(f"{self.name} ended with {ended}, not {expected}: {said} ({self.log})")
+        return CriuJobError(f"{self.name} ended with {ended}, not {expected}: {said} ({self.log})")
 
     async def succeed(self) -> Ended:
-        """Wait for the end; raise CriuJobFailed unless it is exit status 0."""
+        """Wait for the end; raise CriuJobError unless it is exit status 0."""
         ended = await self.wait()
         if ended.code != 0:
             raise self.failure(ended, "0")
@@ -189,7 +192,7 @@ async def dump(
     criu: Criu, pid: int, images_dir: Path, *, leave_running: bool = False, extra: Iterable[str] = ()
 ) -> None:
     """Dump a tree fully; it is gone afterwards unless `leave_running`."""
-    images_dir.mkdir(parents=True, exist_ok=True)
+    await trio.Path(images_dir).mkdir(parents=True, exist_ok=True)
     words = [criu.path, "dump", "-t", str(pid), *_common(images_dir, images_dir, "dump.log")]
     words += ["--network-lock", "skip", *(["--leave-running"] if leave_running else []), *extra]
     async with _start("dump", words, images_dir, log=images_dir / "dump.log", ready=False) as job:
@@ -214,7 +217,7 @@ async def lazy_dump(
 
     When criu still runs on leaving it is killed, and the tree resumes.
     """
-    images_dir.mkdir(parents=True, exist_ok=True)
+    await trio.Path(images_dir).mkdir(parents=True, exist_ok=True)
     port = free_port()
     words = [criu.path, "dump", "-t", str(pid), *_common(images_dir, images_dir, "dump.log")]
     words += ["--lazy-pages", "--address", ADDRESS, "--port", str(port), "--network-lock", "skip", *extra]
@@ -272,7 +275,7 @@ class Restored:
     root: int
 
     async def finished(self) -> Ended:
-        """Wait for criu restore, which detaches; raise CriuJobFailed unless it succeeded."""
+        """Wait for criu restore, which detaches; raise CriuJobError unless it succeeded."""
         return await self.job.succeed()
 
     async def task_ended(self, pid: int | None = None) -> Ended:
@@ -307,8 +310,8 @@ async def restore(
 ) -> AsyncIterator[Restored]:
     """Restore a tree whose first process is `root` into a new pid namespace.
 
-    `binds` (target to source) puts files over others there: a copy of the control file, say. With `lazy` the daemon's
-    socket must be in `work_dir`. The body starts while criu may still be restoring.
+    `binds` (target to source) puts files over others there: a copy of the control file, say. With `lazy`
+    the daemon's socket must be in `work_dir`. The body starts while criu may still be restoring.
     """
     words = [criu.path, "restore", "-d", *_common(images_dir, work_dir, "restore.log")]
     words += [*(["--lazy-pages"] if lazy else []), *extra]

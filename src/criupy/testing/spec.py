@@ -34,7 +34,7 @@ def _mix(x: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _task_key(seed: int, task: int, generation: int) -> int:
-    return _mix((seed + (task << 32 | generation)) & _MASK)
+    return _mix((_mix(seed) + (task << 32 | generation)) & _MASK)
 
 
 def page_bytes(seed: int, task: int, page: int, generation: int = 0) -> bytes:
@@ -56,6 +56,7 @@ class Area:
 
     @property
     def end(self) -> int:
+        """The first address behind it."""
         return self.start + self.nr_pages * PAGE
 
 
@@ -120,6 +121,7 @@ class WorkloadSpec:
 
     @property
     def reserve_pages(self) -> int:
+        """Count the pages of the reserve."""
         return self.reserve // PAGE
 
     def task_areas(self) -> tuple[Area, ...]:

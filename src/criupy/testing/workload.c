@@ -76,6 +76,7 @@ static int print_layout(void)
 	FIELD(slot, pid);
 	FIELD(slot, heartbeat);
 	FIELD(slot, result);
+	FIELD(slot, nr_samples);
 	FIELD(slot, histogram);
 	FIELD(slot, error);
 	FIELD(result, checked);
@@ -92,7 +93,6 @@ static int print_layout(void)
 	FIELD(result, stalls);
 	FIELD(result, stall_ns);
 	FIELD(result, max_ns);
-	FIELD(result, nr_samples);
 	FIELD(result, started_ns);
 	FIELD(result, ended_ns);
 #undef FIELD
@@ -159,10 +159,21 @@ static _Noreturn void task_main(struct control *control, const struct options *o
 	struct model *model = calloc(1, sizeof(*model));
 	struct worker *worker = NULL;
 	pthread_t thread;
+	pid_t zombie = -1;
 	int ret = model ? 0 : -ENOMEM;
 
 	if (ret)
 		goto fail;
+	/* before anything is registered: the fork would wait for a daemon to read of it */
+	if (options->zombie && !task) {
+		zombie = fork();
+		if (!zombie)
+			_exit(ZOMBIE_STATUS);
+		if (zombie < 0) {
+			ret = -errno;
+			goto fail;
+		}
+	}
 	model_init(model, options, task);
 	ret = model_map(model);
 	if (ret)
@@ -183,16 +194,12 @@ static _Noreturn void task_main(struct control *control, const struct options *o
 			ret = -ENOMEM;
 			goto fail;
 		}
+		worker->zombie = zombie;
 		if (i) {
 			ret = -pthread_create(&thread, NULL, thread_main, worker);
 			if (ret)
 				goto fail;
 		}
-	}
-	if (options->zombie && !task) {
-		worker->zombie = fork();
-		if (!worker->zombie)
-			_exit(ZOMBIE_STATUS);
 	}
 	worker_run(worker);
 fail:

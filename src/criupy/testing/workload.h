@@ -85,7 +85,6 @@ struct result {
 	uint64_t stalls; /* touches above STALL_NS, and their sum */
 	uint64_t stall_ns;
 	uint64_t max_ns;
-	uint64_t nr_samples;
 	uint64_t started_ns; /* CLOCK_MONOTONIC */
 	uint64_t ended_ns;
 };
@@ -101,6 +100,7 @@ struct slot {
 	int32_t pid;
 	_Atomic uint64_t heartbeat;
 	struct result result;
+	uint64_t nr_samples; /* of the last touch command, like the histogram */
 	uint64_t histogram[HISTOGRAM_SIZE];
 	char error[ERROR_SIZE];
 };

@@ -177,8 +177,8 @@ static void record(struct worker *worker, uint64_t ns)
 	if (ns > result->max_ns)
 		result->max_ns = ns;
 	worker->slot->histogram[bucket(ns)]++;
-	if (result->nr_samples < worker->control->nr_samples)
-		worker->samples[result->nr_samples++] = ns > UINT32_MAX ? UINT32_MAX : (uint32_t)ns;
+	if (worker->slot->nr_samples < worker->control->nr_samples)
+		worker->samples[worker->slot->nr_samples++] = ns > UINT32_MAX ? UINT32_MAX : (uint32_t)ns;
 }
 
 /*
@@ -198,6 +198,7 @@ int touch_range(struct worker *worker, const uint64_t arg[8])
 	while (bits < 63 && 1ull << bits < nr)
 		bits++;
 	memset(slot->histogram, 0, sizeof(slot->histogram));
+	slot->nr_samples = 0;
 	for (uint64_t turn = 0, made = 0; made < touches || (flags & TOUCH_UNTIL_STOPPED); turn++) {
 		uint64_t place = turn, ns = 0;
 

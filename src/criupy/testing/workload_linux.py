@@ -6,7 +6,7 @@ import contextlib
 import os
 import struct
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import trio
@@ -22,6 +22,7 @@ from criupy.testing.control_linux import (
     WorkloadError,
 )
 from criupy.testing.spec import WorkloadSpec
+from criupy.testing.wait import until
 
 __all__ = ["Standin", "Workload", "find_workload", "start_standin", "start_workload"]
 
@@ -33,7 +34,9 @@ def find_workload() -> Path:
     named = os.environ.get("CRIUPY_WORKLOAD")
     program = Path(named) if named else Path(__file__).with_name("criupy-workload")
     if not os.access(program, os.X_OK):
-        origin = "CRIUPY_WORKLOAD names it" if named else "install criupy from its source on Linux to build it"
+        origin = (
+            "CRIUPY_WORKLOAD names it" if named else "install criupy from its source on Linux to build it"
+        )
         raise CriupyError(f"{program}: there is no such program ({origin})")
     return program
 
@@ -57,9 +60,11 @@ class Workload:
         return tuple(self.worker(task).pid for task in range(self.spec.tree))
 
     def worker(self, task: int = 0, thread: int = 0) -> Worker:
+        """Return the worker that is a thread of a task."""
         return self.control.worker(task, thread)
 
     def child(self, index: int = 0) -> Worker:
+        """Return the worker that a forked child becomes."""
         return self.control.child(index)
 
     async def wait(self) -> Ended:
@@ -76,16 +81,27 @@ class Workload:
             await trio.sleep(0.005)
         return False
 
-    def _gone(self, pid: int) -> str | None:
+    def gone(self, pid: int) -> str | None:
+        """Say why a process cannot answer, None while it can (for Control.gone)."""
         if self.kept.is_alive(pid):
             return None
         ended = self.kept.ended.get(pid)
         return f"process {pid} ended" + (f" with {ended}" if ended else "")
 
-    async def _wait_until_ready(self, workers: int) -> None:
-        while self.control.get("nr_ready") < workers:
-            self._check_start()
-            await trio.sleep(0.001)
+    async def wait_until_ready(self, workers: int) -> None:
+        """Wait until this many workers take commands."""
+        await self._until(lambda: self.control.get("nr_ready") >= workers)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition that a workload which failed to start can never meet."""
+
+        def met_or_failed() -> bool:
+            met = condition()
+            if not met:
+                self._check_start()
+            return met
+
+        await until(met_or_failed)
 
     def _check_start(self) -> None:
         if self.control.get("failed"):
@@ -100,15 +116,11 @@ class Standin(Workload):
 
     async def wait_registered(self) -> None:
         """Wait until every task has handed over its descriptor and registered its memory."""
-        while self.control.restorer_state < RestorerState.REGISTERED:
-            self._check_start()
-            await trio.sleep(0.001)
+        await self._until(lambda: self.control.restorer_state >= RestorerState.REGISTERED)
 
     async def wait_announced(self, tasks: int) -> None:
         """Wait until this many tasks have sent their descriptors."""
-        while self.control.get("nr_announced") < tasks:
-            self._check_start()
-            await trio.sleep(0.001)
+        await self._until(lambda: self.control.get("nr_announced") >= tasks)
 
     async def finish(self) -> None:
         """Send restore-finished and let the tasks run.
@@ -117,13 +129,14 @@ class Standin(Workload):
         """
         await self.wait_registered()
         self.control.gate = Gate.FINISH
-        while (state := self.control.restorer_state) == RestorerState.REGISTERED:
-            if not self.kept.is_alive(self.pid):
-                break
-            await trio.sleep(0.001)
+        await until(
+            lambda: (
+                self.control.restorer_state != RestorerState.REGISTERED or not self.kept.is_alive(self.pid)
+            )
+        )
         if (state := self.control.restorer_state) != RestorerState.FINISHED:
             raise WorkloadError(f"the restore did not finish: {state.name.lower()}")
-        await self._wait_until_ready(self.spec.tree * self.spec.threads)
+        await self.wait_until_ready(self.spec.tree * self.spec.threads)
 
     async def abandon(self) -> Ended:
         """End all tasks without restore-finished, as a failing restore does."""
@@ -142,6 +155,7 @@ class Standin(Workload):
 
     @property
     def is_user_mode_only(self) -> bool:
+        """Whether faults inside system calls give EFAULT instead of waiting for pages."""
         return bool(self.control.get("user_mode_only"))
 
 
@@ -167,13 +181,13 @@ async def start_workload(
     """
     program = program or find_workload()
     path = directory / "workload.control"
-    command = [program, f"--control={path}", *spec.arguments()]
+    command = [str(program), f"--control={path}", *spec.arguments()]
     async with keep(command, keeper=program, output=directory / "workload.out") as kept:
         control = await _open_control(path, kept)
         with contextlib.closing(control):
             workload = Workload(spec, kept, control)
-            control.gone = workload._gone
-            await workload._wait_until_ready(spec.tree * spec.threads)
+            control.gone = workload.gone
+            await workload.wait_until_ready(spec.tree * spec.threads)
             yield workload
 
 
@@ -190,25 +204,23 @@ async def start_standin(
     user_mode_only: bool = False,
     no_fork_event: bool = False,
     program: Path | None = None,
-    extra: Sequence[str] = (),
 ) -> AsyncIterator[Standin]:
     """Start a stand-in restore of images written for `spec`, connected to `socket`.
 
-    Task k announces itself as pid `pid_base` + k, and a zombie as the pid after the last task's; only the first
-    `announce` tasks do. Memory is registered `register_delay_us` after the descriptor was
-    sent; then `early` pages of each task are touched. Nothing runs before `finish`.
+    Task k announces itself as pid `pid_base` + k, and a zombie as the pid after the last task's; only the
+    first `announce` tasks do. Memory is registered `register_delay_us` after the descriptor was sent; then
+    `early` pages of each task are touched. Nothing runs before `finish`.
     """
     program = program or find_workload()
     path = directory / "standin.control"
-    command: list[str | os.PathLike[str]] = [
-        program,
+    command = [
+        str(program),
         f"--control={path}",
         *spec.arguments(),
         f"--restorer={socket}",
         f"--pid-base={pid_base}",
         f"--register-delay-us={register_delay_us}",
         f"--early={early}",
-        *extra,
     ]
     if announce is not None:
         command.append(f"--announce={announce}")
@@ -220,5 +232,5 @@ async def start_standin(
         control = await _open_control(path, kept)
         with contextlib.closing(control):
             standin = Standin(spec, kept, control)
-            control.gone = standin._gone
+            control.gone = standin.gone
             yield standin

@@ -25,7 +25,7 @@ static uint64_t mix(uint64_t x)
 
 static uint64_t pattern_key(const struct model *model, uint64_t page, uint32_t generation)
 {
-	return mix(mix(model->seed + ((uint64_t)model->task << 32 | generation)) + page);
+	return mix(mix(mix(model->seed) + ((uint64_t)model->task << 32 | generation)) + page);
 }
 
 uint64_t pattern_first(const struct model *model, uint64_t page, uint32_t generation)
