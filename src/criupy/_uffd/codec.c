@@ -32,16 +32,16 @@ static uint64_t get(const uint8_t *in, int bytes)
 
 int criupy_frame_encode(const struct criupy_frame *frame, uint8_t *out, size_t size)
 {
+	if (size != CRIUPY_FRAME_24 && size != CRIUPY_FRAME_32)
+		return -EINVAL;
+	if (size == CRIUPY_FRAME_24 && frame->nr_pages > UINT32_MAX)
+		return -EOVERFLOW;
 	put32(out, frame->cmd);
 	if (size == CRIUPY_FRAME_24) {
-		if (frame->nr_pages > UINT32_MAX)
-			return -EOVERFLOW;
 		put32(out + 4, (uint32_t)frame->nr_pages);
-	} else if (size == CRIUPY_FRAME_32) {
+	} else {
 		put32(out + 4, 0);
 		put64(out + 8, frame->nr_pages);
-	} else {
-		return -EINVAL;
 	}
 	put64(out + size - 16, frame->vaddr);
 	put64(out + size - 8, frame->dst_id);

@@ -152,9 +152,14 @@ int criupy_space_remap(struct criupy_space *space, uint64_t from, uint64_t to, u
 	if (from == to || !length)
 		return 0;
 	/* mremap onto a mapping unmaps it; the kernel tells of that first. Should
-	 * it not have, the pages that were there must not be looked for. */
+	 * it not have, the pages that were there must not be looked for: all of
+	 * the target but what is on its way out of it. */
 	if (to + length <= from || from + length <= to)
 		criupy_space_remove(space, to, length);
+	else if (to > from)
+		criupy_space_remove(space, from + length, to - from);
+	else
+		criupy_space_remove(space, to, from - to);
 	return translation_move(&space->translation, from, to, length);
 }
 
