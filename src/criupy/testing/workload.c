@@ -174,6 +174,13 @@ static _Noreturn void task_main(struct control *control, const struct options *o
 			goto fail;
 		}
 	}
+	/* CRIU leaves locked memory out of what it moves lazily. So a migration
+	 * that fails costs pages of the areas, where they are looked for, and not
+	 * the stack that looking needs. A restorer's own memory is never lazy. */
+	if (!options->restorer && mlockall(MCL_CURRENT | MCL_ONFAULT)) {
+		ret = -errno;
+		goto fail;
+	}
 	model_init(model, options, task);
 	ret = model_map(model);
 	if (ret)
