@@ -1,0 +1,1 @@
+"""The destination's daemon, in the place of ``criu lazy-pages``."""

@@ -1,0 +1,182 @@
+"""The command line of criupy-lazy-pages: what CRIU's takes, and a little more."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from criupy.lazy_pages._getopt import GetoptError, normalise, show
+from criupy.lazy_pages._parser import (
+    DEFAULT_VERBOSITY,
+    NO_SENSE,
+    OWN_OPTIONS,
+    PROGRAM,
+    REFUSED,
+    UsageError,
+    build_parser,
+    refused_dest,
+)
+
+__all__ = ["PROGRAM", "Answer", "LazyPagesOptions", "TlsNotYetError", "UsageError", "parse"]
+
+
+class TlsNotYetError(UsageError):
+    """TLS was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the command line only asked to print on standard output, with exit status 0."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LazyPagesOptions:
+    """A command line, understood.
+
+    Paths are as written: ``log_file`` (``-`` is standard output), ``pidfile``
+    and ``stats_file`` are relative to ``work_dir``, everything else to the
+    current directory. Timeouts are in seconds. ``frame_size`` None is what the
+    images tell. ``page_server`` is (host, port), ``ps_socket`` the descriptor
+    of a connected socket; with neither, pages come from the images.
+    ``warnings`` are lines to log before anything else.
+    """
+
+    images_dir: Path = Path()
+    work_dir: Path = Path()
+    log_file: str | None = None
+    verbosity: int = DEFAULT_VERBOSITY
+    daemon: bool = False
+    pidfile: Path | None = None
+    status_fd: int | None = None
+    page_server: tuple[str, int] | None = None
+    ps_socket: int | None = None
+    action_scripts: tuple[str, ...] = ()
+    close_fds: tuple[int, ...] = ()
+    unprivileged: bool = False
+    display_stats: bool = False
+    progress: Literal["auto", "plain", "json", "none"] = "auto"
+    stats_file: Path | None = None
+    connect_timeout: float = 10.0
+    link_timeout: float = 30.0
+    stop_timeout: float = 30.0
+    frame_size: Literal[24, 32] | None = None
+    on_failure: Literal["poison", "kill"] = "poison"
+    warnings: tuple[str, ...] = ()
+
+
+def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> LazyPagesOptions | Answer:
+    """Understand a command line, without the program's name.
+
+    Reads nothing and looks at no file. ``environ`` is only asked for what CRIU
+    would read from it. Raises UsageError with one line.
+    """
+    if any("\0" in word for word in argv):
+        raise UsageError("a word of the command line holds a NUL byte")
+    parser = build_parser()
+    # CRIU looks for these two words before it reads anything, wherever they stand.
+    if "-h" in argv or "--help" in argv:
+        return Answer(parser.format_help())
+    try:
+        words, rest = normalise(argv, OWN_OPTIONS)
+    except GetoptError as error:
+        raise UsageError(str(error)) from None
+    given = parser.parse_args(words)
+    if given.help:
+        return Answer(parser.format_help())
+    if given.version:
+        return Answer(f"{PROGRAM} {_version()}\n")
+    if rest and rest[0] != "lazy-pages":
+        raise UsageError(f"'{show(rest[0])}': the only command here is lazy-pages; see --help")
+    if len(rest) > 1:
+        raise UsageError(f"'{show(rest[1])}': nothing may follow but options; see --help")
+    return _understand(given, environ or {})
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("criupy")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> LazyPagesOptions:
+    for name, reason in REFUSED.items():
+        if getattr(given, refused_dest(name)):
+            raise UsageError(f"--{name} {reason}")
+    if given.restore_sibling and not given.daemon:
+        raise UsageError("--restore-sibling is for criu restore --restore-detached only")
+    page_server, ps_socket = _source(given)
+    return LazyPagesOptions(
+        images_dir=given.images_dir,
+        work_dir=given.work_dir or given.images_dir,
+        log_file=given.log_file,
+        verbosity=given.verbosity,
+        daemon=given.daemon,
+        pidfile=given.pidfile,
+        status_fd=given.status_fd,
+        page_server=page_server,
+        ps_socket=ps_socket,
+        action_scripts=tuple(given.action_script),
+        close_fds=tuple(given.close),
+        unprivileged=given.unprivileged,
+        display_stats=given.display_stats,
+        progress=given.progress,
+        stats_file=given.stats_file,
+        connect_timeout=given.connect_timeout,
+        link_timeout=given.link_timeout,
+        stop_timeout=given.stop_timeout,
+        frame_size={"auto": None, "24": 24, "32": 32}[given.frame],
+        on_failure=given.on_failure,
+        warnings=tuple(_warnings(given, environ)),
+    )
+
+
+def _has_address(given: argparse.Namespace) -> bool:
+    return given.address is not None or given.port is not None
+
+
+def _source(given: argparse.Namespace) -> tuple[tuple[str, int] | None, int | None]:
+    if given.ps_socket is not None and given.ps_socket <= 2 and given.daemon:
+        raise UsageError(f"--ps-socket {given.ps_socket} is closed by --daemon: give a descriptor above 2")
+    if not given.use_page_server:
+        return None, None
+    if given.tls:
+        raise TlsNotYetError("--tls: not yet; use criu lazy-pages for this migration, or an SSH tunnel")
+    if given.ps_socket is not None:
+        return None, given.ps_socket
+    missing = [name for name in ("address", "port") if getattr(given, name) is None]
+    if missing:
+        needed = " and ".join(f"--{name}" for name in missing)
+        raise UsageError(f"--page-server needs {needed}: where does criu dump --lazy-pages listen?")
+    return (given.address, given.port), None
+
+
+def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str]:
+    warnings = [f"{name} {reason}" for name, reason in given.senseless.items()]
+    if given.restore_sibling:
+        warnings.append(f"--restore-sibling {NO_SENSE}")
+    if environ.get("CRIU_CONFIG_FILE"):
+        warnings.append("CRIU_CONFIG_FILE is ignored: CRIU's configuration files are not read")
+    if given.pidfile is not None and not given.daemon:
+        warnings.append("--pidfile is written only with --daemon, as criu lazy-pages does")
+    details = (given.tls_cacert, given.tls_cacrl, given.tls_cert, given.tls_key)
+    if given.tls_no_cn_verify or any(detail is not None for detail in details):
+        warnings.append("--tls-... options have no effect without --page-server --tls")
+    if given.use_page_server:
+        if given.ps_socket is not None and _has_address(given):
+            warnings.append("--address and --port have no effect beside --ps-socket")
+    else:
+        for what, there in (
+            ("--address and --port have", _has_address(given)),
+            ("--ps-socket has", given.ps_socket is not None),
+            ("--tls has", given.tls),
+        ):
+            if there:
+                warnings.append(f"{what} no effect without --page-server: pages come from the images")
+    return warnings
