@@ -8,16 +8,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from criupy.errors import CriupyError, LazyPagesError
 from criupy.lazy_pages._log import open_log
-from criupy.lazy_pages._options import Answer, LazyPagesOptions, UsageError, parse
+from criupy.lazy_pages._options import PROGRAM, Answer, LazyPagesOptions, UsageError, parse
+from criupy.lazy_pages._progress import Progress, make_progress, summary
 
 if TYPE_CHECKING:
     import socket
+
+    import trio
 
     from criupy.lazy_pages._daemon_linux import LazyPages
     from criupy.lazy_pages._statistics import Statistics
@@ -30,66 +33,54 @@ log = logging.getLogger("criupy.lazy_pages")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 when the restore was served."""
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
+        options = parse(sys.argv[1:] if argv is None else argv, environ=os.environ)
     except UsageError as error:
-        print(f"criupy-lazy-pages: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     if isinstance(options, Answer):
-        print(options.text)
+        print(options.text, end="")
         return 0
     try:
         return _run(options)
     except CriupyError as error:
-        _say(error)
+        if logging.getLogger("criupy").handlers:
+            log.error("%s", error)  # noqa: TRY400 - one clear line, no traceback
+        else:
+            print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
 
 
-def _say(error: CriupyError) -> None:
-    if logging.getLogger("criupy").handlers:
-        log.error("%s", error)
-    else:
-        print(f"criupy-lazy-pages: {error}", file=sys.stderr)
-
-
 def _run(options: LazyPagesOptions) -> int:
-    # The order is CRIU's: images, work dir, log, socket, background, status, pidfile.
+    # The order is CRIU's: log, socket, background, status; so is what is relative to the work dir.
     from criupy.lazy_pages._process_linux import (
         bind_restore_socket,
         daemonize,
         lower_oom_score,
         raise_descriptor_limit,
+        run_action_scripts,
         status_ready,
-        write_pidfile,
     )
 
-    if not options.images_dir.is_dir():
-        raise LazyPagesError(f"images dir {options.images_dir}: no such directory; see --images-dir")
-    if not options.work_dir.is_dir():
-        raise LazyPagesError(f"work dir {options.work_dir}: no such directory; see --work-dir")
+    for name, directory in (("images", options.images_dir), ("work", options.work_dir)):
+        if not directory.is_dir():
+            raise LazyPagesError(f"--{name}-dir {directory}: no such directory")
     open_log(options.verbosity, options.log_file, options.work_dir)
     for warning in options.warnings:
         log.warning("%s", warning)
     for fd in options.close_fds:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # closed already is what was wanted
             os.close(fd)
     listener = bind_restore_socket(options.work_dir)
     if options.daemon:
         child = daemonize()
         if child:
-            if options.pidfile is not None:
-                try:
-                    write_pidfile(options.work_dir / options.pidfile, child)
-                except LazyPagesError:
-                    os.kill(child, signal.SIGKILL)
-                    os.waitpid(child, 0)
-                    raise
+            _pidfile(options, child)
             return 0
-    elif options.pidfile is not None:
-        write_pidfile(options.work_dir / options.pidfile, os.getpid())
     log.debug("oom_score_adj %d, RLIMIT_NOFILE %d", lower_oom_score(), raise_descriptor_limit())
+    run_action_scripts(options.action_scripts, "status-ready", options.images_dir)
     if options.status_fd is not None:
         status_ready(options.status_fd)
-    # trio comes after the fork, and after whoever waits for the socket has been told.
+    # trio comes after the fork, and after whoever waits for the socket was told.
     import trio
 
     return trio.run(_serve, options, listener)
@@ -99,7 +90,6 @@ async def _serve(options: LazyPagesOptions, listener: socket.socket) -> int:
     import trio
 
     from criupy.lazy_pages._daemon_linux import Config, open_lazy_pages
-    from criupy.lazy_pages._progress import show_progress
 
     config = Config(
         images_dir=options.images_dir,
@@ -111,17 +101,65 @@ async def _serve(options: LazyPagesOptions, listener: socket.socket) -> int:
         stop_timeout=options.stop_timeout,
         on_failure=options.on_failure,
     )
+    progress = make_progress(options.progress, sys.stderr, background=options.daemon)
     status = 0
-    async with trio.open_nursery() as nursery, open_lazy_pages(
-        config, work_dir=options.work_dir, listener=listener
-    ) as daemon:
-        nursery.start_soon(_stop_on_signal, daemon)
-        await show_progress(daemon, options)
+    async with trio.open_nursery() as nursery:
         try:
-            statistics = await daemon.wait()
+            async with open_lazy_pages(config, work_dir=options.work_dir, listener=listener) as daemon:
+                await nursery.start(_stop_on_signal, daemon)
+                nursery.start_soon(_show, progress, daemon)
         except LazyPagesError as error:
+            log.error("%s", error)  # noqa: TRY400 - one clear line, no traceback
             status = 1
-            log.error("%s", error)
-            statistics = daemon.statistics()
         nursery.cancel_scope.cancel()
+    _report(options, progress, daemon.statistics())
     return status
+
+
+def _pidfile(options: LazyPagesOptions, child: int) -> None:
+    from criupy.lazy_pages._process_linux import write_pidfile
+
+    if options.pidfile is None:
+        return
+    try:
+        write_pidfile(options.work_dir / options.pidfile, child)
+    except LazyPagesError:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+
+
+async def _stop_on_signal(daemon: LazyPages, *, task_status: trio.TaskStatus[None]) -> None:
+    import trio
+
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        task_status.started()
+        async for _ in received:
+            daemon.stop()
+
+
+async def _show(progress: Progress, daemon: LazyPages) -> None:
+    import trio
+
+    while True:
+        progress.update(daemon.statistics())
+        await trio.sleep(progress.interval)
+
+
+def _report(options: LazyPagesOptions, progress: Progress, statistics: Statistics) -> None:
+    progress.close(statistics)
+    if options.display_stats:
+        print(summary(statistics))
+    if options.stats_file is not None:
+        _write_stats(options.work_dir / options.stats_file, statistics)
+
+
+def _write_stats(path: Path, statistics: Statistics) -> None:
+    # Whoever sees the file sees all of it.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(statistics.to_json(), indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise LazyPagesError(f"--stats-file {path}: {error.strerror}") from error

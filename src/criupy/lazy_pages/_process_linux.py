@@ -7,6 +7,8 @@ import os
 import resource
 import socket
 import stat
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +20,7 @@ __all__ = [
     "daemonize",
     "lower_oom_score",
     "raise_descriptor_limit",
+    "run_action_scripts",
     "status_ready",
     "write_pidfile",
 ]
@@ -105,6 +108,25 @@ def status_ready(fd: int) -> None:
         os.close(fd)
     except OSError as error:
         raise LazyPagesError(f"--status-fd {fd}: {error.strerror}") from error
+
+
+def run_action_scripts(scripts: Sequence[str], action: str, images_dir: str | os.PathLike[str]) -> None:
+    """Run ``--action-script`` programs for one action, with the environment that CRIU gives them.
+
+    Raise LazyPagesError when one cannot be started or refuses (criu/action-scripts.c).
+    """
+    environment = {
+        **os.environ,
+        "CRTOOLS_SCRIPT_ACTION": action,
+        "CRTOOLS_IMAGE_DIR": str(Path(images_dir).absolute()),
+    }
+    for script in scripts:
+        try:
+            status = subprocess.run([script], env=environment, check=False).returncode
+        except OSError as error:
+            raise LazyPagesError(f"--action-script {script}: {error.strerror}") from error
+        if status:
+            raise LazyPagesError(f"--action-script {script}: refused {action} with status {status}")
 
 
 def lower_oom_score() -> int:
