@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -16,7 +18,7 @@ from criupy.testing.control_linux import Order, RestorerState, WorkloadError
 from criupy.testing.criu_linux import Criu, CriuJob, lazy_pages_daemon, page_server, stock_command
 from criupy.testing.images import WrittenImages, write_images
 from criupy.testing.page_server import Behaviour, End, PageServer
-from criupy.testing.spec import PAGE, ZOMBIE_STATUS, WorkloadSpec
+from criupy.testing.spec import AREA_BASE, PAGE, ZOMBIE_STATUS, WorkloadSpec
 from criupy.testing.workload_linux import Standin, start_standin
 
 pytestmark = pytest.mark.usefixtures("workload_program")
@@ -232,6 +234,35 @@ async def test_without_privilege(room: Path) -> None:
                 assert await standin.worker().resident() == 0
             result = await standin.worker().verify()
             assert (result.checked, result.zero) == (16, 16)
+
+
+# linux/userfaultfd.h, from 6.6 on: _IOWR(0xaa, 8, struct uffdio_poison)
+UFFDIO_POISON = 0xC020_AA08
+
+
+async def test_poisoned_pages_are_told_apart(room: Path) -> None:
+    spec = WorkloadSpec(size=16 * PAGE)
+    async with (
+        listening(room / "socket") as listener,
+        start_standin(spec, room / "socket", room) as standin,
+    ):
+        connection, _ = await listener.accept()
+        with connection:
+            _, uffd = await receive_task(connection)
+            with open(uffd, "rb", buffering=0):  # noqa: ASYNC230, PTH123
+                await standin.finish()
+                try:
+                    fcntl.ioctl(uffd, UFFDIO_POISON, struct.pack("=4Q", AREA_BASE, 6 * PAGE, 0, 0))
+                except OSError as error:
+                    if error.errno == errno.EINVAL:
+                        pytest.skip("this kernel has no UFFDIO_POISON (6.6 has)")
+                    raise
+            result = await standin.worker().verify()
+            assert (result.checked, result.poisoned, result.zero) == (16, 6, 10)
+            by_syscall = await standin.worker().read_by_syscall()
+            assert (by_syscall.checked, by_syscall.refused, by_syscall.zero) == (16, 6, 10)
+            touched = await standin.worker().touch(Order.SEQUENTIAL)
+            assert (touched.touches, touched.poisoned) == (16, 6)
 
 
 async def test_nobody_listens(room: Path) -> None:

@@ -12,8 +12,6 @@ import mmap
 import random
 import socket as _socket
 import struct
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -127,7 +125,8 @@ class PageServer:
     async def run(self, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen, tell the port, serve one connection."""
         self._random.seed(self.behaviour.short)
-        with self._mapped(), trio.socket.socket() as listener:
+        self._map_pages()
+        with trio.socket.socket() as listener:
             await listener.bind((self.address, self.port))
             listener.listen(1)
             self.port = listener.getsockname()[1]
@@ -139,27 +138,26 @@ class PageServer:
                 with connection:
                     await self._serve(connection)
             finally:
+                self._maps.clear()
                 self.ended.set()
 
-    @contextmanager
-    def _mapped(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for task in self.images.tasks:
-                file = stack.enter_context(task.pages.open("rb"))
-                pages = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                self._maps[task.pid] = stack.enter_context(memoryview(pages))
-                self._tasks[task.pid] = task
-                self._starts[task.pid] = [run.start for run in task.runs]
-            yield
+    def _map_pages(self) -> None:
+        for task in self.images.tasks:
+            with task.pages.open("rb") as file:
+                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # never closed but dropped: a traceback may still hold a slice
+            self._maps[task.pid] = memoryview(pages)
+            self._tasks[task.pid] = task
+            self._starts[task.pid] = [run.start for run in task.runs]
 
     async def _serve(self, connection: trio.socket.SocketType) -> None:
         connection.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
         sender, receiver = trio.open_memory_channel[tuple[float, bytes]](1 << 20)
-        async with trio.open_nursery() as nursery:
+        # the channel outlives the nursery: requests may still come while the end is decided
+        async with receiver, trio.open_nursery() as nursery:
             nursery.start_soon(self._receive, connection, sender)
             try:
-                async with receiver:
-                    await self._answer_all(connection, receiver)
+                await self._answer_all(connection, receiver)
             except _Ended as ended:
                 self.end = ended.end
             except (ConnectionResetError, BrokenPipeError):
