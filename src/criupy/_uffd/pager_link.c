@@ -213,6 +213,18 @@ static void bad_reply(struct criupy_pager *p, const struct criupy_frame *reply, 
 	link_lost(p, EPROTO);
 }
 
+/* Not even a whole header may come now, and CLOSE could not be sent behind a
+ * part of one that never goes on. */
+static void unasked(struct criupy_pager *p, size_t got)
+{
+	struct criupy_frame reply;
+
+	p->rx.header_have += got;
+	memset(p->rx.header + p->rx.header_have, 0, sizeof(p->rx.header) - p->rx.header_have);
+	(void)criupy_frame_decode(&reply, p->rx.header, p->frame_size);
+	bad_reply(p, &reply, CRIUPY_REPLY_UNASKED);
+}
+
 static void begin_reply(struct criupy_pager *p)
 {
 	struct request *r = &p->requests[p->first_request];
@@ -221,10 +233,6 @@ static void begin_reply(struct criupy_pager *p)
 	int fault;
 
 	(void)criupy_frame_decode(&reply, p->rx.header, p->frame_size);
-	if (!p->nr_requests) {
-		bad_reply(p, &reply, CRIUPY_REPLY_UNASKED);
-		return;
-	}
 	get = (struct criupy_frame){
 		.nr_pages = r->nr_pages,
 		.vaddr = image_address(image_extent_of(r->image, r->page), r->page),
@@ -344,5 +352,8 @@ void link_read(struct criupy_pager *p)
 	}
 	p->link_heard_ns = p->now_ns;
 	p->stats.bytes_received += (uint64_t)got;
-	take_in(p, (uint64_t)got);
+	if (rx->state == RX_HEADER && !p->nr_requests)
+		unasked(p, (size_t)got);
+	else
+		take_in(p, (uint64_t)got);
 }
