@@ -377,6 +377,8 @@ static void release(struct criupy_pager *p)
 	free(p->out);
 	if (p->restore >= 0)
 		close(p->restore);
+	if (p->link.fd >= 0)
+		link_close(&p->link);
 	if (p->epoll >= 0)
 		close(p->epoll);
 	if (p->control >= 0)

@@ -28,6 +28,13 @@ void link_open(struct criupy_pager *p, int fd, int frame_size, bool shared)
 	struct epoll_event watch = { .events = EPOLLIN, .data.ptr = &p->watch_link };
 
 	link_init_tcp(&p->link, fd);
+	if (p->stats.outcome == CRIUPY_OUTCOME_VETOED || p->stats.outcome == CRIUPY_OUTCOME_RESTORE_FAILED) {
+		/* The restore came to its end while the connection was made. */
+		link_reset(&p->link);
+		p->stats.link = CRIUPY_LINK_RESET;
+		pager_publish(p);
+		return;
+	}
 	p->frame_size = (size_t)frame_size;
 	p->link_shared = shared;
 	p->link_heard_ns = p->now_ns;
