@@ -300,7 +300,7 @@ static void turn(struct criupy_pager *p, bool *more)
 	*more = fetch_background(p);
 	link_flush(p);
 	if (p->stats.link == CRIUPY_LINK_OPEN && (p->nr_requests || p->close_sent) &&
-	    p->now_ns > p->link_heard_ns + p->config.link_timeout_ns)
+	    p->now_ns - p->link_heard_ns > p->config.link_timeout_ns)
 		link_lost(p, ETIMEDOUT);
 	check_done(p);
 	tasks_sweep(p);
