@@ -219,7 +219,7 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 	if (p->busy)
 		return BUSY_NS;
 	for (struct task *t = p->tasks; t; t = t->next)
-		if (t->nr_zero_again)
+		if (t->nr_zero_again || t->unserved)
 			return BUSY_NS;
 		else if (t->retry_read_ns)
 			return TICK_NS / 5;
@@ -292,10 +292,10 @@ static void turn(struct criupy_pager *p, bool *more)
 		install_parked(p);
 	for (struct task *t = p->tasks; t; t = t->next) {
 		task_read_again(p, t);
-		if (t->nr_zero_again) {
+		if (t->nr_zero_again)
 			task_drain(p, t);
+		if (t->nr_zero_again || t->unserved)
 			task_serve_waits(p, t);
-		}
 	}
 	*more = fetch_background(p);
 	link_flush(p);

@@ -80,6 +80,9 @@ static void remember_wait(struct criupy_pager *p, struct task *t, uint64_t page)
 	}
 	t->waits = waits;
 	waits[t->nr_waits++] = (struct wait){ page, p->now_ns };
+	/* Copies that meet EAGAIN read the descriptor, too; nothing will become
+	 * readable for what they found. */
+	t->unserved = true;
 }
 
 static void forget_unwanted_waits(struct task *t)
@@ -281,6 +284,7 @@ void task_serve_waits(struct criupy_pager *p, struct task *t)
 	const uint8_t *requested = t->space->image->requested, *state = t->space->state;
 	size_t again = t->nr_zero_again;
 
+	t->unserved = false;
 	/* What met EAGAIN is looked up afresh: its mapping has changed. Entries
 	 * that meet it again are appended behind these. */
 	for (size_t i = 0; i < again && t->uffd >= 0; i++)
