@@ -289,8 +289,9 @@ void task_serve_waits(struct criupy_pager *p, struct task *t)
 	 * that meet it again are appended behind these. */
 	for (size_t i = 0; i < again && t->uffd >= 0; i++)
 		handle_fault(p, t, t->zero_again[i]);
-	memmove(t->zero_again, t->zero_again + again, (t->nr_zero_again - again) * sizeof(*t->zero_again));
 	t->nr_zero_again -= again;
+	if (t->nr_zero_again)
+		memmove(t->zero_again, t->zero_again + again, t->nr_zero_again * sizeof(*t->zero_again));
 
 	/* Installing from local images takes entries out while we look, so each
 	 * turn starts from what is there now. */
