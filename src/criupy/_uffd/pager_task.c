@@ -139,11 +139,10 @@ static void handle_fault(struct criupy_pager *p, struct task *t, uint64_t addr)
 	case CRIUPY_PAGE_IN_FLIGHT:
 		remember_wait(p, t, page);
 		return;
-	case CRIUPY_PAGE_PRESENT:
-	case CRIUPY_PAGE_POISONED:
-		(void)criupy_uffd_wake(t->uffd, addr, CRIUPY_PAGE_SIZE);
-		return;
 	default:
+		/* A present page, too: mostly it came after the fault was raised
+		 * (EEXIST, and a wake), but what MADV_GUARD_INSTALL took away is
+		 * told by no event, and a mere wake would go on for ever. */
 		serve_zero(p, t, addr);
 	}
 }
