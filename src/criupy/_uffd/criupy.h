@@ -112,7 +112,6 @@ int criupy_frame_decode(struct criupy_frame *frame, const uint8_t *in, size_t si
 #define CRIUPY_REPLY_ID 3
 #define CRIUPY_REPLY_COUNT 4
 #define CRIUPY_REPLY_UNASKED 5
-#define CRIUPY_REPLY_TRAILING 6
 int criupy_reply_check(const struct criupy_frame *reply, const struct criupy_frame *request);
 
 /* ---- latency histogram (histogram.c) --------------------------------------- */

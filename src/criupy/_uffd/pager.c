@@ -219,7 +219,7 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 	if (p->busy)
 		return BUSY_NS;
 	for (struct task *t = p->tasks; t; t = t->next)
-		if (t->nr_zero_again)
+		if (t->nr_zero_again || t->unserved)
 			return BUSY_NS;
 		else if (t->retry_read_ns)
 			return TICK_NS / 5;
@@ -292,15 +292,15 @@ static void turn(struct criupy_pager *p, bool *more)
 		install_parked(p);
 	for (struct task *t = p->tasks; t; t = t->next) {
 		task_read_again(p, t);
-		if (t->nr_zero_again) {
+		if (t->nr_zero_again)
 			task_drain(p, t);
+		if (t->nr_zero_again || t->unserved)
 			task_serve_waits(p, t);
-		}
 	}
 	*more = fetch_background(p);
 	link_flush(p);
 	if (p->stats.link == CRIUPY_LINK_OPEN && (p->nr_requests || p->close_sent) &&
-	    p->now_ns > p->link_heard_ns + p->config.link_timeout_ns)
+	    p->now_ns - p->link_heard_ns > p->config.link_timeout_ns)
 		link_lost(p, ETIMEDOUT);
 	check_done(p);
 	tasks_sweep(p);
@@ -377,6 +377,8 @@ static void release(struct criupy_pager *p)
 	free(p->out);
 	if (p->restore >= 0)
 		close(p->restore);
+	if (p->link.fd >= 0)
+		link_close(&p->link);
 	if (p->epoll >= 0)
 		close(p->epoll);
 	if (p->control >= 0)

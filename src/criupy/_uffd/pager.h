@@ -61,6 +61,7 @@ struct task {
 	uint64_t cursor;		/* where the background scan of this space is */
 	struct wait *waits;
 	size_t nr_waits, room_waits;
+	bool unserved;			/* a wait came while something else was done */
 	uint64_t *zero_again;		/* addresses whose zero page met EAGAIN */
 	size_t nr_zero_again, room_zero_again;
 	bool busy;			/* the kernel could not take a page last time */

@@ -255,7 +255,8 @@ static void close_lost_link(struct criupy_pager *p)
 
 void check_done(struct criupy_pager *p)
 {
-	if (p->stats.phase == CRIUPY_PHASE_RUNNING && !p->given_up) {
+	/* After a failure of our own there may be a process that is in no list. */
+	if (p->stats.phase == CRIUPY_PHASE_RUNNING && !p->given_up && !p->stats.error) {
 		for (struct task *t = p->tasks; t; t = t->next) {
 			if (t->uffd < 0 || t->space->nr_missing)
 				continue;

@@ -28,6 +28,13 @@ void link_open(struct criupy_pager *p, int fd, int frame_size, bool shared)
 	struct epoll_event watch = { .events = EPOLLIN, .data.ptr = &p->watch_link };
 
 	link_init_tcp(&p->link, fd);
+	if (p->stats.outcome == CRIUPY_OUTCOME_VETOED || p->stats.outcome == CRIUPY_OUTCOME_RESTORE_FAILED) {
+		/* The restore came to its end while the connection was made. */
+		link_reset(&p->link);
+		p->stats.link = CRIUPY_LINK_RESET;
+		pager_publish(p);
+		return;
+	}
 	p->frame_size = (size_t)frame_size;
 	p->link_shared = shared;
 	p->link_heard_ns = p->now_ns;
@@ -213,6 +220,18 @@ static void bad_reply(struct criupy_pager *p, const struct criupy_frame *reply, 
 	link_lost(p, EPROTO);
 }
 
+/* Not even a whole header may come now, and CLOSE could not be sent behind a
+ * part of one that never goes on. */
+static void unasked(struct criupy_pager *p, size_t got)
+{
+	struct criupy_frame reply;
+
+	p->rx.header_have += got;
+	memset(p->rx.header + p->rx.header_have, 0, sizeof(p->rx.header) - p->rx.header_have);
+	(void)criupy_frame_decode(&reply, p->rx.header, p->frame_size);
+	bad_reply(p, &reply, CRIUPY_REPLY_UNASKED);
+}
+
 static void begin_reply(struct criupy_pager *p)
 {
 	struct request *r = &p->requests[p->first_request];
@@ -221,10 +240,6 @@ static void begin_reply(struct criupy_pager *p)
 	int fault;
 
 	(void)criupy_frame_decode(&reply, p->rx.header, p->frame_size);
-	if (!p->nr_requests) {
-		bad_reply(p, &reply, CRIUPY_REPLY_UNASKED);
-		return;
-	}
 	get = (struct criupy_frame){
 		.nr_pages = r->nr_pages,
 		.vaddr = image_address(image_extent_of(r->image, r->page), r->page),
@@ -344,5 +359,8 @@ void link_read(struct criupy_pager *p)
 	}
 	p->link_heard_ns = p->now_ns;
 	p->stats.bytes_received += (uint64_t)got;
-	take_in(p, (uint64_t)got);
+	if (rx->state == RX_HEADER && !p->nr_requests)
+		unasked(p, (size_t)got);
+	else
+		take_in(p, (uint64_t)got);
 }

@@ -80,6 +80,9 @@ static void remember_wait(struct criupy_pager *p, struct task *t, uint64_t page)
 	}
 	t->waits = waits;
 	waits[t->nr_waits++] = (struct wait){ page, p->now_ns };
+	/* Copies that meet EAGAIN read the descriptor, too; nothing will become
+	 * readable for what they found. */
+	t->unserved = true;
 }
 
 static void forget_unwanted_waits(struct task *t)
@@ -136,11 +139,10 @@ static void handle_fault(struct criupy_pager *p, struct task *t, uint64_t addr)
 	case CRIUPY_PAGE_IN_FLIGHT:
 		remember_wait(p, t, page);
 		return;
-	case CRIUPY_PAGE_PRESENT:
-	case CRIUPY_PAGE_POISONED:
-		(void)criupy_uffd_wake(t->uffd, addr, CRIUPY_PAGE_SIZE);
-		return;
 	default:
+		/* A present page, too: mostly it came after the fault was raised
+		 * (EEXIST, and a wake), but what MADV_GUARD_INSTALL took away is
+		 * told by no event, and a mere wake would go on for ever. */
 		serve_zero(p, t, addr);
 	}
 }
@@ -281,12 +283,14 @@ void task_serve_waits(struct criupy_pager *p, struct task *t)
 	const uint8_t *requested = t->space->image->requested, *state = t->space->state;
 	size_t again = t->nr_zero_again;
 
+	t->unserved = false;
 	/* What met EAGAIN is looked up afresh: its mapping has changed. Entries
 	 * that meet it again are appended behind these. */
 	for (size_t i = 0; i < again && t->uffd >= 0; i++)
 		handle_fault(p, t, t->zero_again[i]);
-	memmove(t->zero_again, t->zero_again + again, (t->nr_zero_again - again) * sizeof(*t->zero_again));
 	t->nr_zero_again -= again;
+	if (t->nr_zero_again)
+		memmove(t->zero_again, t->zero_again + again, t->nr_zero_again * sizeof(*t->zero_again));
 
 	/* Installing from local images takes entries out while we look, so each
 	 * turn starts from what is there now. */
