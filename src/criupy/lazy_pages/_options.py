@@ -86,7 +86,7 @@ def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> L
         words, rest = normalise(argv, OWN_OPTIONS)
     except GetoptError as error:
         raise UsageError(str(error)) from None
-    given = parser.parse_args(words)
+    given = parser.parse_args([_without_bare_dashes(word) for word in words])
     if given.help:
         return Answer(parser.format_help())
     if given.version:
@@ -96,6 +96,12 @@ def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> L
     if len(rest) > 1:
         raise UsageError(f"'{show(rest[1])}': nothing may follow but options; see --help")
     return _understand(given, environ or {})
+
+
+def _without_bare_dashes(word: str) -> str:
+    # argparse drops a value that is "--"; the only thing called so could be a file.
+    name, _, value = word.partition("=")
+    return f"{name}=./--" if value == "--" else word
 
 
 def _version() -> str:
