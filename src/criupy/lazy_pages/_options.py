@@ -117,6 +117,9 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> LazyPa
             raise UsageError(f"--{name} {reason}")
     if given.restore_sibling and not given.daemon:
         raise UsageError("--restore-sibling is for criu restore --restore-detached only")
+    for name, fd in (("ps-socket", given.ps_socket), ("status-fd", given.status_fd)):
+        if fd is not None and fd <= 2 and given.daemon:
+            raise UsageError(f"--{name} {fd} is closed by --daemon: give a descriptor above 2")
     page_server, ps_socket = _source(given)
     return LazyPagesOptions(
         images_dir=given.images_dir,
@@ -148,8 +151,6 @@ def _has_address(given: argparse.Namespace) -> bool:
 
 
 def _source(given: argparse.Namespace) -> tuple[tuple[str, int] | None, int | None]:
-    if given.ps_socket is not None and given.ps_socket <= 2 and given.daemon:
-        raise UsageError(f"--ps-socket {given.ps_socket} is closed by --daemon: give a descriptor above 2")
     if not given.use_page_server:
         return None, None
     if given.tls:
