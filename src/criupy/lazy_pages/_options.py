@@ -86,7 +86,7 @@ def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> L
         words, rest = normalise(argv, OWN_OPTIONS)
     except GetoptError as error:
         raise UsageError(str(error)) from None
-    given = parser.parse_args(words)
+    given = parser.parse_args([_without_bare_dashes(word) for word in words])
     if given.help:
         return Answer(parser.format_help())
     if given.version:
@@ -96,6 +96,12 @@ def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> L
     if len(rest) > 1:
         raise UsageError(f"'{show(rest[1])}': nothing may follow but options; see --help")
     return _understand(given, environ or {})
+
+
+def _without_bare_dashes(word: str) -> str:
+    # argparse drops a value that is "--"; the only thing called so could be a file.
+    name, _, value = word.partition("=")
+    return f"{name}=./--" if value == "--" else word
 
 
 def _version() -> str:
@@ -111,6 +117,9 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> LazyPa
             raise UsageError(f"--{name} {reason}")
     if given.restore_sibling and not given.daemon:
         raise UsageError("--restore-sibling is for criu restore --restore-detached only")
+    for name, fd in (("ps-socket", given.ps_socket), ("status-fd", given.status_fd)):
+        if fd is not None and fd <= 2 and given.daemon:
+            raise UsageError(f"--{name} {fd} is closed by --daemon: give a descriptor above 2")
     page_server, ps_socket = _source(given)
     return LazyPagesOptions(
         images_dir=given.images_dir,
@@ -142,8 +151,6 @@ def _has_address(given: argparse.Namespace) -> bool:
 
 
 def _source(given: argparse.Namespace) -> tuple[tuple[str, int] | None, int | None]:
-    if given.ps_socket is not None and given.ps_socket <= 2 and given.daemon:
-        raise UsageError(f"--ps-socket {given.ps_socket} is closed by --daemon: give a descriptor above 2")
     if not given.use_page_server:
         return None, None
     if given.tls:

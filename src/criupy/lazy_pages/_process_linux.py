@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Final
 
 from criupy.errors import LazyPagesError
+from criupy.lazy_pages._sock_diag_linux import find_listener
 
 __all__ = [
     "SOCKET_NAME",
     "bind_restore_socket",
+    "check_descriptor",
     "daemonize",
     "lower_oom_score",
     "raise_descriptor_limit",
@@ -36,41 +38,56 @@ _OOM_SCORE_ADJ_MIN: Final = -1000
 
 
 def bind_restore_socket(work_dir: str | os.PathLike[str]) -> socket.socket:
-    """Listen on ``lazy-pages.socket`` in a directory, for one criu restore.
+    """Listen on ``lazy-pages.socket`` in a directory, for one criu restore; not blocking.
 
-    A stale socket is replaced. Raise LazyPagesError, in one line, for a
-    directory that cannot be written and for anything there that is no socket.
+    A stale socket is replaced, as CRIU does. Raise LazyPagesError, in one
+    line, for a directory that cannot be written, for anything there that is no
+    socket, and where a daemon still waits for its restore: CRIU would take the
+    name away from it, and it would wait for ever.
     """
     where = Path(work_dir, SOCKET_NAME)
     try:
         directory = os.open(work_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise LazyPagesError(f"work dir {os.fspath(work_dir)}: {error.strerror}") from error
+        raise LazyPagesError(
+            f"work dir {os.fspath(work_dir)}: {error.strerror}; --work-dir has to be a directory"
+        ) from error
     try:
         # sun_path holds 107 bytes; through the directory's descriptor any path fits.
-        path = f"/proc/self/fd/{directory}/{SOCKET_NAME}"
+        path = Path(f"/proc/self/fd/{directory}", SOCKET_NAME)
         with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
-                raise LazyPagesError(f"{where}: exists and is not a socket; remove it or choose another --work-dir")
-            # Whether somebody listens could be told only by connecting, which
-            # a daemon takes for its restore. CRIU replaces it, too.
-            os.unlink(path)
+            _remove_stale(path, where)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             # Inherited by what accept returns: each message then names its sender in our pid namespace.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             with contextlib.suppress(OSError):  # before Linux 6.5
                 listener.setsockopt(socket.SOL_SOCKET, _SO_PASSPIDFD, 1)
-            listener.bind(path)
+            listener.bind(os.fspath(path))
             listener.listen(1)
         except BaseException:
             listener.close()
             raise
     except OSError as error:
-        raise LazyPagesError(f"{where}: {error.strerror}") from error
+        raise LazyPagesError(
+            f"{where}: {error.strerror}; --work-dir has to be a directory this process can write"
+        ) from error
     finally:
         os.close(directory)
     return listener
+
+
+def _remove_stale(path: Path, where: Path) -> None:
+    status = path.stat(follow_symlinks=False)
+    if not stat.S_ISSOCK(status.st_mode):
+        raise LazyPagesError(f"{where}: exists and is not a socket; remove it or choose another --work-dir")
+    listener = find_listener(status)
+    if listener is not None:
+        owner = "a process" if listener.pid is None else f"pid {listener.pid}"
+        raise LazyPagesError(
+            f"{where}: {owner} is already listening there; end it or choose another --work-dir"
+        )
+    path.unlink()
 
 
 def daemonize() -> int:
@@ -95,17 +112,49 @@ def daemonize() -> int:
 def write_pidfile(path: str | os.PathLike[str], pid: int) -> None:
     """Write a pid, without a newline, to a file that must not exist yet, as CRIU does."""
     try:
-        with open(path, "x", encoding="ascii", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(str(pid))
+        fd = os.open(path, os.O_WRONLY | os.O_EXCL | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileExistsError as error:
+        raise LazyPagesError(
+            f"pidfile {os.fspath(path)}: exists; remove it if no daemon runs with that pid"
+        ) from error
     except OSError as error:
         raise LazyPagesError(f"pidfile {os.fspath(path)}: {error.strerror}") from error
+    try:
+        os.write(fd, str(pid).encode())
+    except OSError as error:
+        # Half a pid would stop the next start, too.
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+        raise LazyPagesError(f"pidfile {os.fspath(path)}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def check_descriptor(option: str, fd: int) -> None:
+    """Raise LazyPagesError unless an inherited descriptor is open.
+
+    To be called before this process opens anything: a number that nobody
+    passed on would otherwise come to mean the log or the socket.
+    """
+    try:
+        os.fstat(fd)
+    except OSError as error:
+        raise LazyPagesError(
+            f"{option} {fd}: {error.strerror}; the descriptor has to be passed on open"
+        ) from error
 
 
 def status_ready(fd: int) -> None:
     """Tell whoever waits on the status descriptor that the socket listens: one zero byte, then closed."""
     try:
         os.write(fd, b"\0")
-        os.close(fd)
+        if fd > 2:
+            os.close(fd)
+        else:
+            # Closed for the reader, but the number must not be given to something else.
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            os.dup2(null, fd)
+            os.close(null)
     except OSError as error:
         raise LazyPagesError(f"--status-fd {fd}: {error.strerror}") from error
 
@@ -129,27 +178,38 @@ def run_action_scripts(scripts: Sequence[str], action: str, images_dir: str | os
             raise LazyPagesError(f"--action-script {script}: refused {action} with status {status}")
 
 
-def lower_oom_score() -> int:
+def lower_oom_score() -> int | None:
     """Become as unlikely a victim of the OOM killer as this process may; return the score.
 
     Losing the daemon loses the pages that it has not delivered. Going below
     the lowest value a privileged process set before needs CAP_SYS_RESOURCE.
+    None where there is no such file to write.
     """
     path = Path("/proc/self/oom_score_adj")
-    current = int(path.read_text())
-    for score in range(_OOM_SCORE_ADJ_MIN, current, 50):
-        with contextlib.suppress(PermissionError):
-            path.write_text(str(score))
-            return score
-    return current
+    try:
+        highest = int(path.read_text())
+        # Every score from the lowest allowed one on is accepted. Mostly that is the very lowest, or ours.
+        lowest = tried = _OOM_SCORE_ADJ_MIN
+        while lowest < highest:
+            try:
+                path.write_text(str(tried))
+                highest = tried
+            except PermissionError:
+                lowest = tried + 1
+            tried = (lowest + highest) // 2
+    except OSError:
+        return None
+    return highest
 
 
 def raise_descriptor_limit() -> int:
     """Raise RLIMIT_NOFILE as far as allowed and return it: every fork of a task needs a descriptor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = int(Path("/proc/sys/fs/nr_open").read_text())
-    for wanted in (most, hard):  # the first needs CAP_SYS_RESOURCE
-        with contextlib.suppress(ValueError, PermissionError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
-            return wanted
+    wanted = {hard}
+    with contextlib.suppress(OSError):  # hidden in some containers
+        wanted.add(max(hard, int(Path("/proc/sys/fs/nr_open").read_text())))
+    for limit in sorted(wanted, reverse=True):  # above hard needs CAP_SYS_RESOURCE
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            return limit
     return soft
