@@ -101,15 +101,19 @@ class RestoreConnection:
         self._pidfd: Descriptor | None = None
 
     async def receive(self) -> RestoredTask | Zombie | RestoreFinished:
-        """Wait for what criu says next; raise RemoteProtocolError for nonsense and for the end."""
+        """Wait for what criu says next.
+
+        Raise RemoteProtocolError for nonsense and for the end of the connection.
+        """
         while True:
             event = self._decoder.next_event()
             if isinstance(event, Task):
                 pidfd, self._pidfd = self._pidfd, None
                 return RestoredTask(event.pid, event.uffd, self._host_pid, pidfd or self._open_pidfd())
-            if event is not NEED_DATA:
-                assert isinstance(event, Zombie | RestoreFinished)  # nobody reads on behind these
+            if isinstance(event, Zombie | RestoreFinished):
                 return event
+            if event is not NEED_DATA:
+                raise RemoteProtocolError("criu closed the connection", offset=0)
             await self._receive()
 
     def refuse_more(self) -> None:
