@@ -132,7 +132,9 @@ def test_neighbouring_extents_and_two_tasks(restore: Restore, source: Source) ->
         restore.finish()
         touches = [(id, task.start("read", addr, 16 * PAGE), addr) for id, task, addr in places]
         for id, touch, addr in touches:
-            expected = content(id, addr, 7) + bytes(2 * PAGE) + content(id, addr + 9 * PAGE, 2) + bytes(5 * PAGE)
+            expected = (
+                content(id, addr, 7) + bytes(2 * PAGE) + content(id, addr + 9 * PAGE, 2) + bytes(5 * PAGE)
+            )
             assert touch.result() == expected
         restore.until(lambda stats: stats.phase == Phase.ENDED)
         assert source.joined() == "FIN"
@@ -172,7 +174,9 @@ def test_a_shared_socket_ends_with_force_close(restore: Restore, target: Target,
     assert target.call("read", addr, PAGE) == content(77, addr)
 
 
-def test_installing_before_registration_loses_nothing(restore: Restore, target: Target, source: Source) -> None:
+def test_installing_before_registration_loses_nothing(
+    restore: Restore, target: Target, source: Source
+) -> None:
     """criu hands the descriptor over before it registers the areas."""
     addr = target.call("map", 8)
     uffd = target.uffd()

@@ -22,7 +22,9 @@ FILLED = [bytes([value]) * PAGE for value in range(1, 17)]
 def usable() -> str:
     fd = lib.criupy_uffd_open(os.O_CLOEXEC | os.O_NONBLOCK)
     if fd < 0:
-        return f"userfaultfd for kernel-mode faults: {os.strerror(-fd)} (vm.unprivileged_userfaultfd=1 or root)"
+        return (
+            f"userfaultfd for kernel-mode faults: {os.strerror(-fd)} (vm.unprivileged_userfaultfd=1 or root)"
+        )
     result = lib.criupy_uffd_api(fd, 1 << 1, ffi.new("uint64_t *"))
     os.close(fd)
     return "" if result == 0 else f"UFFD_FEATURE_EVENT_FORK: {os.strerror(-result)} (CAP_SYS_PTRACE)"
