@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
+from pathlib import Path
 from typing import Any, Self
 
 from criupy._uffd._native import ffi, lib
@@ -196,10 +197,10 @@ class Target:
 
     def alive(self) -> bool:
         try:
-            with open(f"/proc/{self.pid}/stat") as stat:
-                return stat.read().rpartition(")")[2].split()[0] not in {"Z", "X"}
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
         except FileNotFoundError:
             return False
+        return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
 
     def kill(self) -> None:
         """Kill it and wait until its address space is gone."""

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from native_target import MADV_DONTNEED, PAGE, PROT_READ, UFFD_USER_MODE_ONLY, Target
 
 from criupy._uffd._native import ffi, lib
+from native_target import MADV_DONTNEED, PAGE, PROT_READ, UFFD_USER_MODE_ONLY, Target
 
 UFFDIO_COPY, MODE_DONTWAKE = 0xC028AA03, 1
 FILLED = [bytes([value]) * PAGE for value in range(1, 17)]

@@ -10,6 +10,7 @@
 
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <netinet/tcp.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <sys/socket.h>
@@ -109,6 +110,7 @@ static void connect_pair(int *ours, int *theirs)
 {
 	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
 	socklen_t length = sizeof(address);
+	const int on = 1;
 	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
 	*ours = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -118,6 +120,8 @@ static void connect_pair(int *ours, int *theirs)
 	CHECK(!connect(*ours, (struct sockaddr *)&address, length));
 	*theirs = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
 	CHECK(*theirs >= 0);
+	CHECK(!setsockopt(*ours, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)));
+	CHECK(!setsockopt(*theirs, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)));
 	close(listener);
 }
 
