@@ -106,8 +106,9 @@ def test_auto_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < progress.interval < 1
     for step in range(20):
         progress.update(at(1 + step / 4, 1000 - 50 * step, faults=step))
-    assert progress.print_above is not None
-    progress.print_above("Warn  (x.py:1): [bold] :smile: a line of the log")
+    write = progress.print_above
+    assert write is not None
+    write("Warn  (x.py:1): [bold] :smile: a line of the log")
     progress.close(DONE)
     assert progress.print_above is None
     shown = stream.getvalue()
