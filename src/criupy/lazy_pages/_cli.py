@@ -77,7 +77,7 @@ def _run(options: LazyPagesOptions) -> int:
     for name, directory in (("images", options.images_dir), ("work", options.work_dir)):
         if not directory.is_dir():
             raise LazyPagesError(f"--{name}-dir {directory}: no such directory")
-    open_log(options.verbosity, options.log_file, options.work_dir)
+    handler = open_log(options.verbosity, options.log_file, options.work_dir)
     for warning in options.warnings:
         log.warning("%s", warning)
     for fd in options.close_fds:
@@ -106,17 +106,26 @@ def _run(options: LazyPagesOptions) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     if options.status_fd is not None:
         status_ready(options.status_fd)
-    return trio.run(_serve, options, config, dumped, listener)
+    progress = make_progress(options.progress, sys.stderr, background=options.daemon)
+    if options.log_file is None:
+        handler.divert(progress.print_above)
+    try:
+        return trio.run(_serve, options, config, dumped, listener, progress)
+    finally:
+        handler.divert(None)
 
 
 async def _serve(
-    options: LazyPagesOptions, config: Config, dumped: Mapping[int, DumpedTask], listener: socket.socket
+    options: LazyPagesOptions,
+    config: Config,
+    dumped: Mapping[int, DumpedTask],
+    listener: socket.socket,
+    progress: Progress,
 ) -> int:
     import trio
 
     from criupy.lazy_pages._daemon_linux import open_lazy_pages
 
-    progress = make_progress(options.progress, sys.stderr, background=options.daemon)
     status = 0
     async with trio.open_nursery() as nursery:
         try:
