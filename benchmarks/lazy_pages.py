@@ -161,8 +161,11 @@ async def compare(rounds: int, size: int) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """Make a Markdown table of medians and ratios."""
     lines = [
-        f"{report['size_mib']} MiB process, criu {report['criu']} at the source, Linux {report['kernel']}, "
-        f"{report['cores']} cores, loopback; medians of {report['rounds']} rounds, in turn, in one run.",
+        (
+            f"{report['size_mib']} MiB process, criu {report['criu']} at the source, "
+            f"Linux {report['kernel']}, {report['cores']} cores, loopback; "
+            f"medians of {report['rounds']} rounds, in turn, in one run."
+        ),
         "",
         "| process | | `criu lazy-pages` | `criupy-lazy-pages` | stock / ours |",
         "|---|---|---|---|---|",

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slow_link import SlowLink, slow_link
-
 from criupy.testing.control_linux import Control
 from criupy.testing.criu_linux import (
     Criu,
@@ -24,6 +22,7 @@ from criupy.testing.criu_linux import (
 )
 from criupy.testing.spec import WorkloadSpec
 from criupy.testing.workload_linux import Workload, start_workload
+from slow_link import SlowLink, slow_link
 
 MIB = 1 << 20
 
@@ -89,7 +88,11 @@ async def migrate(
             before(control)
         daemon = await stack.enter_async_context(
             lazy_pages_daemon(
-                our_command(), images, work, source=address, extra=["--stats-file", "stats.json", *daemon_extra]
+                our_command(),
+                images,
+                work,
+                source=address,
+                extra=["--stats-file", "stats.json", *daemon_extra],
             )
         )
         restored = await stack.enter_async_context(

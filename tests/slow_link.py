@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 
 import trio
 
+from criupy.testing.wait import until
+
 CHUNK = 16 << 10
 
 
@@ -28,10 +30,10 @@ class SlowLink:
                 for start in range(0, len(data), CHUNK):
                     part = data[start : start + CHUNK]
                     if rate:
-                        due = max(due, trio.current_time()) + len(part) / self.rate
+                        # A sleep that took too long is made up for, a pause of the source is not.
+                        due = max(due, trio.current_time() - 0.05) + len(part) / self.rate
                         await trio.sleep_until(due)
-                        while self.blocked:
-                            await trio.sleep(0.01)
+                        await until(lambda: not self.blocked)
                     await far.send_all(part)
             await far.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):

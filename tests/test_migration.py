@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from migrating import MIB, migrate
 
 from criupy.testing.control_linux import Command, Control, Order
 from criupy.testing.criu_linux import Criu, dump, lazy_pages_daemon, our_command, page_server, restore
 from criupy.testing.spec import ZOMBIE_STATUS, WorkloadSpec
 from criupy.testing.workload_linux import start_workload
+from migrating import MIB, migrate
 
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program")]
 

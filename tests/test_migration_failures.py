@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import trio
-from migrating import MIB, Migration, migrate
 
 from criupy.testing.control_linux import Control, Order
 from criupy.testing.criu_linux import Criu
 from criupy.testing.spec import WorkloadSpec
+from criupy.testing.wait import until
+from migrating import MIB, Migration, migrate
 
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program")]
 
@@ -26,11 +27,6 @@ def script(room: Path, action: str, body: str) -> list[str]:
     path.write_text(f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = {action} ] || exit 0\n{body}\n')
     path.chmod(0o755)
     return ["--action-script", str(path)]
-
-
-async def wait_for(path: Path) -> None:
-    while not path.exists():
-        await trio.sleep(0.01)
 
 
 async def source_goes_on(m: Migration) -> None:
@@ -49,10 +45,9 @@ def last_error(m: Migration) -> str:
 async def test_daemon_ends_before_restore_finished(criu: Criu, room: Path, number: signal.Signals) -> None:
     hold = f"touch {room}/there; while [ ! -e {room}/go ]; do sleep 0.02; done"
     async with migrate(criu, SPEC, room, restore_extra=script(room, "post-restore", hold)) as m:
-        await wait_for(room / "there")
+        await until((room / "there").exists)
         # Without a connection the source would wait on for a daemon, frozen, whoever dies here.
-        while "tasks have come" not in m.log:
-            await trio.sleep(0.01)
+        await until(lambda: "tasks have come" in m.log)
         os.kill(m.daemon.kept.pid, number)
         ended = await m.daemon.wait()
         (room / "go").touch()

@@ -334,8 +334,7 @@ def local_image(addr: int, path: Path, extents: list[tuple[int, int, int]]) -> I
         array("Q", [nr for _, nr, _ in extents]),
         array("Q", [data for _, _, data in extents]),
     )
-    with path.open("rb") as file:
-        image.map(file.fileno())
+    image.map(path)
     return image
 
 

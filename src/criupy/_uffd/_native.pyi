@@ -3,8 +3,9 @@
 ``lib`` follows ``criupy.h``: every call returns ``>= 0`` or ``-errno``.
 """
 
+from typing import Any, Protocol
+
 from typing_extensions import Buffer
-from typing import Any, Final, Protocol
 
 class Frame(Protocol):
     cmd: int

@@ -13,6 +13,7 @@ import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -144,9 +145,10 @@ class Image:
         """Lazy pages in all extents."""
         return int(lib.criupy_image_nr_pages(self._image))
 
-    def map(self, fd: int) -> None:
-        """Serve from this pages file; the descriptor stays the caller's."""
-        _check("map the pages file", lib.criupy_image_map(self._image, fd))
+    def map(self, path: Path) -> None:
+        """Serve from this pages file."""
+        with path.open("rb") as file:
+            _check("map the pages file", lib.criupy_image_map(self._image, file.fileno()))
 
     def _to_give(self) -> Any:
         if self._image == ffi.NULL:

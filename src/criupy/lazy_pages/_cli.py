@@ -63,7 +63,6 @@ def _run(options: LazyPagesOptions) -> int:
     from criupy.lazy_pages._images import load_tasks
     from criupy.lazy_pages._process_linux import (
         bind_restore_socket,
-        check_descriptor,
         daemonize,
         lower_oom_score,
         raise_descriptor_limit,
@@ -71,18 +70,10 @@ def _run(options: LazyPagesOptions) -> int:
         status_ready,
     )
 
-    for option, descriptor in (("--status-fd", options.status_fd), ("--ps-socket", options.ps_socket)):
-        if descriptor is not None:
-            check_descriptor(option, descriptor)
-    for name, directory in (("images", options.images_dir), ("work", options.work_dir)):
-        if not directory.is_dir():
-            raise LazyPagesError(f"--{name}-dir {directory}: no such directory")
+    _check_inherited(options)
     handler = open_log(options.verbosity, options.log_file, options.work_dir)
     for warning in options.warnings:
         log.warning("%s", warning)
-    for fd in options.close_fds:
-        with contextlib.suppress(OSError):  # closed already is what was wanted
-            os.close(fd)
     config = Config(
         images_dir=options.images_dir,
         page_server=options.page_server,
@@ -140,6 +131,20 @@ async def _serve(
         nursery.cancel_scope.cancel()
     _report(options, progress, daemon.statistics())
     return status
+
+
+def _check_inherited(options: LazyPagesOptions) -> None:
+    from criupy.lazy_pages._process_linux import check_descriptor
+
+    for option, descriptor in (("--status-fd", options.status_fd), ("--ps-socket", options.ps_socket)):
+        if descriptor is not None:
+            check_descriptor(option, descriptor)
+    for name, directory in (("images", options.images_dir), ("work", options.work_dir)):
+        if not directory.is_dir():
+            raise LazyPagesError(f"--{name}-dir {directory}: no such directory")
+    for descriptor in options.close_fds:
+        with contextlib.suppress(OSError):  # closed already is what was wanted
+            os.close(descriptor)
 
 
 def _pidfile(options: LazyPagesOptions, child: int) -> None:

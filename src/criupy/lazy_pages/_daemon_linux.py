@@ -189,10 +189,14 @@ class LazyPages:
                     case NoticeKind.TASK_DONE:
                         log.info("%d: all pages are in place", notice.a)
                     case NoticeKind.TASK_GONE:
-                        log.info("%d: the process is gone, %d pages were not needed any more", notice.a, notice.b)
+                        log.info(
+                            "%d: the process is gone, %d pages were not needed any more", notice.a, notice.b
+                        )
                     case NoticeKind.NO_MEMORY:
                         log.warning(
-                            "%d: no memory for the page at %#x (a cgroup limit?), trying again", notice.a, notice.b
+                            "%d: no memory for the page at %#x (a cgroup limit?), trying again",
+                            notice.a,
+                            notice.b,
                         )
                     case NoticeKind.NO_DESCRIPTOR:
                         log.warning(
@@ -222,8 +226,7 @@ class LazyPages:
         announced: set[int] = set()
         try:
             try:
-                if self.config.remote:
-                    await self._connect(pager)
+                await self._connect(pager)
                 while len(announced) < len(self._dumped):
                     announced.add(await self._take_task(pager, nursery, connection))
             except BaseException:
@@ -250,23 +253,20 @@ class LazyPages:
             pager.watch_restore(connection.detach())
 
     async def _connect(self, pager: Pager) -> None:
-        size = self.config.frame_size
-        if size is None:
-            size = frame_size(self.config.images_dir) or 32
-        if self.config.ps_socket is not None:
-            fd = adopt_source(self.config.ps_socket, link_timeout=self.config.link_timeout)
+        config = self.config
+        size = config.frame_size or frame_size(config.images_dir) or 32
+        if config.ps_socket is not None:
+            fd = adopt_source(config.ps_socket, link_timeout=config.link_timeout)
             log.info("using socket %d to the page server, frames of %d bytes", fd, size)
-        else:
-            assert self.config.page_server is not None
-            host, port = self.config.page_server
+        elif config.page_server is not None:
+            host, port = config.page_server
             fd = await connect_source(
-                host,
-                port,
-                connect_timeout=self.config.connect_timeout,
-                link_timeout=self.config.link_timeout,
+                host, port, connect_timeout=config.connect_timeout, link_timeout=config.link_timeout
             )
             log.info("connected to page server %s:%d, frames of %d bytes", host, port, size)
-        pager.set_link(fd, frame_size=size, shared=self.config.ps_socket is not None)
+        else:
+            return
+        pager.set_link(fd, frame_size=size, shared=config.ps_socket is not None)
 
     async def _take_task(self, pager: Pager, nursery: trio.Nursery, connection: RestoreConnection) -> int:
         task = await connection.receive()
@@ -294,8 +294,7 @@ class LazyPages:
             known.not_inherited,
         )
         if known.pages is not None:
-            with open(known.pages, "rb") as pages:
-                image.map(pages.fileno())
+            image.map(known.pages)
         pager.add_task(task.pid, task.uffd.fileno(), image)
         task.uffd.detach()
         log.info("%d: %d lazy pages in %d extents", task.pid, extents.total_pages, len(extents))
@@ -387,14 +386,17 @@ class LazyPages:
             log.warning("every page arrived, but the page server ended with status %d", stats.close_status)
         elif stats.link == Link.LOST:
             log.warning(
-                "every page arrived, but the page server did not confirm the end (%s)", os.strerror(stats.link_error)
+                "every page arrived, but the page server did not confirm the end (%s)",
+                os.strerror(stats.link_error),
             )
         log.info("transferred %d pages, served %d faults", stats.pages_received, stats.nr_faults)
 
     def _source_goes_on(self) -> str:
         if not self.config.remote:
             return "the images are untouched"
-        return "a live source goes on (its network stays locked unless it was dumped with --network-lock skip)"
+        return (
+            "a live source goes on (its network stays locked unless it was dumped with --network-lock skip)"
+        )
 
     # ---- failure ------------------------------------------------------------------------
 
@@ -432,7 +434,9 @@ class LazyPages:
             else:
                 pager.end(reset=False)
                 await self._phase(pager, Phase.ENDED)
-                return f"{trouble}; {stats.pages_poisoned} missing pages were poisoned: touching one is a SIGBUS"
+                return (
+                    f"{trouble}; {stats.pages_poisoned} missing pages were poisoned: touching one is a SIGBUS"
+                )
         left = await self._kill(pager)
         if left:
             # Children that no pidfd led to. Poison is better than zeros.
@@ -440,7 +444,9 @@ class LazyPages:
             stats = await self._obeyed(pager)
             told += f"{left} forked processes could not be found, "
             if stats.nr_live:
-                log.error("%d address spaces with missing pages are let go: their processes are damaged", left)
+                log.error(
+                    "%d address spaces with missing pages are let go: their processes are damaged", left
+                )
         pager.end(reset=not left)
         await self._phase(pager, Phase.ENDED)
         fate = "could not be let go on" if left or not self.config.remote else "a live source goes on"

@@ -99,6 +99,7 @@ class RestoreConnection:
         self._decoder = RestoreSocketDecoder[Descriptor]()
         self._host_pid: int | None = None
         self._pidfd: Descriptor | None = None
+        self._received: list[Descriptor] = []  # not yet part of a task
 
     async def receive(self) -> RestoredTask | Zombie | RestoreFinished:
         """Wait for what criu says next.
@@ -108,6 +109,7 @@ class RestoreConnection:
         while True:
             event = self._decoder.next_event()
             if isinstance(event, Task):
+                self._received.clear()
                 pidfd, self._pidfd = self._pidfd, None
                 return RestoredTask(event.pid, event.uffd, self._host_pid, pidfd or self._open_pidfd())
             if isinstance(event, Zombie | RestoreFinished):
@@ -127,6 +129,8 @@ class RestoreConnection:
 
     def close(self) -> None:
         """Close the connection. Before restore-finished that is a veto: criu kills the tasks."""
+        for descriptor in self._received:
+            descriptor.close()
         if self._pidfd is not None:
             self._pidfd.close()
         self._socket.close()
@@ -150,14 +154,13 @@ class RestoreConnection:
                 if self._pidfd is not None:
                     self._pidfd.close()
                 self._pidfd = Descriptor(_INT.unpack(content[: _INT.size])[0])
-        try:
-            if flags & socket.MSG_CTRUNC:
-                raise RemoteProtocolError("criu sent more descriptors than one", offset=0, data=data)
-            self._decoder.receive(data, descriptors)
-        except BaseException:
+        if flags & socket.MSG_CTRUNC:
             for descriptor in descriptors:
                 descriptor.close()
-            raise
+            raise RemoteProtocolError("criu sent more descriptors than one", offset=0, data=data)
+        # The decoder refuses what is not one descriptor; what it holds then is closed with it.
+        self._received += descriptors
+        self._decoder.receive(data, descriptors)
 
     def _open_pidfd(self) -> Descriptor | None:
         if self._host_pid is None:

@@ -44,9 +44,7 @@ def load_tasks(images_dir: str | os.PathLike[str], *, local: bool) -> dict[int, 
     Raises ImageError for anything that is not as CRIU writes it.
     """
     read_inventory(images_dir)
-    return {
-        entry.pid: _load(images_dir, entry.pid, local=local) for entry in read_pstree(images_dir)
-    }
+    return {entry.pid: _load(images_dir, entry.pid, local=local) for entry in read_pstree(images_dir)}
 
 
 def _load(images_dir: str | os.PathLike[str], pid: int, *, local: bool) -> DumpedTask:

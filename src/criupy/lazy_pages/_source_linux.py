@@ -9,6 +9,7 @@ and the source resumes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -39,12 +40,14 @@ async def connect_source(host: str, port: int, *, connect_timeout: float, link_t
     source accepts once. Timeouts are in seconds; raises LazyPagesError.
     """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    last: OSError | None = None
+    last = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
     with trio.move_on_after(connect_timeout):
         try:
             found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except socket.gaierror as error:
-            raise LazyPagesError(f"page server {where}: no such host ({error.strerror}); see --address") from error
+            raise LazyPagesError(
+                f"page server {where}: no such host ({error.strerror}); see --address"
+            ) from error
         for family, kind, protocol, _, address in found:
             sock = trio.socket.socket(family, kind, protocol)
             try:
@@ -58,12 +61,13 @@ async def connect_source(host: str, port: int, *, connect_timeout: float, link_t
                 raise
             else:
                 return sock.detach()
-        assert last is not None  # getaddrinfo returns at least one address
         raise LazyPagesError(
             f"page server {where}: {os.strerror(last.errno or 0)}; "
             "is the dump waiting there (criu dump --lazy-pages --address ... --port ...)?"
         ) from last
-    raise LazyPagesError(f"page server {where}: no answer within {connect_timeout:g} s; see --connect-timeout")
+    raise LazyPagesError(
+        f"page server {where}: no answer within {connect_timeout:g} s; see --connect-timeout"
+    )
 
 
 def adopt_source(fd: int, *, link_timeout: float) -> int:
@@ -79,7 +83,9 @@ def adopt_source(fd: int, *, link_timeout: float) -> int:
         with contextlib.suppress(OSError):  # a unix socket knows none of the TCP options
             _prepare(sock, link_timeout)
     except OSError as error:
-        raise LazyPagesError(f"--ps-socket {fd}: {error.strerror}; it must be connected to the source") from error
+        raise LazyPagesError(
+            f"--ps-socket {fd}: {error.strerror}; it must be connected to the source"
+        ) from error
     finally:
         sock.detach()
     os.set_inheritable(fd, False)

@@ -83,7 +83,7 @@ class Request:
 
 
 @dataclass(slots=True, eq=False)
-class _Ended(Exception):  # noqa: N818 - it carries an outcome, no error
+class _Ended(Exception):
     end: End
 
 

@@ -11,5 +11,5 @@ __all__ = ["until"]
 
 async def until(condition: Callable[[], bool], *, pause: float = 0.001) -> None:
     """Wait until the condition holds, looking every `pause` seconds; it may raise to give up."""
-    while not condition():  # noqa: ASYNC110 - who changes it knows no trio
+    while not condition():
         await trio.sleep(pause)
