@@ -12,6 +12,12 @@ import trio
 from criupy.testing.wait import until
 
 CHUNK = 16 << 10
+TCP_CLOSE = 7  # include/net/tcp_states.h
+
+
+def was_reset(stream: trio.SocketStream) -> bool:
+    """Whether a stream that reads as ended was reset: a send that came first is told, the read is not."""
+    return stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE
 
 
 class SlowLink:
@@ -35,6 +41,8 @@ class SlowLink:
                         await trio.sleep_until(due)
                         await until(lambda: not self.blocked)
                     await far.send_all(part)
+            if was_reset(near):
+                raise trio.BrokenResourceError
             await far.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # A reset on one side is one on the other; an orderly end was passed on above.

@@ -27,6 +27,7 @@
 #define NR_EVENTS 64
 #define PUBLISH_NS 20000000
 #define BUSY_NS 50000
+#define NO_MEMORY_NS 2000000
 #define TICK_NS 50000000
 
 #ifndef SYS_epoll_pwait2
@@ -220,7 +221,7 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 	if (more || p->stopping)
 		return 0;
 	if (p->busy)
-		return BUSY_NS;
+		return p->now_ns - p->no_memory_ns < TICK_NS ? NO_MEMORY_NS : BUSY_NS;
 	for (struct task *t = p->tasks; t; t = t->next)
 		if (t->nr_zero_again || t->unserved)
 			return BUSY_NS;

@@ -126,6 +126,8 @@ struct criupy_pager {
 	bool stopping;
 	bool busy;			/* some task is: try again in a moment */
 	bool dirty;			/* something happened since the last publication */
+	uint64_t no_memory_ns;		/* when a page could last not be allocated */
+	uint64_t no_memory_told_ns;
 	bool given_up;			/* ask for nothing more, end only when told to */
 	struct criupy_stats stats;
 	uint64_t published_ns;
@@ -180,6 +182,8 @@ void task_read(struct criupy_pager *p, struct task *t);
 void task_read_again(struct criupy_pager *p, struct task *t);
 /* Read until nothing is left; true if an event changed the lazy space. */
 bool task_drain(struct criupy_pager *p, struct task *t);
+/* The kernel had no page for a task: tell of it now and then, and slow down. */
+void no_memory(struct criupy_pager *p, const struct task *t, uint64_t addr);
 /* Answer what is waiting: zero pages again, requests for what is not asked for. */
 void task_serve_waits(struct criupy_pager *p, struct task *t);
 /* Let go of the descriptor, and of the structure at the end of the turn. */

@@ -136,7 +136,7 @@ static int install_into(struct criupy_pager *p, struct task *t, uint64_t page, u
 			task_gone(p, t);
 			return 0;
 		case -ENOMEM:
-			pager_notice(p, CRIUPY_NOTICE_NO_MEMORY, ENOMEM, (uint64_t)t->pid, addr);
+			no_memory(p, t, addr);
 			return -EAGAIN;
 		default:
 			pager_fail(p, -ret);

@@ -22,6 +22,7 @@
 
 #define NR_MESSAGES 64
 #define RETRY_READ_NS 10000000
+#define NO_MEMORY_TOLD_NS UINT64_C(1000000000)
 
 int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space *space, bool forked)
 {
@@ -95,6 +96,16 @@ static void forget_unwanted_waits(struct task *t)
 	t->nr_waits = kept;
 }
 
+void no_memory(struct criupy_pager *p, const struct task *t, uint64_t addr)
+{
+	/* It goes on for as long as the target's cgroup is full. */
+	if (!p->no_memory_told_ns || p->now_ns - p->no_memory_told_ns > NO_MEMORY_TOLD_NS) {
+		p->no_memory_told_ns = p->now_ns;
+		pager_notice(p, CRIUPY_NOTICE_NO_MEMORY, ENOMEM, (uint64_t)t->pid, addr);
+	}
+	p->no_memory_ns = p->now_ns;
+}
+
 /* A page that no image holds, or that was dropped since: it reads as zeros. */
 static void serve_zero(struct criupy_pager *p, struct task *t, uint64_t addr)
 {
@@ -119,8 +130,8 @@ static void serve_zero(struct criupy_pager *p, struct task *t, uint64_t addr)
 		task_gone(p, t);
 		return;
 	case -ENOMEM:
-		pager_notice(p, CRIUPY_NOTICE_NO_MEMORY, ENOMEM, (uint64_t)t->pid, addr);
 		/* The thread faults again, which is the back-off. */
+		no_memory(p, t, addr);
 		__attribute__((fallthrough));
 	default:
 		/* EEXIST: there already. ENOENT: no longer mapped or not ours.

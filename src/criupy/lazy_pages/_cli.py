@@ -181,9 +181,20 @@ async def _show(progress: Progress, daemon: LazyPages) -> None:
 def _report(options: LazyPagesOptions, progress: Progress, statistics: Statistics) -> None:
     progress.close(statistics)
     if options.display_stats:
-        print(summary(statistics))
+        _display(summary(statistics), in_log=options.daemon)
     if options.stats_file is not None:
         _write_stats(options.work_dir / options.stats_file, statistics)
+
+
+def _display(text: str, *, in_log: bool) -> None:
+    if in_log:  # where else is nobody to read it
+        for line in text.splitlines():
+            log.info("%s", line)
+        return
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        log.warning("--display-stats: %s", error.strerror)
 
 
 def _write_stats(path: Path, statistics: Statistics) -> None:
