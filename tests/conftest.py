@@ -15,7 +15,7 @@ import trio
 
 import criupy.testing
 
-HANG = 600
+HANG = 120
 """Seconds after which a test with real processes counts as hung; a guard, not a limit on speed."""
 
 PIPE_SIZE = 8 << 20

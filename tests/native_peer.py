@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import socket
 import struct
 import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from native_target import PAGE
-
 from criupy._uffd.pager_linux import Image, Notice, Pager
+from native_target import PAGE
 
 if TYPE_CHECKING:
     from criupy._uffd._native import Stats
@@ -24,10 +24,10 @@ FRAMES = {24: struct.Struct("<IIQQ"), 32: struct.Struct("<I4sQQQ")}
 GARBAGE = b"\xde\xad\xbe\xef"
 
 
-def content(id: int, address: int, nr_pages: int = 1) -> bytes:
+def content(task_id: int, address: int, nr_pages: int = 1) -> bytes:
     """The bytes that the source has there: none of its pages is like another, none is zeros."""
     pages = range(address // PAGE, address // PAGE + nr_pages)
-    return b"".join(struct.pack("<QQ", id, page) * (PAGE // 16) for page in pages)
+    return b"".join(struct.pack("<QQ", task_id, page) * (PAGE // 16) for page in pages)
 
 
 class Source:
@@ -38,6 +38,7 @@ class Source:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.client = socket.create_connection(listener.getsockname())
             self.sock, _ = listener.accept()
+        self.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.requests: list[tuple[int, int, int]] = []
         self.short = 1 << 30  # the longest answer that answer() gives
@@ -71,26 +72,26 @@ class Source:
         """Wait for a GET: pages, address, id."""
         cmd, *request = self.frame()
         assert cmd == GET
-        nr_pages, address, id = request
-        self.requests.append((nr_pages, address, id))
-        return nr_pages, address, id
+        nr_pages, address, task_id = request
+        self.requests.append((nr_pages, address, task_id))
+        return nr_pages, address, task_id
 
-    def header(self, cmd: int, nr_pages: int, address: int, id: int) -> bytes:
+    def header(self, cmd: int, nr_pages: int, address: int, task_id: int) -> bytes:
         padding = () if self.frame_size == 24 else (GARBAGE,)
-        return FRAMES[self.frame_size].pack(cmd, *padding, nr_pages, address, id)
+        return FRAMES[self.frame_size].pack(cmd, *padding, nr_pages, address, task_id)
 
     def reply(self, request: tuple[int, int, int], *, data: bytes | None = None) -> None:
-        nr_pages, address, id = request
+        nr_pages, address, task_id = request
         self.sock.sendall(
-            self.header(ADD_F_PRESENT, nr_pages, address, id)
-            + (content(id, address, nr_pages) if data is None else data)
+            self.header(ADD_F_PRESENT, nr_pages, address, task_id)
+            + (content(task_id, address, nr_pages) if data is None else data)
         )
 
     def answer(self) -> tuple[int, int, int]:
         """Answer the next GET with at most `short` pages."""
-        nr_pages, address, id = self.get()
-        self.reply((min(nr_pages, self.short), address, id))
-        return nr_pages, address, id
+        nr_pages, address, task_id = self.get()
+        self.reply((min(nr_pages, self.short), address, task_id))
+        return nr_pages, address, task_id
 
     def ending(self) -> str:
         """Wait for the end of the stream: FIN or RST, after what frames of a close."""
@@ -113,11 +114,11 @@ class Source:
 
         def work() -> None:
             while True:
-                cmd, nr_pages, address, id = self.frame()
+                cmd, nr_pages, address, task_id = self.frame()
                 if cmd != GET:
                     break
-                self.requests.append((nr_pages, address, id))
-                self.reply((min(nr_pages, self.short), address, id))
+                self.requests.append((nr_pages, address, task_id))
+                self.reply((min(nr_pages, self.short), address, task_id))
             assert cmd == CLOSE
             self.sock.sendall(struct.pack("<i", 0))
             self._end = self.ending().encode()
@@ -131,11 +132,12 @@ class Source:
         return self._end.decode()
 
 
-def remote_image(id: int, extents: Sequence[tuple[int, int]], *, not_inherited: bytes | None = None) -> Image:
+def remote_image(
+    task_id: int, extents: Sequence[tuple[int, int]], *, not_inherited: bytes | None = None
+) -> Image:
     """An image of (address, nr_pages) extents whose pages a source has."""
-    return Image(
-        id, array("Q", [a for a, _ in extents]), array("Q", [n for _, n in extents]), None, not_inherited
-    )
+    starts, nr_pages = ([extent[i] for extent in extents] for i in (0, 1))
+    return Image(task_id, array("Q", starts), array("Q", nr_pages), None, not_inherited)
 
 
 class Restore:
@@ -182,9 +184,8 @@ class Restore:
 def open_files() -> set[str]:
     """What this process has open, but for how often."""
     found = set()
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            found.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
-        except FileNotFoundError:
-            continue  # the listing's own
+    for fd in Path("/proc/self/fd").iterdir():
+        # The listing's own is gone by then.
+        with contextlib.suppress(FileNotFoundError):
+            found.add(f"{fd.name} {fd.readlink()}")
     return found

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
+from pathlib import Path
 from typing import Any, Self
 
 from criupy._uffd._native import ffi, lib
@@ -43,7 +44,7 @@ class Obeying:
         self.libc = ctypes.CDLL(None, use_errno=True)
         for name in ("mmap", "mremap"):
             getattr(self.libc, name).restype = ctypes.c_size_t
-        self.uffd = -1
+        self.uffd = self.for_child = -1
 
     def _call(self, name: str, *args: int | bytes) -> Outcome:
         ctypes.set_errno(0)
@@ -104,15 +105,14 @@ class Obeying:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0
 
     def fork(self) -> None:
-        # Alone: a child has only the thread that forked.
-        child = recv_handle(self.orders)
+        # Not in a thread: a child has only the one that forked.
         pid = os.fork()
         if pid:
-            os.close(child)
+            os.close(self.for_child)
             self.orders.send(pid)
             return
         self.orders.close()
-        self.orders = Connection(child)
+        self.orders = Connection(self.for_child)
         self.threads, self.outcomes = {}, {}
 
     def _run(self, key: int, order: Callable[..., Outcome], args: tuple[Any, ...]) -> None:
@@ -127,7 +127,9 @@ class Obeying:
                 os._exit(0)
             if verb == "start":
                 key, name, args = rest
-                thread = threading.Thread(target=self._run, args=(key, getattr(self, name), args), daemon=True)
+                thread = threading.Thread(
+                    target=self._run, args=(key, getattr(self, name), args), daemon=True
+                )
                 self.threads[key] = thread
                 thread.start()
             elif verb == "result":
@@ -137,6 +139,8 @@ class Obeying:
                 self.orders.send(not self.threads[rest[0]].is_alive())
             elif verb == "uffd":
                 send_handle(self.orders, self.uffd, rest[0])
+            elif verb == "prepare fork":
+                self.for_child = recv_handle(self.orders)
             elif verb == "fork":
                 self.fork()
 
@@ -183,19 +187,20 @@ class Target:
 
     def __exit__(self, *exc: object) -> None:
         for child in self.children:
-            child.orders.close()
-            os.kill(child.pid, signal.SIGKILL) if child.alive() else None
+            child.__exit__()
+        self.orders.close()
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-        self.orders.close()
+        elif self.alive():
+            os.kill(self.pid, signal.SIGKILL)
 
     def alive(self) -> bool:
         try:
-            with open(f"/proc/{self.pid}/stat") as stat:
-                return stat.read().rpartition(")")[2].split()[0] not in {"Z", "X"}
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
         except FileNotFoundError:
             return False
+        return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
 
     def kill(self) -> None:
         """Kill it and wait until its address space is gone."""
@@ -215,13 +220,17 @@ class Target:
     def call(self, name: str, *args: Any) -> Any:
         return self.start(name, *args).result()
 
-    def begin_fork(self) -> Connection:
-        """Start to fork; nothing else may be ordered until end_fork()."""
+    def prepare_fork(self) -> Connection:
+        """Hand over what the child will be reached by."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self.orders.send(("fork",))
+            self.orders.send(("prepare fork",))
             send_handle(self.orders, theirs.fileno(), self.pid)
         return Connection(ours.detach())
+
+    def begin_fork(self) -> None:
+        """Start to fork; nothing else may be ordered until end_fork()."""
+        self.orders.send(("fork",))
 
     def end_fork(self, orders: Connection) -> Target:
         pid = self.orders.recv()
@@ -230,7 +239,9 @@ class Target:
         return child
 
     def fork(self) -> Target:
-        return self.end_fork(self.begin_fork())
+        orders = self.prepare_fork()
+        self.begin_fork()
+        return self.end_fork(orders)
 
     def lazy(self, nr_pages: int, *, keep: bool = False) -> tuple[int, int]:
         """Map and register memory; its address and a userfaultfd for it that is ours alone."""

@@ -185,6 +185,16 @@ def test_a_reader_that_went_away_costs_lines_and_nothing_else() -> None:
     assert lines[1].endswith("seen")
 
 
+def test_a_wrong_call_is_told_of_and_harms_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_log(2, "x.log", tmp_path)
+    log.error("%d pages", None)
+    log.error("after")
+    assert "%d pages" in capsys.readouterr().err
+    assert (tmp_path / "x.log").read_text().endswith("after\n")
+
+
 def test_lines_can_be_diverted_and_come_back(tmp_path: Path) -> None:
     handler = open_log(2, "x.log", tmp_path)
     seen: list[str] = []

@@ -50,6 +50,9 @@ async def test_daemon_ends_before_restore_finished(criu: Criu, room: Path, numbe
     hold = f"touch {room}/there; while [ ! -e {room}/go ]; do sleep 0.02; done"
     async with migrate(criu, SPEC, room, restore_extra=script(room, "post-restore", hold)) as m:
         await wait_for(room / "there")
+        # Without a connection the source would wait on for a daemon, frozen, whoever dies here.
+        while "tasks have come" not in m.log:
+            await trio.sleep(0.01)
         os.kill(m.daemon.kept.pid, number)
         ended = await m.daemon.wait()
         (room / "go").touch()
@@ -73,6 +76,7 @@ async def test_no_zeros_when_the_source_is_killed(criu: Criu, room: Path, how: s
     async with migrate(criu, SPEC, room, rate=SLOW) as m:
         await m.restored.finished()
         worker = m.control.worker()
+        assert (await worker.touch(count=10)).is_good
         if how == "child":
             child = m.control.child()
             await worker.fork(child)

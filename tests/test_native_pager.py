@@ -7,14 +7,15 @@ import errno
 import os
 import socket
 import struct
+from array import array
 from collections.abc import Iterator
 
 import pytest
-from native_peer import FORCE_CLOSE, PAGE, Restore, Source, content, open_files, remote_image
-from native_target import Target
-from test_native_uffd import usable
 
-from criupy._uffd.pager_linux import Link, NoticeKind, Outcome, Phase, ReplyFault
+from criupy._uffd.pager_linux import Image, Link, NoticeKind, Outcome, Phase, ReplyFault
+from native_peer import FORCE_CLOSE, Restore, Source, content, open_files, remote_image
+from native_target import PAGE, Target
+from test_native_uffd import usable
 
 pytestmark = pytest.mark.skipif(bool(usable()), reason=usable())
 
@@ -121,18 +122,20 @@ def test_a_fault_overtakes_the_background(target: Target, source: Source) -> Non
 def test_neighbouring_extents_and_two_tasks(restore: Restore, source: Source) -> None:
     with Target.spawn() as one, Target.spawn() as two:
         places = []
-        for id, task in ((11, one), (12, two)):
+        for pid, task in ((11, one), (12, two)):
             addr, uffd = task.lazy(16)
             restore.pager.add_task(
-                id, uffd, remote_image(id, [(addr, 3), (addr + 3 * PAGE, 4), (addr + 9 * PAGE, 2)])
+                pid, uffd, remote_image(pid, [(addr, 3), (addr + 3 * PAGE, 4), (addr + 9 * PAGE, 2)])
             )
-            places.append((id, task, addr))
+            places.append((pid, task, addr))
         restore.link(source)
         source.serve()
         restore.finish()
-        touches = [(id, task.start("read", addr, 16 * PAGE), addr) for id, task, addr in places]
-        for id, touch, addr in touches:
-            expected = content(id, addr, 7) + bytes(2 * PAGE) + content(id, addr + 9 * PAGE, 2) + bytes(5 * PAGE)
+        touches = [(pid, task.start("read", addr, 16 * PAGE), addr) for pid, task, addr in places]
+        for pid, touch, addr in touches:
+            expected = (
+                content(pid, addr, 7) + bytes(2 * PAGE) + content(pid, addr + 9 * PAGE, 2) + bytes(5 * PAGE)
+            )
             assert touch.result() == expected
         restore.until(lambda stats: stats.phase == Phase.ENDED)
         assert source.joined() == "FIN"
@@ -172,7 +175,9 @@ def test_a_shared_socket_ends_with_force_close(restore: Restore, target: Target,
     assert target.call("read", addr, PAGE) == content(77, addr)
 
 
-def test_installing_before_registration_loses_nothing(restore: Restore, target: Target, source: Source) -> None:
+def test_installing_before_registration_loses_nothing(
+    restore: Restore, target: Target, source: Source
+) -> None:
     """criu hands the descriptor over before it registers the areas."""
     addr = target.call("map", 8)
     uffd = target.uffd()
@@ -199,6 +204,23 @@ def test_a_pager_of_nothing(restore: Restore, source: Source) -> None:
     assert source.close() == "FIN"
     stats = restore.until(lambda stats: stats.phase == Phase.ENDED)
     assert (stats.outcome, stats.link) == (Outcome.COMPLETE, Link.CLOSED)
+
+
+def test_tables_that_do_not_fit_are_refused() -> None:
+    two = array("Q", [0x10000, 0x20000])
+    for tables in ((two, array("Q", [1])), (two, array("I", [1, 1])), (two, two, array("Q", [1]))):
+        with pytest.raises(ValueError, match=r"expected an array\('Q'\) of 2 extents"):
+            Image(1, *tables)
+    with pytest.raises(ValueError, match="expected 2 bytes, got 1"):
+        Image(1, two, array("Q", [1, 1]), None, b"\0")
+
+
+def test_an_image_is_given_once(restore: Restore, target: Target) -> None:
+    addr, uffd = target.lazy(1)
+    image = remote_image(77, [(addr, 1)])
+    restore.pager.add_task(77, uffd, image)
+    with pytest.raises(ValueError, match="already belongs to a pager"):
+        restore.pager.add_task(78, -1, image)
 
 
 # ---- what a source may do wrong --------------------------------------------------------
@@ -295,7 +317,7 @@ def test_the_longest_patience(target: Target, source: Source) -> None:
         addr = one_task(restore, target, source)
         order = target.start("read", addr, PAGE)
         request = source.get()
-        assert target.start("read", addr + 2 * PAGE, PAGE)
+        target.start("read", addr + 2 * PAGE, PAGE)
         source.get()
         assert restore.until(lambda stats: stats.nr_requests == 2).link == Link.OPEN
         source.reply(request)
@@ -486,7 +508,7 @@ def test_a_lost_source_never_means_zeros(restore: Restore, target: Target, sourc
     stats = restore.until(lambda stats: stats.link == Link.LOST)
     assert stats.phase == Phase.RUNNING
     missing = stats.pages_missing // 2
-    assert 0 < missing
+    assert missing > 0
     waiting = child.start("write_to_pipe", addr + 63 * PAGE, PAGE)
     restore.pager.poison()
     stats = restore.obeyed()

@@ -117,7 +117,9 @@ lengths = st.one_of(
         lambda nr, big: nr * PAGE + big, st.integers(0, 8), st.sampled_from((2 * GIB, 4 * GIB, 8 * GIB))
     ),
 )
-zone_extents = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 6), st.sampled_from((0, 0, 0, 1))), max_size=4)
+zone_extents = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(1, 6), st.sampled_from((0, 0, 0, 1))), max_size=4
+)
 
 
 class LazySpaces(RuleBasedStateMachine):
@@ -217,7 +219,9 @@ class LazySpaces(RuleBasedStateMachine):
 
         def wanted(p: int) -> bool:
             return (
-                p < self.nr_pages and model.state[p] is State.MISSING and (any == 1 or p not in self.requested)
+                p < self.nr_pages
+                and model.state[p] is State.MISSING
+                and (any == 1 or p not in self.requested)
             )
 
         first = next((p for p in range(page, self.nr_pages) if wanted(p)), None)

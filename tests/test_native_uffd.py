@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from native_target import MADV_DONTNEED, PAGE, PROT_READ, UFFD_USER_MODE_ONLY, Target
 
 from criupy._uffd._native import ffi, lib
+from native_target import MADV_DONTNEED, PAGE, PROT_READ, UFFD_USER_MODE_ONLY, Target
 
 UFFDIO_COPY, MODE_DONTWAKE = 0xC028AA03, 1
 FILLED = [bytes([value]) * PAGE for value in range(1, 17)]
@@ -22,7 +22,9 @@ FILLED = [bytes([value]) * PAGE for value in range(1, 17)]
 def usable() -> str:
     fd = lib.criupy_uffd_open(os.O_CLOEXEC | os.O_NONBLOCK)
     if fd < 0:
-        return f"userfaultfd for kernel-mode faults: {os.strerror(-fd)} (vm.unprivileged_userfaultfd=1 or root)"
+        return (
+            f"userfaultfd for kernel-mode faults: {os.strerror(-fd)} (vm.unprivileged_userfaultfd=1 or root)"
+        )
     result = lib.criupy_uffd_api(fd, 1 << 1, ffi.new("uint64_t *"))
     os.close(fd)
     return "" if result == 0 else f"UFFD_FEATURE_EVENT_FORK: {os.strerror(-result)} (CAP_SYS_PTRACE)"

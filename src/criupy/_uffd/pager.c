@@ -151,6 +151,9 @@ static void obey(struct criupy_pager *p, struct command *c)
 	case COMMAND_RESTORE:
 		watch_restore(p, c->fd);
 		break;
+	case COMMAND_FINISHED:
+		restore_finished(p);
+		break;
 	case COMMAND_ABORT:
 		restore_abort(p);
 		break;
@@ -489,6 +492,11 @@ int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, str
 int criupy_pager_watch_restore(struct criupy_pager *pager, int fd)
 {
 	return tell(pager, (struct command){ .kind = COMMAND_RESTORE, .fd = fd });
+}
+
+int criupy_pager_restore_finished(struct criupy_pager *pager)
+{
+	return tell(pager, (struct command){ .kind = COMMAND_FINISHED });
 }
 
 int criupy_pager_abort(struct criupy_pager *pager)

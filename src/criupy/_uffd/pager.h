@@ -99,8 +99,8 @@ struct receiver {
 
 struct command {
 	enum {
-		COMMAND_LINK, COMMAND_TASK, COMMAND_RESTORE, COMMAND_ABORT,
-		COMMAND_GIVE_UP, COMMAND_POISON, COMMAND_PROBE, COMMAND_END, COMMAND_STOP,
+		COMMAND_LINK, COMMAND_TASK, COMMAND_RESTORE, COMMAND_FINISHED,
+		COMMAND_ABORT, COMMAND_GIVE_UP, COMMAND_POISON, COMMAND_PROBE, COMMAND_END, COMMAND_STOP,
 	} kind;
 	int fd;
 	int value;
@@ -223,6 +223,7 @@ void link_send_close(struct criupy_pager *p);
 /* ---- pager_end.c ----------------------------------------------------------------------- */
 
 void restore_read(struct criupy_pager *p);
+void restore_finished(struct criupy_pager *p);
 void restore_abort(struct criupy_pager *p);
 void poison_all(struct criupy_pager *p);
 void probe_all(struct criupy_pager *p);

@@ -91,8 +91,10 @@ static bool word_is_finished(const struct criupy_pager *p)
 	return word == RESTORE_FINISHED;
 }
 
-static void finished(struct criupy_pager *p)
+void restore_finished(struct criupy_pager *p)
 {
+	if (p->stats.phase != CRIUPY_PHASE_RESTORING)
+		return;
 	close_restore(p);
 	p->stats.finished_ns = p->now_ns;
 	pager_set_phase(p, CRIUPY_PHASE_RUNNING);
@@ -108,7 +110,7 @@ void restore_read(struct criupy_pager *p)
 	if (!ret)
 		return;
 	if (ret > 0 && word_is_finished(p)) {
-		finished(p);
+		restore_finished(p);
 	} else {
 		if (ret > 0)
 			p->stats.error = EPROTO;
@@ -123,7 +125,7 @@ void restore_abort(struct criupy_pager *p)
 	if (p->restore >= 0) {
 		(void)shutdown(p->restore, SHUT_RD);
 		if (read_word(p) > 0 && word_is_finished(p)) {
-			finished(p);
+			restore_finished(p);
 			return;
 		}
 	}

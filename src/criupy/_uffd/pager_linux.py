@@ -114,8 +114,16 @@ class Image:
         data_pages: array[int] | None = None,
         not_inherited: bytes | None = None,
     ) -> None:
-        if not len(starts) == len(nr_pages):
-            raise ValueError("starts and nr_pages differ in length")
+        tables = {"starts": starts, "nr_pages": nr_pages, "data_pages": data_pages}
+        for name, table in tables.items():
+            # C reads as much as it is told there is.
+            if table is not None and (table.itemsize != 8 or len(table) != len(starts)):
+                raise ValueError(
+                    f"{name}: expected an array('Q') of {len(starts)} extents, "
+                    f"got {table.typecode!r} of {len(table)}"
+                )
+        if not_inherited is not None and len(not_inherited) != len(starts):
+            raise ValueError(f"not_inherited: expected {len(starts)} bytes, got {len(not_inherited)}")
         out = ffi.new("struct criupy_image **")
         _check(
             "take over lazy extents",
@@ -139,6 +147,11 @@ class Image:
     def map(self, fd: int) -> None:
         """Serve from this pages file; the descriptor stays the caller's."""
         _check("map the pages file", lib.criupy_image_map(self._image, fd))
+
+    def _to_give(self) -> Any:
+        if self._image == ffi.NULL:
+            raise ValueError("the image already belongs to a pager: each task needs its own")
+        return self._image
 
     def _given(self) -> None:
         ffi.gc(self._image, None)
@@ -222,12 +235,16 @@ class Pager:
 
     def add_task(self, pid: int, uffd: int, image: Image) -> None:
         """Hand over a restored task's userfaultfd and its image; both are the pager's now."""
-        self._tell("add_task", lib.criupy_pager_add_task(self._pager, pid, uffd, image._image))
+        self._tell("add_task", lib.criupy_pager_add_task(self._pager, pid, uffd, image._to_give()))
         image._given()
 
     def watch_restore(self, fd: int) -> None:
         """Hand over the restore socket: all tasks are announced, restore-finished is next."""
         self._tell("watch_restore", lib.criupy_pager_watch_restore(self._pager, fd))
+
+    def restore_finished(self) -> None:
+        """Say that restore-finished was read elsewhere: the tasks run."""
+        self._tell("restore_finished", lib.criupy_pager_restore_finished(self._pager))
 
     def abort(self) -> None:
         """Veto the restore and reset the source, unless restore-finished is already there."""

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
     import trio
 
-    from criupy.lazy_pages._daemon_linux import LazyPages
+    from criupy.lazy_pages._daemon_linux import Config, LazyPages
+    from criupy.lazy_pages._images import DumpedTask
     from criupy.lazy_pages._statistics import Statistics
 
 __all__ = ["main"]
 
 log = logging.getLogger("criupy.lazy_pages")
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: LazyPagesOptions) -> int:
     # The order is CRIU's: log, socket, background, status; so is what is relative to the work dir.
+    # Everything that takes time or can fail comes before readiness is told: criu waits for nothing
+    # once it has connected, and its tasks may run before we look.
+    import trio
+
+    from criupy.lazy_pages._daemon_linux import Config
+    from criupy.lazy_pages._images import load_tasks
     from criupy.lazy_pages._process_linux import (
         bind_restore_socket,
+        check_descriptor,
         daemonize,
         lower_oom_score,
         raise_descriptor_limit,
@@ -61,36 +71,18 @@ def _run(options: LazyPagesOptions) -> int:
         status_ready,
     )
 
+    for option, descriptor in (("--status-fd", options.status_fd), ("--ps-socket", options.ps_socket)):
+        if descriptor is not None:
+            check_descriptor(option, descriptor)
     for name, directory in (("images", options.images_dir), ("work", options.work_dir)):
         if not directory.is_dir():
             raise LazyPagesError(f"--{name}-dir {directory}: no such directory")
-    open_log(options.verbosity, options.log_file, options.work_dir)
+    handler = open_log(options.verbosity, options.log_file, options.work_dir)
     for warning in options.warnings:
         log.warning("%s", warning)
     for fd in options.close_fds:
         with contextlib.suppress(OSError):  # closed already is what was wanted
             os.close(fd)
-    listener = bind_restore_socket(options.work_dir)
-    if options.daemon:
-        child = daemonize()
-        if child:
-            _pidfile(options, child)
-            return 0
-    log.debug("oom_score_adj %d, RLIMIT_NOFILE %d", lower_oom_score(), raise_descriptor_limit())
-    run_action_scripts(options.action_scripts, "status-ready", options.images_dir)
-    if options.status_fd is not None:
-        status_ready(options.status_fd)
-    # trio comes after the fork, and after whoever waits for the socket was told.
-    import trio
-
-    return trio.run(_serve, options, listener)
-
-
-async def _serve(options: LazyPagesOptions, listener: socket.socket) -> int:
-    import trio
-
-    from criupy.lazy_pages._daemon_linux import Config, open_lazy_pages
-
     config = Config(
         images_dir=options.images_dir,
         page_server=options.page_server,
@@ -101,11 +93,45 @@ async def _serve(options: LazyPagesOptions, listener: socket.socket) -> int:
         stop_timeout=options.stop_timeout,
         on_failure=options.on_failure,
     )
+    dumped = load_tasks(config.images_dir, local=not config.remote)
+    listener = bind_restore_socket(options.work_dir)
+    if options.daemon:
+        child = daemonize()
+        if child:
+            _pidfile(options, child)
+            return 0
+    log.debug("oom_score_adj %s, RLIMIT_NOFILE %d", lower_oom_score(), raise_descriptor_limit())
+    run_action_scripts(options.action_scripts, "status-ready", options.images_dir)
+    # Until _stop_on_signal takes them: by default they would end a daemon that is needed.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    if options.status_fd is not None:
+        status_ready(options.status_fd)
     progress = make_progress(options.progress, sys.stderr, background=options.daemon)
+    if options.log_file is None:
+        handler.divert(progress.print_above)
+    try:
+        return trio.run(_serve, options, config, dumped, listener, progress)
+    finally:
+        handler.divert(None)
+
+
+async def _serve(
+    options: LazyPagesOptions,
+    config: Config,
+    dumped: Mapping[int, DumpedTask],
+    listener: socket.socket,
+    progress: Progress,
+) -> int:
+    import trio
+
+    from criupy.lazy_pages._daemon_linux import open_lazy_pages
+
     status = 0
     async with trio.open_nursery() as nursery:
         try:
-            async with open_lazy_pages(config, work_dir=options.work_dir, listener=listener) as daemon:
+            async with open_lazy_pages(
+                config, work_dir=options.work_dir, dumped=dumped, listener=listener
+            ) as daemon:
                 await nursery.start(_stop_on_signal, daemon)
                 nursery.start_soon(_show, progress, daemon)
         except LazyPagesError as error:
@@ -132,7 +158,8 @@ def _pidfile(options: LazyPagesOptions, child: int) -> None:
 async def _stop_on_signal(daemon: LazyPages, *, task_status: trio.TaskStatus[None]) -> None:
     import trio
 
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+    with trio.open_signal_receiver(*_STOP_SIGNALS) as received:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         task_status.started()
         async for _ in received:
             daemon.stop()

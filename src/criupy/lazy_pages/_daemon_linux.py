@@ -22,7 +22,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,15 +31,15 @@ from typing import TYPE_CHECKING, Literal
 import trio
 
 from criupy._uffd.pager_linux import Image, Link, NoticeKind, Outcome, Pager, Phase, ReplyFault
-from criupy.errors import CriupyError, ImageError, LazyPagesError
+from criupy.errors import CriupyError, LazyPagesError, RemoteProtocolError
 from criupy.images import frame_size
 from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask
 from criupy.lazy_pages._images import DumpedTask, load_tasks
 from criupy.lazy_pages._kill_linux import kill_trees
-from criupy.lazy_pages._process_linux import bind_restore_socket
+from criupy.lazy_pages._process_linux import SOCKET_NAME, bind_restore_socket
 from criupy.lazy_pages._source_linux import adopt_source, connect_source
 from criupy.lazy_pages._statistics import State, Statistics
-from criupy.wire.restore_socket import Zombie
+from criupy.wire.restore_socket import RestoreFinished, Zombie
 
 if TYPE_CHECKING:
     import socket
@@ -82,9 +82,16 @@ class Config:
 class LazyPages:
     """A restore being served; made by open_lazy_pages."""
 
-    def __init__(self, config: Config, listener: trio.socket.SocketType, socket_path: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dumped: Mapping[int, DumpedTask],
+        listener: trio.socket.SocketType,
+        socket_path: Path,
+    ) -> None:
         self.config = config
         self.socket_path = socket_path
+        self._dumped = dumped
         self._listener = listener
         self._before = trio.CancelScope()  # what stop() may simply cancel: no task can have run
         self._stops = 0
@@ -208,23 +215,39 @@ class LazyPages:
     # ---- before restore-finished -------------------------------------------------
 
     async def _restore(self, pager: Pager, nursery: trio.Nursery) -> None:
-        dumped = await trio.to_thread.run_sync(
-            partial(load_tasks, self.config.images_dir, local=not self.config.remote)
-        )
         sock, _ = await self._listener.accept()
         self._close_listener()
         self._state = State.RESTORING
         connection = RestoreConnection(sock)
+        announced: set[int] = set()
         try:
-            if self.config.remote:
-                await self._connect(pager)
-            announced: set[int] = set()
-            while len(announced) < len(dumped):
-                announced.add(await self._take_task(pager, nursery, connection, dumped))
+            try:
+                if self.config.remote:
+                    await self._connect(pager)
+                while len(announced) < len(self._dumped):
+                    announced.add(await self._take_task(pager, nursery, connection))
+            except BaseException:
+                # criu does not wait for us: everything, restore-finished included, may be
+                # in the socket already, and then the tasks run. Nothing more gets in now.
+                connection.refuse_more()
+                with trio.CancelScope(shield=True):
+                    await self._take_the_rest(pager, nursery, connection, announced)
+                raise
             log.info("all %d tasks have come, waiting for restore-finished", len(announced))
             pager.watch_restore(connection.detach())
         finally:
             connection.close()
+
+    async def _take_the_rest(
+        self, pager: Pager, nursery: trio.Nursery, connection: RestoreConnection, announced: set[int]
+    ) -> None:
+        with contextlib.suppress(RemoteProtocolError):  # the end, as a rule
+            while len(announced) < len(self._dumped):
+                try:
+                    announced.add(await self._take_task(pager, nursery, connection))
+                except LazyPagesError as error:
+                    log.debug("after the failure: %s", error)
+            pager.watch_restore(connection.detach())
 
     async def _connect(self, pager: Pager) -> None:
         size = self.config.frame_size
@@ -245,15 +268,15 @@ class LazyPages:
             log.info("connected to page server %s:%d, frames of %d bytes", host, port, size)
         pager.set_link(fd, frame_size=size, shared=self.config.ps_socket is not None)
 
-    async def _take_task(
-        self,
-        pager: Pager,
-        nursery: trio.Nursery,
-        connection: RestoreConnection,
-        dumped: Mapping[int, DumpedTask],
-    ) -> int:
-        task = await connection.receive_task()
-        known = dumped.get(task.pid)
+    async def _take_task(self, pager: Pager, nursery: trio.Nursery, connection: RestoreConnection) -> int:
+        task = await connection.receive()
+        if isinstance(task, RestoreFinished):
+            pager.restore_finished()
+            raise LazyPagesError(
+                f"criu restored fewer tasks than {self.config.images_dir} holds: "
+                "give restore and daemon the same --images-dir"
+            )
+        known = self._dumped.get(task.pid)
         if isinstance(task, Zombie):
             log.debug("%d: zombie", task.pid)
             if known is None:
@@ -392,6 +415,11 @@ class LazyPages:
                 return f"{trouble}; no restore had connected"
             self._state = State.ABORTED
             return f"{trouble}; the restore was vetoed and {self._source_goes_on()}"
+        strangers = [task for task in self._tasks if task.uffd.fileno() >= 0]
+        if strangers:
+            # What they miss nobody knows, so nothing can be poisoned.
+            self._kill_trees(strangers)
+            trouble += f"; {len(strangers)} restored processes that are not in the images were killed"
         pager.give_up()
         stats = await self._obeyed(pager)
         missing = stats.pages_missing
@@ -429,7 +457,7 @@ class LazyPages:
 
     async def _kill(self, pager: Pager) -> int:
         """Kill the restored tasks with all that they forked; return how many address spaces are left."""
-        kill_trees([(task.host_pid, task.pidfd.fileno()) for task in self._tasks if task.pidfd is not None])
+        self._kill_trees(self._tasks)
         with trio.move_on_after(_KILL_PATIENCE):
             while True:
                 pager.probe()
@@ -437,6 +465,9 @@ class LazyPages:
                     return 0
                 await trio.sleep(_PROBE_INTERVAL)
         return int(pager.snapshot().nr_live)
+
+    def _kill_trees(self, tasks: Iterable[RestoredTask]) -> None:
+        kill_trees([(task.host_pid, task.pidfd.fileno()) for task in tasks if task.pidfd is not None])
 
     async def _settle(self, pager: Pager, error: BaseException) -> None:
         """Bring the pager to an end after an error that no one told it of."""
@@ -451,20 +482,29 @@ class LazyPages:
 
 @contextlib.asynccontextmanager
 async def open_lazy_pages(
-    config: Config, *, work_dir: str | os.PathLike[str] | None = None, listener: socket.socket | None = None
+    config: Config,
+    *,
+    work_dir: str | os.PathLike[str] | None = None,
+    dumped: Mapping[int, DumpedTask] | None = None,
+    listener: socket.socket | None = None,
 ) -> AsyncGenerator[LazyPages, None]:
     """Serve one restore; the socket listens when the block is entered.
 
     ``work_dir`` is where ``lazy-pages.socket`` appears (the images directory by
-    default); ``listener`` is a socket that listens there already. Leaving the
+    default). ``dumped`` is what load_tasks read and ``listener`` a socket that
+    listens there, for a caller that had to do these before trio. Leaving the
     block waits for the end and raises LazyPagesError if the restore could not
     be served; leaving it by an exception or cancellation stops at once, as the
     second stop() does.
     """
     directory = Path(config.images_dir if work_dir is None else work_dir)
+    if dumped is None:
+        dumped = await trio.to_thread.run_sync(
+            partial(load_tasks, config.images_dir, local=not config.remote)
+        )
     if listener is None:
         listener = bind_restore_socket(directory)
-    daemon = LazyPages(config, trio.socket.from_stdlib_socket(listener), directory / "lazy-pages.socket")
+    daemon = LazyPages(config, dumped, trio.socket.from_stdlib_socket(listener), directory / SOCKET_NAME)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(daemon._run)
         yield daemon

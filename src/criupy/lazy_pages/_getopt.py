@@ -213,7 +213,7 @@ class _Names:
         return first
 
     def _suggestion(self, typed: str) -> str:
-        close = difflib.get_close_matches(typed[:_SHOWN], self._exact, 1)
+        close = difflib.get_close_matches(typed[:_SHOWN], self._exact, 1, 0.7)
         return f" (did you mean --{close[0]}?)" if close else ""
 
     def cluster(self, word: str, following: str | None) -> _Read:

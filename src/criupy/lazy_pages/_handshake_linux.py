@@ -23,7 +23,7 @@ from typing import Final, Self
 import trio
 
 from criupy.errors import RemoteProtocolError
-from criupy.wire.restore_socket import NEED_DATA, RestoreSocketDecoder, Task, Zombie
+from criupy.wire.restore_socket import NEED_DATA, RestoreFinished, RestoreSocketDecoder, Task, Zombie
 
 __all__ = ["Descriptor", "RestoreConnection", "RestoredTask"]
 
@@ -100,22 +100,26 @@ class RestoreConnection:
         self._host_pid: int | None = None
         self._pidfd: Descriptor | None = None
 
-    async def receive_task(self) -> RestoredTask | Zombie:
-        """Wait for the next announcement.
+    async def receive(self) -> RestoredTask | Zombie | RestoreFinished:
+        """Wait for what criu says next.
 
-        Raise RemoteProtocolError for anything else, the end included: which
-        task is the last the images say, and what follows it is the pager's.
+        Raise RemoteProtocolError for nonsense and for the end of the connection.
         """
         while True:
             event = self._decoder.next_event()
             if isinstance(event, Task):
                 pidfd, self._pidfd = self._pidfd, None
                 return RestoredTask(event.pid, event.uffd, self._host_pid, pidfd or self._open_pidfd())
-            if isinstance(event, Zombie):
+            if isinstance(event, Zombie | RestoreFinished):
                 return event
             if event is not NEED_DATA:
-                raise RemoteProtocolError("criu reported the restore finished before all tasks came", offset=0)
+                raise RemoteProtocolError("criu closed the connection", offset=0)
             await self._receive()
+
+    def refuse_more(self) -> None:
+        """Let nothing more in: what criu sends from now on fails at its end, what it had sent can be read."""
+        with contextlib.suppress(OSError):  # it has closed its end, with the same effect
+            self._socket.shutdown(socket.SHUT_RD)
 
     def detach(self) -> int:
         """Give up the socket: restore-finished is next."""

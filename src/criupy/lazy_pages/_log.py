@@ -72,8 +72,8 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, or count it as lost."""
-        text = self.format(record)
         try:
+            text = self.format(record)
             if self._elsewhere is not None:
                 self._elsewhere(text)
                 return
@@ -85,6 +85,8 @@ class LogHandler(logging.Handler):
             self._write(text)
         except OSError:
             self._lost += 1
+        except Exception:  # noqa: BLE001 - a wrong %d, say: logging tells of it on standard error
+            self.handleError(record)
 
     def _write(self, text: str) -> None:
         data = memoryview(f"{text}\n".encode(errors="backslashreplace"))

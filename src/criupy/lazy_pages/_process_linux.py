@@ -178,16 +178,18 @@ def run_action_scripts(scripts: Sequence[str], action: str, images_dir: str | os
             raise LazyPagesError(f"--action-script {script}: refused {action} with status {status}")
 
 
-def lower_oom_score() -> int | None:
+def lower_oom_score() -> int:
     """Become as unlikely a victim of the OOM killer as this process may; return the score.
 
     Losing the daemon loses the pages that it has not delivered. Going below
     the lowest value a privileged process set before needs CAP_SYS_RESOURCE.
-    None where there is no such file to write.
     """
     path = Path("/proc/self/oom_score_adj")
     try:
         highest = int(path.read_text())
+    except OSError:
+        return 0  # hidden, as in some containers: what it is unless set
+    with contextlib.suppress(OSError):  # or not to be written
         # Every score from the lowest allowed one on is accepted. Mostly that is the very lowest, or ours.
         lowest = tried = _OOM_SCORE_ADJ_MIN
         while lowest < highest:
@@ -197,8 +199,6 @@ def lower_oom_score() -> int | None:
             except PermissionError:
                 lowest = tried + 1
             tried = (lowest + highest) // 2
-    except OSError:
-        return None
     return highest
 
 
