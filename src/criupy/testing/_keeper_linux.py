@@ -227,6 +227,8 @@ async def keep(
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 pass_fds=(writing, *pass_fds),
+                # Ctrl-C goes to the terminal's whole group: a keeper ended by it would leave processes behind
+                start_new_session=True,
                 cwd=cwd,
                 env=env,
             )
