@@ -20,6 +20,14 @@ def was_reset(stream: trio.SocketStream) -> bool:
     return stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE
 
 
+def reset(*streams: trio.SocketStream) -> None:
+    """Pass a reset on."""
+    for stream in streams:
+        with contextlib.suppress(OSError):
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stream.socket.close()
+
+
 class SlowLink:
     """One connection, forwarded to `target`; what the source sends passes at `rate` bytes per second."""
 
@@ -42,14 +50,11 @@ class SlowLink:
                         await until(lambda: not self.blocked)
                     await far.send_all(part)
             if was_reset(near):
-                raise trio.BrokenResourceError
-            await far.send_eof()
+                reset(near, far)
+            else:
+                await far.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            # A reset on one side is one on the other; an orderly end was passed on above.
-            for stream in (near, far):
-                with contextlib.suppress(OSError):
-                    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                stream.socket.close()
+            reset(near, far)
 
     async def serve(self, near: trio.SocketStream) -> None:
         far = await trio.open_tcp_stream(*self.target)
