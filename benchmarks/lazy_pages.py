@@ -34,6 +34,7 @@ import trio
 from criupy.testing.control_linux import Control, Order, Touch
 from criupy.testing.criu_linux import (
     Criu,
+    Restored,
     find_criu,
     lazy_dump,
     lazy_pages_daemon,
@@ -76,6 +77,15 @@ def cases(size: int) -> dict[str, tuple[WorkloadSpec, Callable[[Control], None]]
     return {"random": (busy, random_touches), "idle": (WorkloadSpec(size=size), idle)}
 
 
+async def host_pid(restored: Restored, pid: int) -> int:
+    """Return the pid of a restored process as this script sees it."""
+    while True:
+        try:
+            return restored.job.kept.host_pid(pid)
+        except ProcessLookupError:  # missed while it gets another parent, as criu ends
+            await trio.sleep(POLL)
+
+
 async def resident(host_pid: int, pages: int) -> None:
     """Wait until a process has this many pages."""
     statm = Path(f"/proc/{host_pid}/statm")
@@ -104,7 +114,7 @@ async def run(
             while worker.heartbeat == beat:
                 await trio.sleep(POLL / 4)
             begin = trio.current_time()
-            await resident(restored.job.kept.host_pid(source.pid), spec.main_pages - SLACK_PAGES)
+            await resident(await host_pid(restored, source.pid), spec.main_pages - SLACK_PAGES)
             drain = trio.current_time() - begin
             await restored.finished()
             ended = await daemon.succeed()

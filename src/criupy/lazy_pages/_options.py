@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +104,8 @@ def _without_bare_dashes(word: str) -> str:
 
 
 def _version() -> str:
+    import importlib.metadata  # takes a sixth of the start-up, for one option
+
     try:
         return importlib.metadata.version("criupy")
     except importlib.metadata.PackageNotFoundError:

@@ -115,7 +115,7 @@ class _Bar:
 
     def __init__(self, stream: IO[str]) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
         class SurvivingConsole(Console):
             def on_broken_pipe(self) -> None:
@@ -123,9 +123,9 @@ class _Bar:
                 raise BrokenPipeError
 
         self._progress: RichProgress | None = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
+            # Together they fit 80 columns, so that rich need not squeeze them.
+            BarColumn(bar_width=12),
+            TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[text]}", markup=False),
             console=SurvivingConsole(file=stream),
             auto_refresh=False,
@@ -158,10 +158,9 @@ class _Bar:
             if self._progress is not None:
                 self._progress.update(
                     self._task,
-                    description=statistics.state.value,
                     total=statistics.pages_total or None,
                     completed=statistics.pages_settled,
-                    text=_figures(statistics, rates),
+                    text=_short_figures(statistics, rates),
                     refresh=True,
                 )
 
@@ -210,6 +209,13 @@ def _figures(statistics: Statistics, rates: Rates) -> str:
     if rates.p50_us is not None and rates.p99_us is not None:
         text += f", p50 {_microseconds(rates.p50_us)}, p99 {_microseconds(rates.p99_us)}"
     return text
+
+
+def _short_figures(statistics: Statistics, rates: Rates) -> str:
+    if statistics.state is not State.TRANSFERRING and not statistics.pages_received:
+        return statistics.state.value
+    text = f"{statistics.pages_settled:,} pages, {rates.bytes / 1e6:,.0f} MB/s, {rates.faults:,.0f} faults/s"
+    return text if rates.p99_us is None else f"{text}, p99 {_microseconds(rates.p99_us)}"
 
 
 def _microseconds(value: float | None) -> str:
