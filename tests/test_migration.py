@@ -121,6 +121,34 @@ async def test_local_images(criu: Criu, room: Path) -> None:
                 assert (await source.worker(task).verify()).is_good
 
 
+@pytest.mark.parametrize("where", ["source", "images"])
+async def test_a_gigabyte_costs_less_than_100_mb(criu: Criu, room: Path, where: str) -> None:
+    spec = WorkloadSpec(size=1024 * MIB)
+
+    def touch(control: Control) -> None:
+        control.worker().start_touching(Order.RANDOM, count=100_000)
+
+    if where == "source":
+        async with migrate(criu, spec, room, before=touch) as m:
+            await m.restored.finished()
+            peak = (await m.daemon.succeed()).max_rss
+            assert (await m.control.worker().wait()).is_good
+    else:
+        images, work = room / "images", room / "work"
+        async with start_workload(spec, room) as source:
+            await dump(criu, source.pid, images)
+            touch(source.control)
+            async with (
+                lazy_pages_daemon(our_command(), images, work) as daemon,
+                restore(criu, images, work, source.pid) as restored,
+            ):
+                source.control.gone = restored.gone
+                await restored.finished()
+                peak = (await daemon.succeed()).max_rss
+                assert (await source.worker().wait()).is_good
+    assert peak < 100e6
+
+
 async def test_page_server_of_criu(criu: Criu, room: Path) -> None:
     images, work = room / "images", room / "work"
     async with start_workload(WorkloadSpec(size=256 * MIB, areas=4), room) as source:
