@@ -173,8 +173,8 @@ class Pager:
         self,
         *,
         link_timeout: float,
-        nr_buffers: int = 8,
-        request_pages: int = 256,
+        nr_buffers: int = 16,
+        request_pages: int = 128,
         window_pages: int = 0,
     ) -> None:
         config = ffi.new(
