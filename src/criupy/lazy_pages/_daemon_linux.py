@@ -199,6 +199,8 @@ class LazyPages:
                             notice.a >> 10,
                             os.strerror(notice.errno),
                         )
+            if self._trouble(pager.snapshot()) is not None:
+                self._before.cancel()
             self._wake()
 
     def _wake(self) -> None:
@@ -208,6 +210,8 @@ class LazyPages:
     # ---- before restore-finished -------------------------------------------------
 
     async def _restore(self, pager: Pager, nursery: trio.Nursery) -> None:
+        if self.config.ps_socket is not None:
+            self._adopt(pager, self.config.ps_socket)
         dumped = await trio.to_thread.run_sync(
             partial(load_tasks, self.config.images_dir, local=not self.config.remote)
         )
@@ -216,8 +220,8 @@ class LazyPages:
         self._state = State.RESTORING
         connection = RestoreConnection(sock)
         try:
-            if self.config.remote:
-                await self._connect(pager)
+            if self.config.page_server is not None and self.config.ps_socket is None:
+                await self._connect(pager, *self.config.page_server)
             announced: set[int] = set()
             while len(announced) < len(dumped):
                 announced.add(await self._take_task(pager, nursery, connection, dumped))
@@ -226,24 +230,29 @@ class LazyPages:
         finally:
             connection.close()
 
-    async def _connect(self, pager: Pager) -> None:
-        size = self.config.frame_size
-        if size is None:
-            size = frame_size(self.config.images_dir) or 32
-        if self.config.ps_socket is not None:
-            fd = adopt_source(self.config.ps_socket, link_timeout=self.config.link_timeout)
-            log.info("using socket %d to the page server, frames of %d bytes", fd, size)
-        else:
-            assert self.config.page_server is not None
-            host, port = self.config.page_server
-            fd = await connect_source(
-                host,
-                port,
-                connect_timeout=self.config.connect_timeout,
-                link_timeout=self.config.link_timeout,
-            )
-            log.info("connected to page server %s:%d, frames of %d bytes", host, port, size)
-        pager.set_link(fd, frame_size=size, shared=self.config.ps_socket is not None)
+    def _adopt(self, pager: Pager, inherited: int) -> None:
+        fd = adopt_source(inherited, link_timeout=self.config.link_timeout)
+        size: int | None = None
+        try:
+            size = self._frame_size()
+        finally:
+            # Whatever is wrong with the images: it is for the pager to let the source go on.
+            pager.set_link(fd, frame_size=size or 32, shared=True)
+        log.info("using socket %d to the page server, frames of %d bytes", fd, size)
+
+    async def _connect(self, pager: Pager, host: str, port: int) -> None:
+        size = self._frame_size()
+        fd = await connect_source(
+            host,
+            port,
+            connect_timeout=self.config.connect_timeout,
+            link_timeout=self.config.link_timeout,
+        )
+        pager.set_link(fd, frame_size=size, shared=False)
+        log.info("connected to page server %s:%d, frames of %d bytes", host, port, size)
+
+    def _frame_size(self) -> int:
+        return self.config.frame_size or frame_size(self.config.images_dir) or 32
 
     async def _take_task(
         self,
