@@ -20,6 +20,7 @@ from criupy.testing.control_linux import Result
 from criupy.testing.images import WrittenImages, write_images
 from criupy.testing.page_server import Behaviour, PageServer
 from criupy.testing.spec import WorkloadSpec
+from criupy.testing.wait import until
 from criupy.testing.workload_linux import Standin, start_standin
 
 MIB = 1 << 20
@@ -75,6 +76,10 @@ class Serving:
         text = str(caught.value)
         assert "\n" not in text
         return text
+
+    async def handed_over(self, tasks: int | None = None) -> None:
+        """Wait until the pager has this many tasks, by default all."""
+        await until(lambda: self.daemon.statistics().tasks >= (tasks or self.images.spec.tree))
 
     async def source_goes_on(self) -> bool:
         """Wait until the source's connection has ended; whether its process resumes."""

@@ -20,6 +20,7 @@ from criupy.testing.control_linux import RestorerState, WorkloadError
 from criupy.testing.images import write_images
 from criupy.testing.page_server import Behaviour, End, PageServer
 from criupy.testing.spec import WorkloadSpec
+from criupy.testing.wait import until
 from criupy.testing.workload_linux import Standin, start_standin
 
 pytestmark = pytest.mark.usefixtures("workload_program", "nothing_is_left")
@@ -54,7 +55,7 @@ async def test_before_the_daemon_has_run_at_all(room: Path) -> None:
 async def test_during_the_handover(room: Path) -> None:
     async with serve(room, TREE) as s, s.restore(announce=2) as standin:
         await standin.wait_announced(2)
-        await s.source.accepted.wait()
+        await s.handed_over(2)
         s.daemon.stop()
         assert "vetoed" in await s.failure()
         assert await s.source_goes_on()
@@ -67,6 +68,7 @@ async def test_during_the_handover(room: Path) -> None:
 async def test_before_restore_finished(room: Path, early: int) -> None:
     async with serve(room, TREE) as s, s.restore(early=early) as standin:
         await standin.wait_registered()
+        await s.handed_over()
         s.daemon.stop()
         text = await s.failure()
         assert "vetoed" in text
@@ -78,8 +80,7 @@ async def test_before_restore_finished(room: Path, early: int) -> None:
 
 async def test_while_a_task_waits_before_restore_finished(room: Path) -> None:
     async with serve(room, behaviour=Behaviour(silent_after=0)) as s, s.restore(early=1) as standin:
-        while not s.daemon.statistics().faults:
-            await trio.sleep(0.001)
+        await until(lambda: s.daemon.statistics().faults > 0)
         s.daemon.stop()
         assert "vetoed" in await s.failure()
         await vetoed(standin)
@@ -90,8 +91,7 @@ async def test_during_a_slow_connect(room: Path) -> None:
     async with full_backlog() as address:
         images = write_images(room / "images", SPEC)
         async with serve(room, images=images, page_server=address) as s, s.restore() as standin:
-            while s.daemon.statistics().state is not State.RESTORING and s.daemon.socket_path.exists():
-                await trio.sleep(0.001)
+            await until(lambda: not s.daemon.socket_path.exists())
             s.daemon.stop()
             assert "vetoed" in await s.failure()
             await vetoed(standin)
@@ -273,6 +273,7 @@ async def test_cancelled_during_the_handover(room: Path) -> None:
 async def test_cancelled_before_restore_finished(room: Path) -> None:
     async with cancellable(room, TREE) as c, start_standin(TREE, c.socket, room) as standin:
         await standin.wait_registered()
+        await c.server.accepted.wait()
         await c.cancel()
         assert await c.source_goes_on()
         await vetoed(standin)
@@ -329,6 +330,7 @@ async def test_an_exception_in_the_block_stops_at_once(room: Path, connected: bo
                 if connected:
                     async with start_standin(SPEC, daemon.socket_path, room) as standin:
                         await standin.wait_registered()
+                        await server.accepted.wait()
                         raise BodyError
                 raise BodyError
         assert caught.group_contains(BodyError)

@@ -322,8 +322,12 @@ class LazyPages:
             trouble = self._trouble(stats)
             if trouble is None and self._stops:
                 if stats.phase == Phase.RESTORING:
-                    trouble = "stopped"
-                elif deadline == float("inf"):
+                    pager.abort()
+                    stats = await self._obeyed(pager)
+                    if stats.phase == Phase.ENDED:
+                        raise LazyPagesError(self._undone("stopped"))
+                    continue  # restore-finished was there already: this is a stop after it
+                if deadline == float("inf"):
                     deadline = trio.current_time() + self.config.stop_timeout
                     log.info(
                         "asked to stop: transferring the last %d pages, for at most %g s",
@@ -397,10 +401,7 @@ class LazyPages:
         pager.abort()
         stats = await self._obeyed(pager)
         if stats.phase == Phase.ENDED:
-            if self._state is State.WAITING:
-                return f"{trouble}; no restore had connected"
-            self._state = State.ABORTED
-            return f"{trouble}; the restore was vetoed and {self._source_goes_on()}"
+            return self._undone(trouble)
         pager.give_up()
         stats = await self._obeyed(pager)
         missing = stats.pages_missing
@@ -428,6 +429,12 @@ class LazyPages:
         if stats.link == Link.LOST:
             fate = "the source was lost before"
         return f"{trouble}; {told}the tasks were killed with {missing} pages missing ({fate})"
+
+    def _undone(self, trouble: str) -> str:
+        if self._state is State.WAITING:
+            return f"{trouble}; no restore had connected"
+        self._state = State.ABORTED
+        return f"{trouble}; the restore was vetoed and {self._source_goes_on()}"
 
     async def _phase(self, pager: Pager, phase: Phase) -> None:
         while True:
