@@ -16,6 +16,7 @@ import trio
 from criupy._uffd._native import ffi, lib
 from criupy.errors import LazyPagesError
 from criupy.lazy_pages._daemon_linux import Config, LazyPages, open_lazy_pages
+from criupy.lazy_pages._statistics import State
 from criupy.testing.control_linux import Result
 from criupy.testing.images import WrittenImages, write_images
 from criupy.testing.page_server import Behaviour, PageServer
@@ -42,6 +43,13 @@ def _grants(flags: int, features: int) -> int | None:
         return int(offered[0]) if lib.criupy_uffd_api(fd, features, offered) == 0 else None
     finally:
         os.close(fd)
+
+
+def user_faults() -> int:
+    """A userfaultfd that nobody needs a privilege for."""
+    fd = lib.criupy_uffd_open(os.O_CLOEXEC | os.O_NONBLOCK | _USER_MODE_ONLY)
+    assert fd >= 0
+    return fd
 
 
 _SEES_FORKS = any(_grants(flags, _FEATURE_EVENT_FORK) is not None for flags in (0, _USER_MODE_ONLY))
@@ -80,6 +88,10 @@ class Serving:
     async def handed_over(self, tasks: int | None = None) -> None:
         """Wait until the pager has this many tasks, by default all."""
         await until(lambda: self.daemon.statistics().tasks >= (tasks or self.images.spec.tree))
+
+    async def transferring(self) -> None:
+        """Wait until the daemon knows that the restore has finished."""
+        await until(lambda: self.daemon.statistics().state is State.TRANSFERRING)
 
     async def source_goes_on(self) -> bool:
         """Wait until the source's connection has ended; whether its process resumes."""

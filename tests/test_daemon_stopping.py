@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from serving import MIB, SPEC, Serving, all_good, needs_poison, no_lies, serve
 from criupy.errors import LazyPagesError
 from criupy.lazy_pages._daemon_linux import Config, open_lazy_pages
 from criupy.lazy_pages._statistics import State
-from criupy.testing.control_linux import RestorerState, WorkloadError
+from criupy.testing.control_linux import Gate, RestorerState, WorkloadError
 from criupy.testing.images import write_images
 from criupy.testing.page_server import Behaviour, End, PageServer
 from criupy.testing.spec import WorkloadSpec
@@ -117,6 +118,7 @@ async def full_backlog() -> AsyncIterator[tuple[str, int]]:
 async def test_after_restore_finished_everything_still_comes(room: Path) -> None:
     async with serve(room, behaviour=FAR) as s, s.restore() as standin:
         await standin.finish()
+        await s.transferring()
         s.daemon.stop()
         assert s.daemon.statistics().pages_missing > 0
         assert (await s.daemon.wait()).state is State.COMPLETE
@@ -136,6 +138,7 @@ async def poisoned(s: Serving, standin: Standin) -> None:
 async def test_second_stop(room: Path) -> None:
     async with serve(room, behaviour=FAR) as s, s.restore() as standin:
         await standin.finish()
+        await s.transferring()
         s.daemon.stop()
         s.daemon.stop()
         text = await s.failure()
@@ -158,6 +161,7 @@ async def test_second_stop_with_a_silent_source(room: Path) -> None:
     behaviour = Behaviour(silent_after=MIB)
     async with serve(room, behaviour=behaviour, link_timeout=0.5) as s, s.restore() as standin:
         await standin.finish()
+        await s.transferring()
         s.daemon.stop()
         s.daemon.stop()
         assert "second request" in await s.failure()
@@ -168,6 +172,7 @@ async def test_second_stop_with_a_silent_source(room: Path) -> None:
 async def test_second_stop_kills_when_told_to(room: Path) -> None:
     async with serve(room, TREE, behaviour=FAR, on_failure="kill") as s, s.restore() as standin:
         await standin.finish()
+        await s.transferring()
         s.daemon.stop()
         s.daemon.stop()
         text = await s.failure()
@@ -182,6 +187,7 @@ async def test_second_stop_from_local_images(room: Path) -> None:
     """Local pages come too fast to be caught with any left: so it may end either way, but never with zeros."""
     async with serve(room, WorkloadSpec(size=32 * MIB), style="full") as s, s.restore() as standin:
         await standin.finish()
+        await s.transferring()
         s.daemon.stop()
         s.daemon.stop()
         try:
@@ -284,6 +290,7 @@ async def test_cancelled_before_restore_finished(room: Path) -> None:
 async def test_cancelled_after_restore_finished(room: Path, behaviour: Behaviour) -> None:
     async with cancellable(room, behaviour=behaviour) as c, start_standin(SPEC, c.socket, room) as standin:
         await standin.finish()
+        await c.server.accepted.wait()
         await c.cancel()
         result = await standin.worker().verify()
         no_lies(result)
@@ -297,6 +304,7 @@ async def test_cancelled_after_restore_finished_with_kill(room: Path) -> None:
         start_standin(TREE, c.socket, room) as standin,
     ):
         await standin.finish()
+        await c.server.accepted.wait()
         await c.cancel()
         assert (await standin.wait()).signal == signal.SIGKILL
         assert await c.source_goes_on()
@@ -339,3 +347,36 @@ async def test_an_exception_in_the_block_stops_at_once(room: Path, connected: bo
             assert server.end is not None
             assert server.end.source_goes_on
         nursery.cancel_scope.cancel()
+
+
+# ---- criu waits for nobody: it may have finished before the daemon has looked ---------------------
+
+
+@pytest.mark.parametrize("spec", [SPEC, TREE], ids=["one", "tree"])
+async def test_first_stop_after_a_restore_that_nobody_saw_finish(room: Path, spec: WorkloadSpec) -> None:
+    """All that criu said waits in the socket. A veto would come too late, and turn its memory into zeros."""
+    async with serve(room, spec) as s, s.restore() as standin:
+        blocking(standin)
+        s.daemon.stop()
+        await standin.wait_until_ready(spec.tree)
+        assert (await s.daemon.wait()).state is State.COMPLETE
+        await all_good(standin)
+        assert not await s.source_goes_on()
+
+
+@needs_poison
+async def test_cancelled_after_a_restore_that_nobody_saw_finish(room: Path) -> None:
+    async with cancellable(room) as c, start_standin(SPEC, c.socket, room) as standin:
+        blocking(standin)
+        await c.cancel()
+        await standin.wait_until_ready(1)
+        result = await standin.worker().verify()
+        no_lies(result)
+        assert result.poisoned == SPEC.populated_pages
+
+
+def blocking(standin: Standin) -> None:
+    """Let the restore finish while this process, and with it the daemon, does nothing at all."""
+    standin.control.gate = Gate.FINISH
+    while standin.control.restorer_state is not RestorerState.FINISHED:
+        time.sleep(0.001)
