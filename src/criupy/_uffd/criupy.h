@@ -233,8 +233,6 @@ int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, in
 int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, struct criupy_image *image);
 /* All tasks are announced: read restore-finished from here. */
 int criupy_pager_watch_restore(struct criupy_pager *pager, int fd);
-/* Restore-finished was read elsewhere: the tasks run. */
-int criupy_pager_restore_finished(struct criupy_pager *pager);
 /* Veto the restore and reset the source, unless restore-finished is there. */
 int criupy_pager_abort(struct criupy_pager *pager);
 /* After restore-finished: fetch nothing more and end only by criupy_pager_end.

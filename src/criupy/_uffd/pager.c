@@ -152,9 +152,6 @@ static void obey(struct criupy_pager *p, struct command *c)
 	case COMMAND_RESTORE:
 		watch_restore(p, c->fd);
 		break;
-	case COMMAND_FINISHED:
-		restore_finished(p);
-		break;
 	case COMMAND_ABORT:
 		restore_abort(p);
 		break;
@@ -222,6 +219,8 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 		return 0;
 	if (p->busy)
 		return p->now_ns - p->no_memory_ns < TICK_NS ? NO_MEMORY_NS : BUSY_NS;
+	if (p->farewell_ns)
+		return TICK_NS / 10;
 	for (struct task *t = p->tasks; t; t = t->next)
 		if (t->nr_zero_again || t->unserved)
 			return BUSY_NS;
@@ -493,11 +492,6 @@ int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, str
 int criupy_pager_watch_restore(struct criupy_pager *pager, int fd)
 {
 	return tell(pager, (struct command){ .kind = COMMAND_RESTORE, .fd = fd });
-}
-
-int criupy_pager_restore_finished(struct criupy_pager *pager)
-{
-	return tell(pager, (struct command){ .kind = COMMAND_FINISHED });
 }
 
 int criupy_pager_abort(struct criupy_pager *pager)

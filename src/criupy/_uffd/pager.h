@@ -99,8 +99,8 @@ struct receiver {
 
 struct command {
 	enum {
-		COMMAND_LINK, COMMAND_TASK, COMMAND_RESTORE, COMMAND_FINISHED,
-		COMMAND_ABORT, COMMAND_GIVE_UP, COMMAND_POISON, COMMAND_PROBE, COMMAND_END, COMMAND_STOP,
+		COMMAND_LINK, COMMAND_TASK, COMMAND_RESTORE, COMMAND_ABORT,
+		COMMAND_GIVE_UP, COMMAND_POISON, COMMAND_PROBE, COMMAND_END, COMMAND_STOP,
 	} kind;
 	int fd;
 	int value;
@@ -145,6 +145,7 @@ struct criupy_pager {
 	bool link_shared;
 	bool link_writable_wanted;
 	bool close_sent;
+	uint64_t farewell_ns;		/* since when a lost link is being ended */
 	uint8_t *out;			/* encoded frames the socket has not taken */
 	size_t out_have, out_room;
 	struct request *requests;	/* ring of room_requests, a power of two */
@@ -227,7 +228,6 @@ void link_send_close(struct criupy_pager *p);
 /* ---- pager_end.c ----------------------------------------------------------------------- */
 
 void restore_read(struct criupy_pager *p);
-void restore_finished(struct criupy_pager *p);
 void restore_abort(struct criupy_pager *p);
 void poison_all(struct criupy_pager *p);
 void probe_all(struct criupy_pager *p);

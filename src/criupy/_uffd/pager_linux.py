@@ -244,10 +244,6 @@ class Pager:
         """Hand over the restore socket: all tasks are announced, restore-finished is next."""
         self._tell("watch_restore", lib.criupy_pager_watch_restore(self._pager, fd))
 
-    def restore_finished(self) -> None:
-        """Say that restore-finished was read elsewhere: the tasks run."""
-        self._tell("restore_finished", lib.criupy_pager_restore_finished(self._pager))
-
     def abort(self) -> None:
         """Veto the restore and reset the source, unless restore-finished is already there."""
         self._tell("abort", lib.criupy_pager_abort(self._pager))

@@ -69,8 +69,12 @@ def _run(options: LazyPagesOptions) -> int:
         run_action_scripts,
         status_ready,
     )
+    from criupy.lazy_pages._source_linux import adopt_source
 
     _check_inherited(options)
+    if options.ps_socket is not None:
+        # From here on our end, whatever causes it, is a reset, not a FIN: the source goes on.
+        adopt_source(options.ps_socket, link_timeout=options.link_timeout)
     handler = open_log(options.verbosity, options.log_file, options.work_dir)
     for warning in options.warnings:
         log.warning("%s", warning)
