@@ -218,6 +218,8 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 		return 0;
 	if (p->busy)
 		return BUSY_NS;
+	if (p->farewell_ns)
+		return TICK_NS / 10;
 	for (struct task *t = p->tasks; t; t = t->next)
 		if (t->nr_zero_again || t->unserved)
 			return BUSY_NS;

@@ -143,6 +143,7 @@ struct criupy_pager {
 	bool link_shared;
 	bool link_writable_wanted;
 	bool close_sent;
+	uint64_t farewell_ns;		/* since when a lost link is being ended */
 	uint8_t *out;			/* encoded frames the socket has not taken */
 	size_t out_have, out_room;
 	struct request *requests;	/* ring of room_requests, a power of two */

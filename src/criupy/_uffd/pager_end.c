@@ -237,20 +237,40 @@ void end_link(struct criupy_pager *p, bool reset)
 }
 
 /* A link that cannot answer a CLOSE any more, while a task may run here: a FIN
- * must reach the source before anything that would reset it. */
-static void close_lost_link(struct criupy_pager *p)
+ * must reach the source before anything that would reset it. Half a request
+ * before the FIN would revive it, and so would a reply that comes when nobody
+ * reads any more. True when the link is closed. */
+static bool close_lost_link(struct criupy_pager *p)
 {
 	uint8_t waste[4096];
 	struct iovec into = { waste, sizeof(waste) };
+	size_t rest = p->out_have % p->frame_size;
+	ssize_t got = 1;
 
 	if (p->link.fd < 0)
-		return;
-	(void)shutdown(p->link.fd, SHUT_WR);
-	/* Unread bytes would make the close a reset. */
-	for (int i = 0; i < 16384; i++)
-		if (p->link.receive(&p->link, &into, 1) <= 0)
-			break;
+		return true;
+	if (!p->farewell_ns)
+		p->farewell_ns = p->now_ns;
+	if (rest) {
+		ssize_t sent = p->link.send(&p->link, p->out, rest);
+
+		if (sent > 0) {
+			p->out_have -= (size_t)sent;
+			memmove(p->out, p->out + sent, p->out_have);
+			rest -= (size_t)sent;
+		}
+	}
+	if (!rest)
+		(void)shutdown(p->link.fd, SHUT_WR);
+	for (int i = 0; i < 16384 && got > 0; i++)
+		got = p->link.receive(&p->link, &into, 1);
+	/* Who was silent for that long already is not waited for again. */
+	if ((got > 0 || got == -EAGAIN || got == -EINTR) && !p->stopping && p->stats.link_error != ETIMEDOUT &&
+	    p->now_ns - p->farewell_ns < p->config.link_timeout_ns)
+		return false;
+	p->farewell_ns = 0;
 	link_close(&p->link);
+	return true;
 }
 
 void check_done(struct criupy_pager *p)
@@ -277,8 +297,8 @@ void check_done(struct criupy_pager *p)
 			link_send_close(p);
 		return;
 	}
-	if (p->stats.link == CRIUPY_LINK_LOST)
-		close_lost_link(p);
+	if (p->stats.link == CRIUPY_LINK_LOST && !close_lost_link(p))
+		return;
 	p->stats.outcome = p->final_outcome;
 	pager_set_phase(p, CRIUPY_PHASE_ENDED);
 }
