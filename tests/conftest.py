@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -95,3 +96,20 @@ def room(tmp_path: Path) -> Path:
     """A directory for one migration, with `work` in it."""
     (tmp_path / "work").mkdir()
     return tmp_path
+
+
+@pytest.fixture
+def nothing_is_left() -> Iterator[None]:
+    """No descriptor, thread of the pager or child process outlives the test."""
+
+    def kept() -> tuple[list[str], int]:
+        files = []
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the directory's own
+                files.append(f"{link.name} {link.readlink()}")
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        return sorted(files), names.count("criupy-pager")
+
+    before = kept()
+    yield
+    assert kept() == before

@@ -105,6 +105,7 @@ class PageServer:
     violations: list[str] = field(default_factory=list)
     """Requests that a source must never get, in words."""
     pages_sent: int = 0
+    closed_by: Literal["CLOSE", "FORCE_CLOSE"] | None = None
     accepted: trio.Event = field(default_factory=trio.Event)
     ended: trio.Event = field(default_factory=trio.Event)
     _closed: bool = False
@@ -126,7 +127,15 @@ class PageServer:
         """Listen, tell the port, serve one connection."""
         self._random.seed(self.behaviour.short)
         self._map_pages()
-        with trio.socket.socket() as listener:
+        try:
+            await self._accept(task_status)
+        finally:
+            self._maps.clear()
+            self.ended.set()
+
+    async def _accept(self, task_status: trio.TaskStatus[int]) -> None:
+        family = _socket.AF_INET6 if ":" in self.address else _socket.AF_INET
+        with trio.socket.socket(family) as listener:
             await listener.bind((self.address, self.port))
             listener.listen(1)
             self.port = listener.getsockname()[1]
@@ -134,12 +143,8 @@ class PageServer:
             connection, _ = await listener.accept()
             listener.close()
             self.accepted.set()
-            try:
-                with connection:
-                    await self._serve(connection)
-            finally:
-                self._maps.clear()
-                self.ended.set()
+            with connection:
+                await self._serve(connection)
 
     def _map_pages(self) -> None:
         for task in self.images.tasks:
@@ -206,6 +211,7 @@ class PageServer:
             self.requests.append(Request(dst_id, address, nr_pages))
             await self._answer(connection, dst_id, address, nr_pages)
         elif command in {CLOSE, FORCE_CLOSE}:
+            self.closed_by = "CLOSE" if command == CLOSE else "FORCE_CLOSE"
             await self._send(connection, struct.pack("<i", 0))
             self._closed = True
         else:
