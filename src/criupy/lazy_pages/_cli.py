@@ -61,6 +61,11 @@ def _run(options: LazyPagesOptions) -> int:
         status_ready,
     )
 
+    from criupy.lazy_pages._source_linux import adopt_source
+
+    if options.ps_socket is not None:
+        # From here on our end, whatever causes it, is a reset, not a FIN: the source goes on.
+        adopt_source(options.ps_socket, link_timeout=options.link_timeout)
     for name, directory in (("images", options.images_dir), ("work", options.work_dir)):
         if not directory.is_dir():
             raise LazyPagesError(f"--{name}-dir {directory}: no such directory")

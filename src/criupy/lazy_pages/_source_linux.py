@@ -12,10 +12,12 @@ import contextlib
 import os
 import socket
 import struct
-
-import trio
+from typing import TYPE_CHECKING
 
 from criupy.errors import LazyPagesError
+
+if TYPE_CHECKING:
+    import trio
 
 __all__ = ["adopt_source", "connect_source"]
 
@@ -38,6 +40,8 @@ async def connect_source(host: str, port: int, *, connect_timeout: float, link_t
     Every address of the name is tried in turn, never two at a time: a live
     source accepts once. Timeouts are in seconds; raises LazyPagesError.
     """
+    import trio
+
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     last: OSError | None = None
     with trio.move_on_after(connect_timeout):
