@@ -21,6 +21,7 @@ import contextlib
 import errno
 import logging
 import os
+import socket
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Literal
 import trio
 
 from criupy._uffd.pager_linux import Image, Link, NoticeKind, Outcome, Pager, Phase, ReplyFault
-from criupy.errors import CriupyError, ImageError, LazyPagesError
+from criupy.errors import CriupyError, LazyPagesError
 from criupy.images import frame_size
 from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask
 from criupy.lazy_pages._images import DumpedTask, load_tasks
@@ -42,8 +43,6 @@ from criupy.lazy_pages._statistics import State, Statistics
 from criupy.wire.restore_socket import Zombie
 
 if TYPE_CHECKING:
-    import socket
-
     from criupy._uffd._native import Stats
 
 __all__ = ["Config", "LazyPages", "open_lazy_pages"]
@@ -79,6 +78,13 @@ class Config:
         return self.page_server is not None or self.ps_socket is not None
 
 
+def _is_userfaultfd(fd: int) -> bool:
+    try:
+        return "userfaultfd" in os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return True  # without /proc, the kernel's first answer tells
+
+
 class LazyPages:
     """A restore being served; made by open_lazy_pages."""
 
@@ -92,7 +98,12 @@ class LazyPages:
         self._ended = trio.Event()
         self._failure: BaseException | None = None
         self._pager: Pager | None = None
+        self._connection: RestoreConnection | None = None
+        self._handover_done = self._linked = False
+        self._dumped: Mapping[int, DumpedTask] = {}
+        self._announced: set[int] = set()
         self._tasks: list[RestoredTask] = []
+        self._mismatch: str | None = None  # tasks run whose lazy pages no image tells
         self._last = Statistics()
         self._state = State.WAITING
 
@@ -150,6 +161,8 @@ class LazyPages:
             self._state = State.COMPLETE
         finally:
             self._close_listener()
+            if self._connection is not None:
+                self._connection.close()
             for task in self._tasks:
                 task.close()
             self._last = self._last.with_state(self._state)
@@ -163,8 +176,8 @@ class LazyPages:
                     with self._before:
                         await self._restore(pager, nursery)
                 except CriupyError as error:
-                    raise LazyPagesError(await self._give_up(pager, str(error))) from error
-                await self._supervise(pager)
+                    raise LazyPagesError(await self._give_up(pager, str(error)) or str(error)) from error
+                await self._supervise(pager, nursery)
             except CriupyError as error:
                 # Out of the nursery as what it is, not as a group of one.
                 failure: CriupyError | None = error
@@ -199,6 +212,8 @@ class LazyPages:
                             notice.a >> 10,
                             os.strerror(notice.errno),
                         )
+            if self._trouble(pager.snapshot()) is not None:
+                self._before.cancel()
             self._wake()
 
     def _wake(self) -> None:
@@ -208,60 +223,114 @@ class LazyPages:
     # ---- before restore-finished -------------------------------------------------
 
     async def _restore(self, pager: Pager, nursery: trio.Nursery) -> None:
-        dumped = await trio.to_thread.run_sync(
-            partial(load_tasks, self.config.images_dir, local=not self.config.remote)
-        )
+        if self.config.ps_socket is not None:
+            self._adopt(pager, self.config.ps_socket)
+        with trio.CancelScope(shield=True):  # the thread cannot be stopped, and its result may be needed
+            self._dumped = await trio.to_thread.run_sync(
+                partial(load_tasks, self.config.images_dir, local=not self.config.remote)
+            )
         sock, _ = await self._listener.accept()
+        self._connection = connection = RestoreConnection(sock)
         self._close_listener()
         self._state = State.RESTORING
-        connection = RestoreConnection(sock)
-        try:
-            if self.config.remote:
-                await self._connect(pager)
-            announced: set[int] = set()
-            while len(announced) < len(dumped):
-                announced.add(await self._take_task(pager, nursery, connection, dumped))
-            log.info("all %d tasks have come, waiting for restore-finished", len(announced))
-            pager.watch_restore(connection.detach())
-        finally:
+        await self._connect(pager)
+        while len(self._announced) < len(self._dumped):
+            self._take(pager, nursery, await connection.receive_task())
+        log.info("all %d tasks have come, waiting for restore-finished", len(self._announced))
+        self._handover_done = True
+        pager.watch_restore(connection.detach())
+
+    async def _conclude(self, pager: Pager, nursery: trio.Nursery | None = None) -> None:
+        """Settle a restore that is stopped before all tasks came.
+
+        criu waits for nobody: it may have sent all that it has to say while
+        nothing of it was read, and then the tasks run, and closing what they
+        sent would give them zeros. What it has not said by now, it cannot.
+        """
+        if self._handover_done:
+            return
+        self._handover_done = True
+        self._connection = connection = self._connection or self._unaccepted()
+        if connection is None:
+            return
+        connection.shut_down()
+        rest, finished = await connection.receive_rest()
+        if not finished:
+            for task in rest:
+                if isinstance(task, RestoredTask):
+                    task.close()
             connection.close()
+            return
+        for task in rest:
+            try:
+                self._take(pager, nursery, task)
+            except CriupyError as error:
+                self._mismatch = str(error)
+        if self._announced != self._dumped.keys() or any(task.uffd.fileno() >= 0 for task in self._tasks):
+            self._mismatch = self._mismatch or (
+                f"criu restored {len(self._announced)} tasks, {self.config.images_dir} holds "
+                f"{len(self._dumped)}: give restore and daemon the same --images-dir"
+            )
+        if self._mismatch is not None:
+            pager.give_up()  # or what it knows may seem complete to it
+        pager.watch_restore(connection.detach())
+
+    def _unaccepted(self) -> RestoreConnection | None:
+        if self._listener.fileno() < 0:
+            return None
+        # A listening unix socket that is shut down refuses new connections and still yields old ones.
+        with socket.socket(fileno=os.dup(self._listener.fileno())) as listener:
+            listener.shutdown(socket.SHUT_RD)
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return None
+        self._state = State.RESTORING
+        sock.setblocking(False)
+        return RestoreConnection(trio.socket.from_stdlib_socket(sock))
+
+    def _adopt(self, pager: Pager, inherited: int) -> None:
+        fd = adopt_source(inherited, link_timeout=self.config.link_timeout)
+        size: int | None = None
+        try:
+            size = self._frame_size()
+        finally:
+            self._linked = True
+            # Whatever is wrong with the images: it is for the pager to let the source go on.
+            pager.set_link(fd, frame_size=size or 32, shared=True)
+        log.info("using socket %d to the page server, frames of %d bytes", fd, size)
 
     async def _connect(self, pager: Pager) -> None:
-        size = self.config.frame_size
-        if size is None:
-            size = frame_size(self.config.images_dir) or 32
-        if self.config.ps_socket is not None:
-            fd = adopt_source(self.config.ps_socket, link_timeout=self.config.link_timeout)
-            log.info("using socket %d to the page server, frames of %d bytes", fd, size)
-        else:
-            assert self.config.page_server is not None
-            host, port = self.config.page_server
-            fd = await connect_source(
-                host,
-                port,
-                connect_timeout=self.config.connect_timeout,
-                link_timeout=self.config.link_timeout,
-            )
-            log.info("connected to page server %s:%d, frames of %d bytes", host, port, size)
-        pager.set_link(fd, frame_size=size, shared=self.config.ps_socket is not None)
+        if self._linked or self.config.page_server is None:
+            return
+        host, port = self.config.page_server
+        size = self._frame_size()
+        fd = await connect_source(
+            host,
+            port,
+            connect_timeout=self.config.connect_timeout,
+            link_timeout=self.config.link_timeout,
+        )
+        self._linked = True
+        pager.set_link(fd, frame_size=size, shared=False)
+        log.info("connected to page server %s:%d, frames of %d bytes", host, port, size)
 
-    async def _take_task(
-        self,
-        pager: Pager,
-        nursery: trio.Nursery,
-        connection: RestoreConnection,
-        dumped: Mapping[int, DumpedTask],
-    ) -> int:
-        task = await connection.receive_task()
-        known = dumped.get(task.pid)
+    def _frame_size(self) -> int:
+        return self.config.frame_size or frame_size(self.config.images_dir) or 32
+
+    def _take(self, pager: Pager, nursery: trio.Nursery | None, task: RestoredTask | Zombie) -> None:
+        self._announced.add(task.pid)
+        known = self._dumped.get(task.pid)
         if isinstance(task, Zombie):
             log.debug("%d: zombie", task.pid)
             if known is None:
                 raise self._stranger(task.pid)
-            return task.pid
+            return
         self._tasks.append(task)
         if known is None or known.extents is None:
             raise self._stranger(task.pid)
+        if not _is_userfaultfd(task.uffd.fileno()):
+            raise LazyPagesError(f"what came as the userfaultfd of pid {task.pid} is none: is it criu that connected?")
         extents = known.extents
         image = Image(
             task.pid,
@@ -271,14 +340,16 @@ class LazyPages:
             known.not_inherited,
         )
         if known.pages is not None:
-            with open(known.pages, "rb") as pages:
-                image.map(pages.fileno())
+            try:
+                with open(known.pages, "rb") as pages:
+                    image.map(pages.fileno())
+            except OSError as error:
+                raise LazyPagesError(f"{known.pages}: {error.strerror}") from error
         pager.add_task(task.pid, task.uffd.fileno(), image)
         task.uffd.detach()
         log.info("%d: %d lazy pages in %d extents", task.pid, extents.total_pages, len(extents))
-        if task.pidfd is not None:
+        if task.pidfd is not None and nursery is not None:
             nursery.start_soon(self._watch_exit, pager, task.pidfd.fileno())
-        return task.pid
 
     def _stranger(self, pid: int) -> LazyPagesError:
         return LazyPagesError(
@@ -300,7 +371,7 @@ class LazyPages:
 
     # ---- until the end ----------------------------------------------------------------
 
-    async def _supervise(self, pager: Pager) -> None:
+    async def _supervise(self, pager: Pager, nursery: trio.Nursery) -> None:
         deadline = float("inf")
         while True:
             changed = self._changed
@@ -313,8 +384,19 @@ class LazyPages:
             trouble = self._trouble(stats)
             if trouble is None and self._stops:
                 if stats.phase == Phase.RESTORING:
-                    trouble = "stopped"
-                elif deadline == float("inf"):
+                    await self._conclude(pager, nursery)
+                    if self._mismatch is not None:
+                        raise LazyPagesError(await self._give_up(pager, self._mismatch) or self._mismatch)
+                    pager.abort()
+                    stats = await self._obeyed(pager)
+                    if stats.phase == Phase.ENDED:
+                        raise LazyPagesError(self._undone("stopped"))
+                    try:
+                        await self._connect(pager)
+                    except CriupyError as error:
+                        raise LazyPagesError(await self._give_up(pager, str(error)) or str(error)) from error
+                    continue  # restore-finished was there already: this is a stop after it
+                if deadline == float("inf"):
                     deadline = trio.current_time() + self.config.stop_timeout
                     log.info(
                         "asked to stop: transferring the last %d pages, for at most %g s",
@@ -326,7 +408,10 @@ class LazyPages:
                 elif trio.current_time() >= deadline:
                     trouble = f"stopped after --stop-timeout, {stats.pages_missing} pages were missing"
             if trouble is not None and stats.phase != Phase.CLOSING:
-                raise LazyPagesError(await self._give_up(pager, trouble))
+                story = await self._give_up(pager, trouble)
+                if story is None:
+                    continue
+                raise LazyPagesError(story)
             with trio.move_on_at(deadline):
                 await changed.wait()
 
@@ -383,20 +468,24 @@ class LazyPages:
                 return stats
             await changed.wait()
 
-    async def _give_up(self, pager: Pager, trouble: str) -> str:
-        """End what cannot go on, by the rules of the period; return the whole story."""
+    async def _give_up(self, pager: Pager, trouble: str) -> str | None:
+        """End what cannot go on, by the rules of the period; return the whole story.
+
+        None when there is nothing to give up: the last page had come meanwhile.
+        """
+        await self._conclude(pager)
         pager.abort()
         stats = await self._obeyed(pager)
-        if stats.phase == Phase.ENDED:
-            if self._state is State.WAITING:
-                return f"{trouble}; no restore had connected"
-            self._state = State.ABORTED
-            return f"{trouble}; the restore was vetoed and {self._source_goes_on()}"
+        if stats.outcome in {Outcome.VETOED, Outcome.RESTORE_FAILED}:
+            return self._undone(trouble)
+        if stats.phase >= Phase.CLOSING:
+            await self._phase(pager, Phase.ENDED)
+            return None
         pager.give_up()
         stats = await self._obeyed(pager)
         missing = stats.pages_missing
         told = ""
-        if self.config.on_failure == "poison":
+        if self.config.on_failure == "poison" and not self._strangers():
             pager.poison()
             stats = await self._obeyed(pager)
             if stats.nr_live:
@@ -420,6 +509,12 @@ class LazyPages:
             fate = "the source was lost before"
         return f"{trouble}; {told}the tasks were killed with {missing} pages missing ({fate})"
 
+    def _undone(self, trouble: str) -> str:
+        if self._state is State.WAITING:
+            return f"{trouble}; no restore had connected"
+        self._state = State.ABORTED
+        return f"{trouble}; the restore was vetoed and {self._source_goes_on()}"
+
     async def _phase(self, pager: Pager, phase: Phase) -> None:
         while True:
             changed = self._changed
@@ -433,10 +528,16 @@ class LazyPages:
         with trio.move_on_after(_KILL_PATIENCE):
             while True:
                 pager.probe()
-                if not (await self._obeyed(pager)).nr_live:
+                if not (await self._obeyed(pager)).nr_live and not self._strangers(alive=True):
                     return 0
                 await trio.sleep(_PROBE_INTERVAL)
-        return int(pager.snapshot().nr_live)
+        return int(pager.snapshot().nr_live) + len(self._strangers(alive=True))
+
+    def _strangers(self, *, alive: bool = False) -> list[RestoredTask]:
+        """Return the tasks whose memory only their own end can keep from becoming zeros."""
+        if self._mismatch is None:
+            return []
+        return [task for task in self._tasks if not alive or not task.has_ended]
 
     async def _settle(self, pager: Pager, error: BaseException) -> None:
         """Bring the pager to an end after an error that no one told it of."""
@@ -445,7 +546,7 @@ class LazyPages:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._listen_to, pager)
             story = await self._give_up(pager, str(error) or type(error).__name__)
-            log.debug("%s", story)
+            log.debug("%s", story or "the last page had come")
             nursery.cancel_scope.cancel()
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import select
 import socket
 import struct
 from types import TracebackType
@@ -22,8 +23,8 @@ from typing import Final, Self
 
 import trio
 
-from criupy.errors import RemoteProtocolError
-from criupy.wire.restore_socket import NEED_DATA, RestoreSocketDecoder, Task, Zombie
+from criupy.errors import ProtocolError, RemoteProtocolError
+from criupy.wire.restore_socket import NEED_DATA, RESTORE_FINISHED_WORD, RestoreSocketDecoder, Task, Zombie
 
 __all__ = ["Descriptor", "RestoreConnection", "RestoredTask"]
 
@@ -33,6 +34,7 @@ SCM_PIDFD: Final = 4
 
 _UCRED: Final = struct.Struct("=iII")
 _INT: Final = struct.Struct("=i")
+_FINISHED: Final = struct.pack("=I", RESTORE_FINISHED_WORD)
 # More than one descriptor is an error of the peer's, but one to be seen, not truncated.
 _MAX_DESCRIPTORS: Final = 4
 _ANCILLARY: Final = (
@@ -84,6 +86,15 @@ class RestoredTask:
         self.host_pid = host_pid
         self.pidfd = pidfd
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is known to have exited."""
+        if self.pidfd is None:
+            return False
+        poll = select.poll()
+        poll.register(self.pidfd.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
     def close(self) -> None:
         """Close what is still owned."""
         self.uffd.close()
@@ -99,6 +110,7 @@ class RestoreConnection:
         self._decoder = RestoreSocketDecoder[Descriptor]()
         self._host_pid: int | None = None
         self._pidfd: Descriptor | None = None
+        self._held: list[Descriptor] = []  # received, and in no event yet
 
     async def receive_task(self) -> RestoredTask | Zombie:
         """Wait for the next announcement.
@@ -110,12 +122,39 @@ class RestoreConnection:
             event = self._decoder.next_event()
             if isinstance(event, Task):
                 pidfd, self._pidfd = self._pidfd, None
+                self._held.clear()
                 return RestoredTask(event.pid, event.uffd, self._host_pid, pidfd or self._open_pidfd())
             if isinstance(event, Zombie):
                 return event
             if event is not NEED_DATA:
                 raise RemoteProtocolError("criu reported the restore finished before all tasks came", offset=0)
+            if self._decoder.bytes_wanted == len(_FINISHED) and await self._peek() == _FINISHED:
+                # Left where it is: that the tasks run is for the pager to read.
+                raise RemoteProtocolError("criu reported the restore finished before all tasks came", offset=0)
             await self._receive()
+
+    async def _peek(self) -> bytes:
+        return await self._socket.recv(len(_FINISHED), socket.MSG_PEEK)
+
+    def shut_down(self) -> None:
+        """Let nothing more come: what criu sent before can still be read, what it sends now fails."""
+        with contextlib.suppress(OSError):  # it is gone already, which is as good
+            self._socket.shutdown(socket.SHUT_RD)
+
+    async def receive_rest(self) -> tuple[list[RestoredTask | Zombie], bool]:
+        """After shut_down: return the announcements that were on their way, and whether restore-finished is.
+
+        That is left to be read by the pager; without it the restore can only fail.
+        """
+        found: list[RestoredTask | Zombie] = []
+        try:
+            while True:
+                found.append(await self.receive_task())
+        except ProtocolError:  # local: it had failed before
+            finished = self._decoder.bytes_wanted == len(_FINISHED) and (
+                await self._peek() == _FINISHED
+            )
+            return found, finished
 
     def detach(self) -> int:
         """Give up the socket: restore-finished is next."""
@@ -125,6 +164,8 @@ class RestoreConnection:
         """Close the connection. Before restore-finished that is a veto: criu kills the tasks."""
         if self._pidfd is not None:
             self._pidfd.close()
+        for descriptor in self._held:
+            descriptor.close()
         self._socket.close()
 
     async def _receive(self) -> None:
@@ -146,14 +187,10 @@ class RestoreConnection:
                 if self._pidfd is not None:
                     self._pidfd.close()
                 self._pidfd = Descriptor(_INT.unpack(content[: _INT.size])[0])
-        try:
-            if flags & socket.MSG_CTRUNC:
-                raise RemoteProtocolError("criu sent more descriptors than one", offset=0, data=data)
-            self._decoder.receive(data, descriptors)
-        except BaseException:
-            for descriptor in descriptors:
-                descriptor.close()
-            raise
+        self._held += descriptors
+        if flags & socket.MSG_CTRUNC:
+            raise RemoteProtocolError("criu sent more descriptors than one", offset=0, data=data)
+        self._decoder.receive(data, descriptors)
 
     def _open_pidfd(self) -> Descriptor | None:
         if self._host_pid is None:
