@@ -40,15 +40,17 @@ def _grants(flags: int, features: int) -> int | None:
         return None
     try:
         offered = ffi.new("uint64_t *")
-        return int(offered[0]) if lib.criupy_uffd_api(fd, features, offered) == 0 else None
+        granted: bool = lib.criupy_uffd_api(fd, features, offered) == 0
+        return int(offered[0]) if granted else None
     finally:
         os.close(fd)
 
 
 def user_faults() -> int:
     """A userfaultfd that nobody needs a privilege for."""
-    fd = lib.criupy_uffd_open(os.O_CLOEXEC | os.O_NONBLOCK | _USER_MODE_ONLY)
+    fd = int(lib.criupy_uffd_open(os.O_CLOEXEC | os.O_NONBLOCK | _USER_MODE_ONLY))
     assert fd >= 0
+    assert lib.criupy_uffd_api(fd, 0, ffi.new("uint64_t *")) == 0
     return fd
 
 
