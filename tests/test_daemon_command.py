@@ -132,8 +132,8 @@ async def test_progress_in_lines(room: Path) -> None:
     async with command(room, "--progress=plain", "--display-stats") as c, c.restore() as standin:
         await standin.finish()
         assert await c.process.wait() == 0
-        assert "complete: 2048 of 2048 pages" in c.shown
-        assert "lazy pages         2048" in c.shown
+        assert "complete: 2,048 of 2,048 pages" in c.shown
+        assert "Lazy memory:   2,048 pages" in c.shown
 
 
 async def test_no_progress(room: Path) -> None:

@@ -91,13 +91,14 @@ class LazyPages:
     def __init__(
         self,
         config: Config,
-        dumped: Mapping[int, DumpedTask],
+        dumped: Mapping[int, DumpedTask] | None,
         listener: trio.socket.SocketType,
         socket_path: Path,
     ) -> None:
         self.config = config
         self.socket_path = socket_path
-        self._dumped = dumped
+        self._to_load = dumped is None
+        self._dumped: Mapping[int, DumpedTask] = dumped or {}
         self._listener = listener
         self._before = trio.CancelScope()  # what stop() may simply cancel: no task can have run
         self._stops = 0
@@ -211,6 +212,11 @@ class LazyPages:
     async def _restore(self, pager: Pager, nursery: trio.Nursery) -> None:
         if self.config.ps_socket is not None:
             self._adopt(pager, self.config.ps_socket)
+        if self._to_load:
+            with trio.CancelScope(shield=True):  # the thread cannot be stopped, and its result may be needed
+                self._dumped = await trio.to_thread.run_sync(
+                    partial(load_tasks, self.config.images_dir, local=not self.config.remote)
+                )
         sock, _ = await self._listener.accept()
         self._connection = connection = RestoreConnection(sock)
         self._close_listener()
@@ -539,10 +545,6 @@ async def open_lazy_pages(
     second stop() does.
     """
     directory = Path(config.images_dir if work_dir is None else work_dir)
-    if dumped is None:
-        dumped = await trio.to_thread.run_sync(
-            partial(load_tasks, config.images_dir, local=not config.remote)
-        )
     if listener is None:
         listener = bind_restore_socket(directory)
     daemon = LazyPages(config, dumped, trio.socket.from_stdlib_socket(listener), directory / SOCKET_NAME)
