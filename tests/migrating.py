@@ -21,6 +21,7 @@ from criupy.testing.criu_linux import (
     restore,
 )
 from criupy.testing.spec import WorkloadSpec
+from criupy.testing.wait import until
 from criupy.testing.workload_linux import Workload, start_workload
 from slow_link import SlowLink, slow_link
 
@@ -48,6 +49,11 @@ class Migration:
     @property
     def log(self) -> str:
         return self.daemon.log.read_text()
+
+    async def transferring(self) -> None:
+        """Wait until criu is done and the daemon, which it does not wait for, knows that the tasks run."""
+        await self.restored.finished()
+        await until(lambda: "restore finished" in self.log or not self.daemon.is_running)
 
     async def verify_all(self) -> None:
         for task in range(self.source.spec.tree):

@@ -57,7 +57,11 @@ class SlowLink:
             reset(near, far)
 
     async def serve(self, near: trio.SocketStream) -> None:
-        far = await trio.open_tcp_stream(*self.target)
+        try:
+            far = await trio.open_tcp_stream(*self.target)
+        except OSError:  # the source is gone, and so is this
+            reset(near)
+            return
         async with near, far, trio.open_nursery() as nursery:
             nursery.start_soon(self.forward, near, far, 0)
             nursery.start_soon(self.forward, far, near, self.rate)

@@ -69,7 +69,7 @@ async def test_restore_that_fails_leaves_the_source_running(criu: Criu, room: Pa
 @pytest.mark.parametrize("how", ["touch", "syscall", "child"])
 async def test_no_zeros_when_the_source_is_killed(criu: Criu, room: Path, how: str) -> None:
     async with migrate(criu, SPEC, room, rate=SLOW) as m:
-        await m.restored.finished()
+        await m.transferring()
         worker = m.control.worker()
         assert (await worker.touch(count=10)).is_good
         if how == "child":
@@ -91,7 +91,7 @@ async def test_a_thread_that_waits_gets_sigbus_not_zeros(criu: Criu, room: Path)
         control.worker().start_touching(Order.RANDOM, nr=SPEC.main_pages)
 
     async with migrate(criu, SPEC, room, rate=SLOW, before=touch) as m:
-        await m.restored.finished()
+        await m.transferring()
         m.dump.job.kept.kill()
         result = await m.control.worker().wait()
         assert result.zero == result.wrong == 0, result
@@ -100,7 +100,7 @@ async def test_a_thread_that_waits_gets_sigbus_not_zeros(criu: Criu, room: Path)
 
 async def test_kill_on_failure(criu: Criu, room: Path) -> None:
     async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=["--on-failure", "kill"]) as m:
-        await m.restored.finished()
+        await m.transferring()
         child = await m.control.worker().fork(m.control.child())
         m.dump.job.kept.kill()
         assert (await m.daemon.wait()).code == 1
@@ -111,7 +111,7 @@ async def test_kill_on_failure(criu: Criu, room: Path) -> None:
 
 async def test_silent_source(criu: Criu, room: Path) -> None:
     async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=["--link-timeout", "1"]) as m:
-        await m.restored.finished()
+        await m.transferring()
         assert m.link is not None
         m.link.blocked = True
         assert (await m.daemon.wait()).code == 1
@@ -127,7 +127,7 @@ async def test_silent_source(criu: Criu, room: Path) -> None:
 
 async def test_first_sigterm_drains(criu: Criu, room: Path) -> None:
     async with migrate(criu, SPEC, room, rate=SLOW) as m:
-        await m.restored.finished()
+        await m.transferring()
         os.kill(m.daemon.kept.pid, signal.SIGTERM)
         await m.ends_well()
         await m.verify_all()
@@ -136,7 +136,7 @@ async def test_first_sigterm_drains(criu: Criu, room: Path) -> None:
 @pytest.mark.parametrize("again", [True, False], ids=["second-sigterm", "stop-timeout"])
 async def test_draining_has_an_end(criu: Criu, room: Path, again: bool) -> None:
     async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=["--stop-timeout", "0.2"]) as m:
-        await m.restored.finished()
+        await m.transferring()
         os.kill(m.daemon.kept.pid, signal.SIGTERM)
         if again:
             await trio.sleep(0.05)
@@ -154,7 +154,7 @@ async def test_draining_has_an_end(criu: Criu, room: Path, again: bool) -> None:
 async def test_stopped_with_kill_lets_the_source_go_on(criu: Criu, room: Path) -> None:
     extra = ["--stop-timeout", "0.2", "--on-failure", "kill"]
     async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=extra) as m:
-        await m.restored.finished()
+        await m.transferring()
         os.kill(m.daemon.kept.pid, signal.SIGTERM)
         assert (await m.daemon.wait()).code == 1
         assert (await m.restored.task_ended()).signal == signal.SIGKILL
@@ -163,7 +163,7 @@ async def test_stopped_with_kill_lets_the_source_go_on(criu: Criu, room: Path) -
 
 async def test_task_killed_during_the_transfer(criu: Criu, room: Path) -> None:
     async with migrate(criu, WorkloadSpec(size=32 * MIB, tree=3), room, rate=SLOW) as m:
-        await m.restored.finished()
+        await m.transferring()
         m.restored.kill(m.control.worker(2).pid)
         await m.ends_well()
         for task in range(2):
@@ -173,7 +173,7 @@ async def test_task_killed_during_the_transfer(criu: Criu, room: Path) -> None:
 
 async def test_all_tasks_gone(criu: Criu, room: Path) -> None:
     async with migrate(criu, SPEC, room, rate=SLOW) as m:
-        await m.restored.finished()
+        await m.transferring()
         m.restored.kill()
         await m.ends_well()
         assert "gone" in m.log

@@ -452,7 +452,7 @@ class LazyPages:
         stats = await self._obeyed(pager)
         missing = stats.pages_missing
         told = ""
-        if self.config.on_failure == "poison" and not self._strangers():
+        if self.config.on_failure == "poison" and not self._strangers() and self._was_reached():
             pager.poison()
             stats = await self._obeyed(pager)
             if stats.nr_live:
@@ -479,9 +479,16 @@ class LazyPages:
             f"{trouble}; {told}the tasks were killed with {missing} pages missing; {self._fate(stats, left)}"
         )
 
+    def _was_reached(self) -> bool:
+        # A source that never heard of us has the process as it was: better restored again
+        # than left to run here without its memory.
+        return self._linked or not self.config.remote
+
     def _fate(self, stats: Stats, left: int) -> str:
         if not self.config.remote:
             return "the images are untouched"
+        if not self._linked:
+            return "the source was not reached and still holds the process: restore it again"
         if stats.link == Link.LOST:
             return "the source was lost before"
         return "the source had to end, too" if left else "a live source goes on"
