@@ -29,7 +29,7 @@ int criupy_uffd_alive(int uffd);
 
 struct criupy_image;
 
-/* The child of a fork sees zeros here, or nothing (MADV_WIPEONFORK, MADV_DONTFORK). */
+/* The child of a fork sees zeros here (MADV_WIPEONFORK). */
 #define CRIUPY_EXTENT_NOT_INHERITED 1
 
 /* Copy nr_extents lazy extents, in address order and disjoint. id is what the

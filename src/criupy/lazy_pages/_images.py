@@ -53,8 +53,9 @@ def _load(images_dir: str | os.PathLike[str], pid: int, *, local: bool) -> Dumpe
     pagemap = read_pagemap(images_dir, pid)
     mm = read_mm(images_dir, pid)
     extents = lazy_extents(pagemap, mm)
-    private = MadvBits.WIPEONFORK | MadvBits.DONTFORK
-    by_vma = bytes(1 if vma.madv & private else 0 for vma in mm.vmas)
+    # Not DONTFORK: a child that lacks the VMA answers ENOENT by itself, and one
+    # that has it, because MADV_DOFORK came after the restore, needs the bytes.
+    by_vma = bytes(1 if vma.madv & MadvBits.WIPEONFORK else 0 for vma in mm.vmas)
     not_inherited = bytes(map(by_vma.__getitem__, extents.vma_indices))
     if not local:
         return DumpedTask(pid, extents, not_inherited, None)
