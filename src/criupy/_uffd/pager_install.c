@@ -91,7 +91,7 @@ static int install_into(struct criupy_pager *p, struct task *t, uint64_t page, u
 		if (progress) {
 			installed(p, t, done, progress >> PAGE_SHIFT, demand);
 			done += progress >> PAGE_SHIFT;
-			limit = MAX_COPY_PAGES;
+			limit = min_u64(2 * limit, MAX_COPY_PAGES);
 			again = 0;
 			continue;
 		}
@@ -115,7 +115,8 @@ static int install_into(struct criupy_pager *p, struct task *t, uint64_t page, u
 				limit = nr / 2;
 				break;
 			}
-			limit = MAX_COPY_PAGES;
+			/* Its neighbours are probably like it: limit grows again
+			 * with the first that is not. */
 			if (p->stats.phase == CRIUPY_PHASE_RESTORING) {
 				done++;
 				break;
