@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import signal
 import socket
 import struct
 from pathlib import Path
@@ -26,6 +27,8 @@ from test_daemon_stopping import blocking, full_backlog
 pytestmark = pytest.mark.usefixtures("workload_program", "nothing_is_left")
 
 TREE = WorkloadSpec(size=MIB, tree=3)
+
+VETOED = 3  # exit status of a stand-in whose restore was refused
 
 
 async def vetoed(standin: Standin) -> None:
@@ -137,10 +140,9 @@ async def test_nobody_there_and_the_restore_has_finished(room: Path) -> None:
     async with serve(room, page_server=("127.0.0.1", free_port())) as s, s.restore() as standin:
         blocking(standin)
         assert "refused" in await s.failure()
-        await standin.wait_until_ready(1)
-        result = await standin.worker().verify()
-        assert result.zero == result.wrong == 0
-        assert result.poisoned == SPEC.populated_pages
+        # Vetoed in time, or killed: the source has everything, and nothing runs on without it.
+        ended = await standin.wait()
+        assert ended.code == VETOED or ended.signal == signal.SIGKILL
 
 
 # ---- the restore socket -----------------------------------------------------------------------
