@@ -207,7 +207,7 @@ NONSENSE: dict[str, tuple[list[tuple[bytes, int]], str]] = {
 async def test_nonsense_on_the_restore_socket(room: Path, what: str) -> None:
     messages, words = NONSENSE[what]
     async with serve(room, TREE) as s:
-        with trio.socket.socket(socket.AF_UNIX) as sock, open(os.devnull, "rb") as null:  # noqa: ASYNC230, PTH123
+        with trio.socket.socket(socket.AF_UNIX) as sock, open(os.devnull, "rb") as null:  # noqa: PTH123
             await sock.connect(os.fspath(s.daemon.socket_path))
             await s.source.accepted.wait()
             for data, nr in messages:
@@ -220,7 +220,7 @@ async def test_nonsense_on_the_restore_socket(room: Path, what: str) -> None:
 
 async def test_the_same_pid_twice(room: Path) -> None:
     async with serve(room, TREE) as s:
-        with trio.socket.socket(socket.AF_UNIX) as sock, open(user_faults(), "rb") as uffd:  # noqa: ASYNC230, PTH123
+        with trio.socket.socket(socket.AF_UNIX) as sock, open(user_faults(), "rb") as uffd:  # noqa: PTH123
             await sock.connect(os.fspath(s.daemon.socket_path))
             await s.source.accepted.wait()
             for _ in range(2):
@@ -232,7 +232,7 @@ async def test_the_same_pid_twice(room: Path) -> None:
 
 async def test_a_descriptor_that_is_no_userfaultfd(room: Path) -> None:
     async with serve(room) as s:
-        with trio.socket.socket(socket.AF_UNIX) as sock, open(os.devnull, "rb") as null:  # noqa: ASYNC230, PTH123
+        with trio.socket.socket(socket.AF_UNIX) as sock, open(os.devnull, "rb") as null:  # noqa: PTH123
             await sock.connect(os.fspath(s.daemon.socket_path))
             await send(sock, PID, [])
             await send(sock, b"\0", [null.fileno()])

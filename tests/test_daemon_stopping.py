@@ -184,7 +184,7 @@ async def test_second_stop_kills_when_told_to(room: Path) -> None:
 
 @needs_poison
 async def test_second_stop_from_local_images(room: Path) -> None:
-    """Local pages come too fast to be caught with any left: so it may end either way, but never with zeros."""
+    """Local pages come too fast to be caught with any left: it may end either way, never with zeros."""
     async with serve(room, WorkloadSpec(size=32 * MIB), style="full") as s, s.restore() as standin:
         await standin.finish()
         await s.transferring()

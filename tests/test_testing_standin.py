@@ -187,7 +187,7 @@ async def test_what_is_sent_and_when(room: Path) -> None:
             stack.enter_context(connection)
             found = [await receive_task(connection) for _ in range(4)]
             for _, uffd in found[:3]:
-                stack.enter_context(open(uffd, "rb", buffering=0))  # noqa: ASYNC230, PTH123
+                stack.enter_context(open(uffd, "rb", buffering=0))  # noqa: PTH123
             assert [pid for pid, _ in found] == [700, 701, 702, -703]
             await standin.wait_registered()
             with trio.move_on_after(0.02) as quiet:
@@ -207,7 +207,7 @@ async def test_silence_after_some_tasks(room: Path) -> None:
         connection, _ = await listener.accept()
         with connection:
             _, uffd = await receive_task(connection)
-            with open(uffd, "rb", buffering=0):  # noqa: ASYNC230, PTH123
+            with open(uffd, "rb", buffering=0):  # noqa: PTH123
                 await standin.wait_announced(1)
                 await trio.sleep(0.01)
                 assert standin.control.get("nr_announced") == 1
@@ -225,7 +225,7 @@ async def test_without_privilege(room: Path) -> None:
         connection, _ = await listener.accept()
         with connection:
             _, uffd = await receive_task(connection)
-            with open(uffd, "rb", buffering=0):  # noqa: ASYNC230, PTH123
+            with open(uffd, "rb", buffering=0):  # noqa: PTH123
                 await standin.finish()
                 assert standin.is_user_mode_only
                 assert not standin.sees_forks
@@ -249,7 +249,7 @@ async def test_poisoned_pages_are_told_apart(room: Path) -> None:
         connection, _ = await listener.accept()
         with connection:
             _, uffd = await receive_task(connection)
-            with open(uffd, "rb", buffering=0):  # noqa: ASYNC230, PTH123
+            with open(uffd, "rb", buffering=0):  # noqa: PTH123
                 await standin.finish()
                 try:
                     fcntl.ioctl(uffd, UFFDIO_POISON, struct.pack("=4Q", AREA_BASE, 6 * PAGE, 0, 0))

@@ -80,7 +80,7 @@ class Config:
 
 def _is_userfaultfd(fd: int) -> bool:
     try:
-        return "userfaultfd" in os.readlink(f"/proc/self/fd/{fd}")
+        return "userfaultfd" in str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError:
         return True  # without /proc, the kernel's first answer tells
 
@@ -373,18 +373,8 @@ class LazyPages:
             trouble = self._trouble(stats)
             if trouble is None and self._stops:
                 if stats.phase == Phase.RESTORING:
-                    await self._conclude(pager, nursery)
-                    if self._mismatch is not None:
-                        raise LazyPagesError(await self._give_up(pager, self._mismatch) or self._mismatch)
-                    pager.abort()
-                    stats = await self._obeyed(pager)
-                    if stats.phase == Phase.ENDED:
-                        raise LazyPagesError(self._undone("stopped"))
-                    try:
-                        await self._connect(pager)
-                    except CriupyError as error:
-                        raise LazyPagesError(await self._give_up(pager, str(error)) or str(error)) from error
-                    continue  # restore-finished was there already: this is a stop after it
+                    await self._stop_early(pager, nursery)
+                    continue
                 if deadline == float("inf"):
                     deadline = trio.current_time() + self.config.stop_timeout
                     log.info(
@@ -392,17 +382,39 @@ class LazyPages:
                         stats.pages_missing,
                         self.config.stop_timeout,
                     )
-                if self._stops > 1:
-                    trouble = f"stopped at the second request, {stats.pages_missing} pages were missing"
-                elif trio.current_time() >= deadline:
-                    trouble = f"stopped after --stop-timeout, {stats.pages_missing} pages were missing"
+                trouble = self._impatience(stats, deadline)
             if trouble is not None and stats.phase != Phase.CLOSING:
-                story = await self._give_up(pager, trouble)
-                if story is None:
-                    continue
-                raise LazyPagesError(story)
+                await self._fail_with(pager, trouble)
+                continue
             with trio.move_on_at(deadline):
                 await changed.wait()
+
+    async def _stop_early(self, pager: Pager, nursery: trio.Nursery) -> None:
+        """Veto the restore; return only if restore-finished was there already, for a stop after it."""
+        await self._conclude(pager, nursery)
+        if self._mismatch is not None:
+            await self._fail_with(pager, self._mismatch)
+        pager.abort()
+        stats = await self._obeyed(pager)
+        if stats.phase == Phase.ENDED:
+            raise LazyPagesError(self._undone("stopped"))
+        try:
+            await self._connect(pager)
+        except CriupyError as error:
+            await self._fail_with(pager, str(error))
+
+    def _impatience(self, stats: Stats, deadline: float) -> str | None:
+        if self._stops > 1:
+            return f"stopped at the second request, {stats.pages_missing} pages were missing"
+        if trio.current_time() >= deadline:
+            return f"stopped after --stop-timeout, {stats.pages_missing} pages were missing"
+        return None
+
+    async def _fail_with(self, pager: Pager, trouble: str) -> None:
+        """Give up and raise; return only if the last page had come meanwhile."""
+        story = await self._give_up(pager, trouble)
+        if story is not None:
+            raise LazyPagesError(story)
 
     def _trouble(self, stats: Stats) -> str | None:
         return trouble_of(stats, self.config.link_timeout)

@@ -215,7 +215,9 @@ def _short_figures(statistics: Statistics, rates: Rates) -> str:
     if statistics.state is not State.TRANSFERRING and not statistics.pages_received:
         return str(statistics.state.value)
     text = f"{statistics.pages_settled:,} pages, {rates.bytes / 1e6:,.0f} MB/s, {rates.faults:,.0f} faults/s"
-    return text if rates.p99_us is None else f"{text}, p99 {_microseconds(rates.p99_us)}"
+    if rates.p99_us is not None:
+        text += f", p99 {_microseconds(rates.p99_us)}"
+    return text if statistics.state is State.TRANSFERRING else f"{statistics.state.value}: {text}"
 
 
 def _microseconds(value: float | None) -> str:

@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -38,20 +39,21 @@
 int restorer_connect(const char *path)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	int sock, ret;
+	int socket_path, sock, ret = 0;
 
-	if (strlen(path) >= sizeof(address.sun_path))
-		return -ENAMETOOLONG;
-	strcpy(address.sun_path, path);
-	sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (sock < 0)
+	/* Any path, though sun_path holds 107 bytes; criu goes to the directory
+	 * for that, but our other paths are relative to where we are. */
+	socket_path = open(path, O_PATH | O_CLOEXEC);
+	if (socket_path < 0)
 		return -errno;
-	if (connect(sock, (struct sockaddr *)&address, sizeof(address))) {
+	snprintf(address.sun_path, sizeof(address.sun_path), "/proc/self/fd/%d", socket_path);
+	sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (sock < 0 || connect(sock, (struct sockaddr *)&address, sizeof(address)))
 		ret = -errno;
+	close(socket_path);
+	if (ret && sock >= 0)
 		close(sock);
-		return ret;
-	}
-	return sock;
+	return ret ? ret : sock;
 }
 
 static int uffd_open(int flags, uint64_t features)
