@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Literal, Protocol
 
@@ -86,6 +87,8 @@ class _Lines:
                 print(text, file=self._stream, flush=True)
 
     def fall_silent(self) -> None:
+        if self._stream is not None:
+            _lead_nowhere(self._stream)
         self._stream = None
         self.interval = float("inf")
 
@@ -132,6 +135,7 @@ class _Bar:
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        self._stream = stream
         self._task: TaskID = self._progress.add_task("waiting", total=None, text="")
         self._seconds: list[Statistics] = [Statistics()]
         self.print_above: Callable[[str], None] | None = self._print_above
@@ -170,9 +174,19 @@ class _Bar:
         self._progress.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def fall_silent(self) -> None:
+        _lead_nowhere(self._stream)
         self._progress = None
         self.print_above = None
         self.interval = float("inf")
+
+
+def _lead_nowhere(stream: IO[str]) -> None:
+    # What is left in its buffer fails again when Python flushes it at the end,
+    # and would turn the exit status into 120.
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 @contextlib.contextmanager
