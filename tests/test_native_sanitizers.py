@@ -25,6 +25,7 @@ CORE = [
     *PURE,
     "link",
     "pager",
+    "pager_api",
     "pager_end",
     "pager_fetch",
     "pager_install",

@@ -12,12 +12,8 @@
  * Python talks to it by commands (a list under a mutex, an eventfd) and listens
  * through a snapshot of the counters, a ring of notices and another eventfd. */
 
-#include <fcntl.h>
 #include <linux/time_types.h>
-#include <signal.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -48,7 +44,7 @@ void unwatch(struct criupy_pager *p, int fd)
 	(void)epoll_ctl(p->epoll, EPOLL_CTL_DEL, fd, NULL);
 }
 
-static void signal_eventfd(int fd)
+void signal_eventfd(int fd)
 {
 	const uint64_t one = 1;
 
@@ -194,23 +190,6 @@ static void obey_all(struct criupy_pager *p)
 	pager_publish(p);
 }
 
-static int tell(struct criupy_pager *p, struct command command)
-{
-	struct command **tail = &p->commands, *c = malloc(sizeof(*c));
-
-	if (!c)
-		return -ENOMEM;
-	*c = command;
-	c->next = NULL;
-	pthread_mutex_lock(&p->lock);
-	while (*tail)
-		tail = &(*tail)->next;
-	*tail = c;
-	pthread_mutex_unlock(&p->lock);
-	signal_eventfd(p->control);
-	return 0;
-}
-
 /* ---- the loop -------------------------------------------------------------------- */
 
 static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
@@ -311,7 +290,7 @@ static void turn(struct criupy_pager *p, bool *more)
 		copy_stats(p);
 }
 
-static void *run(void *arg)
+void *pager_run(void *arg)
 {
 	struct criupy_pager *p = arg;
 	bool more = false;
@@ -324,197 +303,4 @@ static void *run(void *arg)
 		link_lost(p, ECANCELED);
 	check_done(p);
 	return NULL;
-}
-
-/* ---- life ------------------------------------------------------------------------- */
-
-static int make_staging(struct criupy_pager *p)
-{
-	size_t each = (size_t)p->config.request_pages << PAGE_SHIFT;
-	void *memory;
-
-	p->staging_length = each * p->config.nr_buffers;
-	p->buffers = calloc(p->config.nr_buffers, sizeof(*p->buffers));
-	if (!p->buffers)
-		return -ENOMEM;
-	memory = mmap(NULL, p->staging_length, PROT_READ | PROT_WRITE,
-		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-	if (memory == MAP_FAILED)
-		return -errno;
-	p->staging = memory;
-	/* A fault on the source of a copy sends the kernel the slow way round;
-	 * worse, under memory pressure it waits for swap. */
-	if (mlock(p->staging, p->staging_length) < 0)
-		pager_notice(p, CRIUPY_NOTICE_NOT_LOCKED, errno, p->staging_length, 0);
-	for (uint32_t i = 0; i < p->config.nr_buffers; i++) {
-		p->buffers[i].data = p->staging + i * each;
-		buffer_free(p, &p->buffers[i]);
-	}
-	return 0;
-}
-
-static void release(struct criupy_pager *p)
-{
-	struct criupy_image *image, *next;
-	struct command *c, *next_command;
-
-	for (struct task *t = p->tasks; t; t = t->next)
-		task_release(p, t);
-	tasks_sweep(p);
-	for (c = p->commands; c; c = next_command) {
-		/* Told, but the thread had stopped: still ours to release. */
-		next_command = c->next;
-		if (c->kind == COMMAND_LINK || c->kind == COMMAND_TASK || c->kind == COMMAND_RESTORE)
-			close(c->fd);
-		criupy_image_destroy(c->image);
-		free(c);
-	}
-	for (image = p->images; image; image = next) {
-		next = image->next;
-		criupy_image_destroy(image);
-	}
-	if (p->staging)
-		munmap(p->staging, p->staging_length);
-	free(p->buffers);
-	free(p->requests);
-	free(p->out);
-	if (p->restore >= 0)
-		close(p->restore);
-	if (p->link.fd >= 0)
-		link_close(&p->link);
-	if (p->epoll >= 0)
-		close(p->epoll);
-	if (p->control >= 0)
-		close(p->control);
-	if (p->event >= 0)
-		close(p->event);
-	pthread_mutex_destroy(&p->lock);
-	free(p);
-}
-
-int criupy_pager_create(struct criupy_pager **pager, const struct criupy_pager_config *config)
-{
-	struct epoll_event watch = { .events = EPOLLIN };
-	struct criupy_pager *p;
-	sigset_t all, before;
-	int ret;
-
-	if (config->nr_buffers < 2 || !config->request_pages || config->request_pages > 4096 ||
-	    !config->link_timeout_ns)
-		return -EINVAL;
-	p = calloc(1, sizeof(*p));
-	if (!p)
-		return -ENOMEM;
-	p->config = *config;
-	p->watch_control = WATCH_CONTROL;
-	p->watch_restore = WATCH_RESTORE;
-	p->watch_link = WATCH_LINK;
-	p->restore = -1;
-	p->link.fd = -1;
-	p->parked_tail = &p->parked;
-	p->stats.close_status = -1;
-	p->stats.created_ns = p->now_ns = monotonic_ns();
-	p->published = p->stats;
-	pthread_mutex_init(&p->lock, NULL);
-	p->epoll = epoll_create1(EPOLL_CLOEXEC);
-	p->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	p->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	watch.data.ptr = &p->watch_control;
-	ret = -errno;
-	if (p->epoll < 0 || p->control < 0 || p->event < 0 ||
-	    epoll_ctl(p->epoll, EPOLL_CTL_ADD, p->control, &watch) < 0) {
-		ret = -errno;
-		release(p);
-		return ret;
-	}
-	ret = make_staging(p);
-	if (!ret) {
-		/* Signals are for the interpreter's main thread. */
-		sigfillset(&all);
-		pthread_sigmask(SIG_SETMASK, &all, &before);
-		ret = -pthread_create(&p->thread, NULL, run, p);
-		pthread_sigmask(SIG_SETMASK, &before, NULL);
-	}
-	if (ret) {
-		release(p);
-		return ret;
-	}
-	*pager = p;
-	return 0;
-}
-
-void criupy_pager_destroy(struct criupy_pager *pager)
-{
-	if (!pager)
-		return;
-	/* Without memory for a command, the flag itself would be a race; but
-	 * this must not fail, so it is tried until it does not. */
-	while (tell(pager, (struct command){ .kind = COMMAND_STOP }))
-		nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
-	pthread_join(pager->thread, NULL);
-	release(pager);
-}
-
-int criupy_pager_event_fd(const struct criupy_pager *pager)
-{
-	return pager->event;
-}
-
-void criupy_pager_snapshot(struct criupy_pager *pager, struct criupy_stats *stats)
-{
-	pthread_mutex_lock(&pager->lock);
-	*stats = pager->published;
-	pthread_mutex_unlock(&pager->lock);
-}
-
-int criupy_pager_next_notice(struct criupy_pager *pager, struct criupy_notice *notice)
-{
-	return notices_pop(&pager->notices, notice);
-}
-
-int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, int shared)
-{
-	int flags = fcntl(fd, F_GETFL);
-
-	if (frame_size != CRIUPY_FRAME_24 && frame_size != CRIUPY_FRAME_32)
-		return -EINVAL;
-	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
-		return -errno;
-	return tell(pager, (struct command){ .kind = COMMAND_LINK, .fd = fd, .value = frame_size,
-					     .shared = shared });
-}
-
-int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, struct criupy_image *image)
-{
-	return tell(pager, (struct command){ .kind = COMMAND_TASK, .fd = uffd, .pid = pid, .image = image });
-}
-
-int criupy_pager_watch_restore(struct criupy_pager *pager, int fd)
-{
-	return tell(pager, (struct command){ .kind = COMMAND_RESTORE, .fd = fd });
-}
-
-int criupy_pager_abort(struct criupy_pager *pager)
-{
-	return tell(pager, (struct command){ .kind = COMMAND_ABORT });
-}
-
-int criupy_pager_give_up(struct criupy_pager *pager)
-{
-	return tell(pager, (struct command){ .kind = COMMAND_GIVE_UP });
-}
-
-int criupy_pager_poison(struct criupy_pager *pager)
-{
-	return tell(pager, (struct command){ .kind = COMMAND_POISON });
-}
-
-int criupy_pager_probe(struct criupy_pager *pager)
-{
-	return tell(pager, (struct command){ .kind = COMMAND_PROBE });
-}
-
-int criupy_pager_end(struct criupy_pager *pager, int reset)
-{
-	return tell(pager, (struct command){ .kind = COMMAND_END, .value = reset });
 }

@@ -164,6 +164,9 @@ struct criupy_pager {
 };
 
 uint64_t monotonic_ns(void);
+void signal_eventfd(int fd);
+/* The thread. */
+void *pager_run(void *pager);
 /* Before every close: criu may hold a duplicate, and then epoll would go on
  * handing out a pointer to what is freed. */
 void unwatch(struct criupy_pager *p, int fd);

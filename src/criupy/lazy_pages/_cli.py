@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from criupy.errors import CriupyError, LazyPagesError
 from criupy.lazy_pages._log import open_log
 from criupy.lazy_pages._options import PROGRAM, Answer, LazyPagesOptions, UsageError, parse
-from criupy.lazy_pages._progress import Progress, make_progress, summary
+from criupy.lazy_pages._progress import Progress, lead_nowhere, make_progress, summary
 
 if TYPE_CHECKING:
     import socket
@@ -198,6 +198,7 @@ def _display(text: str, *, in_log: bool) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
+        lead_nowhere(sys.stdout)
         log.warning("--display-stats: %s", error.strerror)
 
 

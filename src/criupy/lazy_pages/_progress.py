@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["Kind", "Progress", "make_progress", "summary"]
+__all__ = ["Kind", "Progress", "lead_nowhere", "make_progress", "summary"]
 
 Kind = Literal["auto", "plain", "json", "none"]
 
@@ -88,7 +88,7 @@ class _Lines:
 
     def fall_silent(self) -> None:
         if self._stream is not None:
-            _lead_nowhere(self._stream)
+            lead_nowhere(self._stream)
         self._stream = None
         self.interval = float("inf")
 
@@ -174,13 +174,14 @@ class _Bar:
         self._progress.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def fall_silent(self) -> None:
-        _lead_nowhere(self._stream)
+        lead_nowhere(self._stream)
         self._progress = None
         self.print_above = None
         self.interval = float("inf")
 
 
-def _lead_nowhere(stream: IO[str]) -> None:
+def lead_nowhere(stream: IO[str]) -> None:
+    """Point a stream that cannot be written at /dev/null."""
     # What is left in its buffer fails again when Python flushes it at the end,
     # and would turn the exit status into 120.
     with contextlib.suppress(OSError, ValueError):
