@@ -143,7 +143,7 @@ async def test_no_progress(room: Path) -> None:
         assert c.shown == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_signal_before_a_restore_comes(room: Path, number: signal.Signals) -> None:
     async with command(room) as c:
         await until(lambda: catches(c.process.pid, number))

@@ -125,10 +125,11 @@ async def test_silent_source(criu: Criu, room: Path) -> None:
         assert (await m.source.wait()).signal == signal.SIGKILL
 
 
-async def test_first_sigterm_drains(criu: Criu, room: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+async def test_a_signal_drains_or_does_nothing(criu: Criu, room: Path, number: signal.Signals) -> None:
     async with migrate(criu, SPEC, room, rate=SLOW) as m:
         await m.transferring()
-        os.kill(m.daemon.kept.pid, signal.SIGTERM)
+        os.kill(m.daemon.kept.pid, number)
         await m.ends_well()
         await m.verify_all()
 

@@ -159,6 +159,7 @@ static bool poison(struct criupy_pager *p, struct task *t)
 			criupy_space_set(t->space, page, progress >> PAGE_SHIFT, CRIUPY_PAGE_POISONED);
 			p->stats.pages_poisoned += progress >> PAGE_SHIFT;
 			limit = MAX_POISON_PAGES;
+			since = monotonic_ns();
 			continue;
 		}
 		switch (ret) {

@@ -30,7 +30,18 @@ __all__ = ["main"]
 
 log = logging.getLogger("criupy.lazy_pages")
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A terminal that closes must not end what running tasks depend on: SIGHUP stops like SIGTERM.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# By default these would end the daemon at once, and what has not come would read as zeros.
+_IGNORED_SIGNALS = (
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGIO,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +110,8 @@ def _run(options: LazyPagesOptions) -> int:
     run_action_scripts(options.action_scripts, "status-ready", options.images_dir)
     # Until _stop_on_signal takes them: by default they would end a daemon that is needed.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    for number in _IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if options.status_fd is not None:
         status_ready(options.status_fd)
     progress = make_progress(options.progress, sys.stderr, background=options.daemon)

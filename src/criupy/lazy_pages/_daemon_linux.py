@@ -386,7 +386,8 @@ class LazyPages:
             if trouble is not None and stats.phase != Phase.CLOSING:
                 await self._fail_with(pager, trouble)
                 continue
-            with trio.move_on_at(deadline):
+            # Once closing, nothing is left that more haste could change.
+            with trio.move_on_at(float("inf") if stats.phase == Phase.CLOSING else deadline):
                 await changed.wait()
 
     async def _stop_early(self, pager: Pager, nursery: trio.Nursery) -> None:
