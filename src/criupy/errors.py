@@ -10,10 +10,15 @@ from __future__ import annotations
 import os
 
 __all__ = [
+    "CriuDied",
+    "CriuError",
+    "CriuTimeout",
+    "CriuUnavailable",
     "CriupyError",
     "ImageError",
     "LazyPagesError",
     "LocalProtocolError",
+    "OptionError",
     "ProtocolError",
     "RemoteProtocolError",
     "UffdError",
@@ -46,6 +51,72 @@ class RemoteProtocolError(ProtocolError):
         super().__init__(message + suffix)
         self.offset = offset
         self.data = data
+
+
+class OptionError(CriupyError, ValueError):
+    """An option has a value that CRIU would refuse, ignore or misread; nothing was sent.
+
+    ``option`` is its name, ``expected`` what would have been right.
+    """
+
+    def __init__(self, option: str, expected: str) -> None:
+        super().__init__(f"{option}: {expected}")
+        self.option = option
+        self.expected = expected
+
+
+class CriuError(CriupyError):
+    """CRIU said no, or could not be asked; the subclasses tell the second.
+
+    ``request`` is what was asked. ``errno`` is CRIU's, None when it gave none.
+    ``message`` is the sentence that says what went wrong. ``log_errors`` are
+    the last error lines of CRIU's log, oldest first, and ``log_file`` is where
+    the rest is (None when no log was written). ``output`` is what the worker
+    printed, where that is captured. ``hint`` says what to do about a known
+    case, or is None.
+    """
+
+    def __init__(
+        self,
+        request: str,
+        message: str,
+        *,
+        errno: int | None = None,
+        log_errors: tuple[str, ...] = (),
+        log_file: str | None = None,
+        output: str = "",
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(request, message)
+        self.request = request
+        self.message = message
+        self.errno = errno
+        self.log_errors = log_errors
+        self.log_file = log_file
+        self.output = output
+        self.hint = hint
+
+    def __str__(self) -> str:
+        words = [f"{self.request}: {self.message}"]
+        if self.errno is not None:
+            words.append(f"({os.strerror(self.errno)}, errno {self.errno})")
+        if self.log_file is not None:
+            words.append(f"[log: {self.log_file}]")
+        if self.hint is not None:
+            words.append(f"- {self.hint}")
+        return " ".join(words)
+
+
+class CriuUnavailable(CriuError):
+    """There is no CRIU to ask: the program does not start, or nothing listens at the socket."""
+
+
+class CriuDied(CriuError):
+    """CRIU closed the connection without an answer."""
+
+
+class CriuTimeout(CriuError, TimeoutError):
+    """CRIU did not answer in the time it was given; a worker of our own was ended."""
 
 
 class ImageError(CriupyError, ValueError):

@@ -1,0 +1,1 @@
+"""Drive CRIU through its RPC: every request, blocking or on trio."""
