@@ -1,4 +1,4 @@
-"""The RPC schema: generated anew it is the same, its bytes are CRIU's, and pycriu's copy can live beside it."""
+"""The RPC schema: made anew it is the same, its bytes are CRIU's, and pycriu's copy can live beside it."""
 
 from __future__ import annotations
 
