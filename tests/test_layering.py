@@ -14,14 +14,18 @@ PACKAGE = SOURCE / "criupy"
 #: The rooms each room may import, besides itself. No entry may be missing here.
 MAY_IMPORT = {
     "errors": frozenset[str](),
-    "": frozenset({"errors"}),  # criupy/__init__.py
+    "_descriptor": frozenset[str](),
+    "_kill_linux": frozenset[str](),
+    "": frozenset({"errors", "rpc"}),  # criupy/__init__.py
     "wire": frozenset({"errors"}),
     "images": frozenset({"errors"}),
     "_uffd": frozenset({"errors"}),
-    "rpc": frozenset({"errors"}),
+    "rpc": frozenset({"errors", "_descriptor", "_kill_linux"}),
     "policy": frozenset({"errors", "images", "wire"}),
     "trace": frozenset({"errors", "images", "wire", "_uffd"}),
-    "lazy_pages": frozenset({"errors", "images", "wire", "_uffd", "policy", "trace"}),
+    "lazy_pages": frozenset(
+        {"errors", "images", "wire", "_uffd", "policy", "trace", "_descriptor", "_kill_linux"}
+    ),
     "page_server": frozenset({"errors", "images", "wire", "_uffd", "policy", "trace"}),
     # Stand-ins and harnesses may use everything; nobody uses them.
     "testing": frozenset(
@@ -36,7 +40,7 @@ IO_MODULES = frozenset(
 )
 
 #: Rooms that promise to work on any system.
-PORTABLE = frozenset({"", "errors", "wire", "images", "policy"})
+PORTABLE = frozenset({"", "errors", "_descriptor", "wire", "images", "policy"})
 
 #: Standard modules that not every system has.
 UNIX_ONLY = frozenset(

@@ -1,29 +1,96 @@
-"""criupy: post-copy migration with CRIU, from Python.
+"""criupy: CRIU from Python, and post-copy migration.
 
-Importing this package works on any system; what needs Linux says so when it
-is used.
+``Criu`` and ``AsyncCriu`` drive CRIU; ``criupy.lazy_pages`` takes the place of
+``criu lazy-pages``; ``criupy.images`` reads checkpoints. Importing this package
+works on any system; what needs Linux says so when it is used.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from criupy.errors import (
+    CriuDied,
+    CriuError,
     CriupyError,
+    CriuTimeout,
+    CriuUnavailable,
     ImageError,
     LazyPagesError,
     LocalProtocolError,
+    OptionError,
     ProtocolError,
     RemoteProtocolError,
     UffdError,
     UffdUnavailable,
 )
 
+if TYPE_CHECKING:
+    from criupy.rpc import (
+        AsyncCriu,
+        AsyncHooks,
+        Criu,
+        CriuPath,
+        Features,
+        Hooks,
+        JoinNs,
+        Notification,
+        Restored,
+        Script,
+        SourceOutcome,
+        Version,
+    )
+
 __all__ = [
+    "AsyncCriu",
+    "AsyncHooks",
+    "Criu",
+    "CriuDied",
+    "CriuError",
+    "CriuPath",
+    "CriuTimeout",
+    "CriuUnavailable",
     "CriupyError",
+    "Features",
+    "Hooks",
     "ImageError",
+    "JoinNs",
     "LazyPagesError",
     "LocalProtocolError",
+    "Notification",
+    "OptionError",
     "ProtocolError",
     "RemoteProtocolError",
+    "Restored",
+    "Script",
+    "SourceOutcome",
     "UffdError",
     "UffdUnavailable",
+    "Version",
 ]
+
+_OF_RPC = frozenset(
+    {
+        "AsyncCriu",
+        "AsyncHooks",
+        "Criu",
+        "CriuPath",
+        "Features",
+        "Hooks",
+        "JoinNs",
+        "Notification",
+        "Restored",
+        "Script",
+        "SourceOutcome",
+        "Version",
+    }
+)
+
+
+def __getattr__(name: str) -> object:
+    # protobuf takes a while to load, and not everyone needs it.
+    if name in _OF_RPC:
+        from criupy import rpc
+
+        return getattr(rpc, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Literal
 
 import trio
 
+from criupy._kill_linux import kill_trees
 from criupy._uffd.pager_linux import Image, Link, Outcome, Pager, Phase
 from criupy.errors import CriupyError, LazyPagesError
 from criupy.images import frame_size
 from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask
 from criupy.lazy_pages._images import DumpedTask, load_tasks
-from criupy.lazy_pages._kill_linux import kill_trees
 from criupy.lazy_pages._process_linux import SOCKET_NAME, bind_restore_socket
 from criupy.lazy_pages._source_linux import adopt_source, connect_source
 from criupy.lazy_pages._statistics import State, Statistics

@@ -18,15 +18,15 @@ import os
 import select
 import socket
 import struct
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import trio
 
+from criupy._descriptor import Descriptor
 from criupy.errors import ProtocolError, RemoteProtocolError
 from criupy.wire.restore_socket import NEED_DATA, RESTORE_FINISHED_WORD, RestoreSocketDecoder, Task, Zombie
 
-__all__ = ["Descriptor", "RestoreConnection", "RestoredTask"]
+__all__ = ["RestoreConnection", "RestoredTask"]
 
 # include/linux/socket.h; Python names neither.
 SCM_CREDENTIALS: Final = 2
@@ -42,35 +42,6 @@ _ANCILLARY: Final = (
     + socket.CMSG_SPACE(_UCRED.size)
     + socket.CMSG_SPACE(_INT.size)
 )
-
-
-class Descriptor:
-    """A file descriptor with one owner."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def fileno(self) -> int:
-        """Return the number; the descriptor stays owned here."""
-        return self._fd
-
-    def detach(self) -> int:
-        """Return the number and give up ownership."""
-        fd, self._fd = self._fd, -1
-        return fd
-
-    def close(self) -> None:
-        """Close it, once."""
-        if self._fd >= 0:
-            os.close(self.detach())
 
 
 class RestoredTask:

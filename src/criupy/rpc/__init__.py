@@ -1,1 +1,103 @@
-"""Drive CRIU through its RPC: every request, blocking or on trio."""
+"""Drive CRIU through its RPC: every request, blocking or on trio.
+
+``Criu`` is the blocking client, ``AsyncCriu`` the same on trio. The rest are
+the types that go in and come out. Importing this works on any system; the
+clients need Linux.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from criupy._descriptor import Descriptor
+from criupy.errors import CriupyError
+from criupy.rpc import external
+from criupy.rpc._notify import AsyncHooks, Hooks, Notification, Refused, Script
+from criupy.rpc._option_types import CriuPath, Directory, HasFileno, JoinNs
+from criupy.rpc._options import (
+    CheckOptions,
+    CpuinfoOptions,
+    DumpOptions,
+    LazyDumpOptions,
+    PageServerOptions,
+    PreDumpOptions,
+    RestoreOptions,
+)
+from criupy.rpc._results import FeatureName, Features, PageServer, Restored, SourceOutcome, Version
+
+if TYPE_CHECKING:
+    from criupy.rpc._async_client_linux import AsyncCriu, AsyncPageServerChild, AsyncPreDumpLoop
+    from criupy.rpc._async_lazy_client_linux import AsyncLazyDump, AsyncLazyRestore
+    from criupy.rpc._async_operation_linux import AsyncOperation, AsyncProcess
+    from criupy.rpc._client_linux import Criu, PageServerChild, PreDumpLoop
+    from criupy.rpc._lazy_client_linux import LazyDump, LazyRestore
+    from criupy.rpc._operation_linux import Operation, Process
+
+__all__ = [
+    "AsyncCriu",
+    "AsyncHooks",
+    "AsyncLazyDump",
+    "AsyncLazyRestore",
+    "AsyncOperation",
+    "AsyncPageServerChild",
+    "AsyncPreDumpLoop",
+    "AsyncProcess",
+    "CheckOptions",
+    "CpuinfoOptions",
+    "Criu",
+    "CriuPath",
+    "Descriptor",
+    "Directory",
+    "DumpOptions",
+    "FeatureName",
+    "Features",
+    "HasFileno",
+    "Hooks",
+    "JoinNs",
+    "LazyDump",
+    "LazyDumpOptions",
+    "LazyRestore",
+    "Notification",
+    "Operation",
+    "PageServer",
+    "PageServerChild",
+    "PageServerOptions",
+    "PreDumpLoop",
+    "PreDumpOptions",
+    "Process",
+    "Refused",
+    "RestoreOptions",
+    "Restored",
+    "Script",
+    "SourceOutcome",
+    "Version",
+    "external",
+]
+
+_CLIENTS = {
+    "AsyncCriu": "_async_client_linux",
+    "AsyncLazyDump": "_async_lazy_client_linux",
+    "AsyncLazyRestore": "_async_lazy_client_linux",
+    "AsyncOperation": "_async_operation_linux",
+    "AsyncPageServerChild": "_async_client_linux",
+    "AsyncPreDumpLoop": "_async_client_linux",
+    "AsyncProcess": "_async_operation_linux",
+    "Criu": "_client_linux",
+    "LazyDump": "_lazy_client_linux",
+    "LazyRestore": "_lazy_client_linux",
+    "Operation": "_operation_linux",
+    "PageServerChild": "_client_linux",
+    "PreDumpLoop": "_client_linux",
+    "Process": "_operation_linux",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _CLIENTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not sys.platform.startswith("linux"):
+        raise CriupyError(f"criupy.rpc.{name} needs Linux: that is where CRIU runs")
+    from importlib import import_module
+
+    return getattr(import_module(f"criupy.rpc.{_CLIENTS[name]}"), name)

@@ -1,0 +1,304 @@
+"""What each call of the clients asks of CRIU: the request, what it needs, and what its answer means.
+
+Both clients make the same calls; they differ in how they wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Generic, TypeVar
+
+from criupy._descriptor import Descriptor
+from criupy.errors import CriuError, OptionError
+from criupy.rpc import _schema_pb2 as schema
+from criupy.rpc._option_types import CriuPath, Directory
+from criupy.rpc._options import encode
+from criupy.rpc._report import LogWatch
+from criupy.rpc._results import FeatureName, Features, PageServer, Version
+
+__all__ = ["Call"]
+
+T = TypeVar("T")
+
+#: Undone by CRIU itself when its client is gone, and by nobody if CRIU is killed at the wrong moment.
+_DELICATE: Final = frozenset({schema.DUMP, schema.PRE_DUMP, schema.SINGLE_PRE_DUMP, schema.RESTORE})
+
+#: What every CRIU has that this package is made for.
+_OLDEST: Final = (3, 17)
+
+FEATURES: Final[tuple[FeatureName, ...]] = ("mem_track", "lazy_pages", "pidfd_store")
+
+
+@dataclass(slots=True)
+class Call(Generic[T]):
+    """One request with all that belongs to it; ``close`` it when it is answered."""
+
+    name: str
+    request: schema.Request
+    result: Callable[[schema.Response], T]
+    inherit: tuple[int, ...] = ()
+    """Descriptors that the worker must have under their own numbers."""
+    since: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """The version of CRIU that each option needs."""
+    swrk_only: tuple[str, ...] = ()
+    log: LogWatch | None = None
+    images_dir: Path | None = None
+    work_dir: Path | None = None
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Holds what CRIU opens through us, until the answer."""
+
+    @property
+    def delicate(self) -> bool:
+        """Whether CRIU must be given time to undo what it did."""
+        return self.request.type in _DELICATE
+
+    @property
+    def exec_cmd(self) -> bool:
+        """Whether the worker becomes another program in the end."""
+        return bool(self.request.opts.exec_cmd)
+
+    def close(self) -> None:
+        """Close the descriptors that were opened for CRIU."""
+        self.stack.close()
+
+    @property
+    def needs_version(self) -> bool:
+        """Whether any option is younger than the oldest CRIU that we know."""
+        return any(needed > _OLDEST for needed in self.since.values())
+
+    def check_version(self, version: Version) -> None:
+        """Refuse options that this CRIU would silently ignore."""
+        for option, needed in self.since.items():
+            if not version.at_least(*needed):
+                raise OptionError(
+                    option, f"CRIU {needed[0]}.{needed[1]} or newer is needed, this is {version}"
+                )
+
+
+def _none(_: schema.Response) -> None:
+    return None
+
+
+def _check_pid(option: str, pid: int) -> int:
+    if isinstance(pid, bool) or not isinstance(pid, int):
+        raise OptionError(option, f"expected a process id, got {pid!r}")
+    if not 0 < pid <= 1 << 22:  # PID_MAX_LIMIT, include/linux/threads.h
+        raise OptionError(option, f"expected a process id from 1 to {1 << 22}, got {pid}")
+    return pid
+
+
+def _open_directory(option: str, value: Directory, stack: contextlib.ExitStack) -> tuple[int, Path]:
+    """Return a descriptor of a directory that CRIU can open through us, and a path by which we reach it."""
+    if isinstance(value, (str, os.PathLike)):
+        path = Path(os.fsdecode(value))
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except ValueError as error:  # a NUL byte
+            raise OptionError(option, f"expected a directory, got {value!r}: {error}") from error
+        except OSError as error:
+            raise OptionError(option, f"expected a directory, {path}: {error.strerror}") from error
+        stack.enter_context(Descriptor(fd))
+        return fd, path.absolute()
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "fileno")):
+        raise OptionError(option, f"expected a path or a descriptor of a directory, got {value!r}")
+    fd = value if isinstance(value, int) else value.fileno()  # type: ignore[union-attr]
+    try:
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OptionError(option, f"expected a directory, descriptor {fd} is none")
+        return fd, Path(f"/proc/self/fd/{fd}").readlink()
+    except OSError as error:
+        raise OptionError(option, f"expected a directory, descriptor {fd}: {error.strerror}") from error
+
+
+def _call(
+    name: str,
+    kind: schema.RequestType,
+    result: Callable[[schema.Response], T],
+    options: Mapping[str, object],
+    *,
+    images_dir: Directory | None,
+    takes: str | None = None,
+) -> Call[T]:
+    encoded = encode(takes or name, options)
+    call = Call(
+        name,
+        schema.Request(type=kind, opts=encoded.message),
+        result,
+        inherit=encoded.inherit,
+        since=encoded.since,
+        swrk_only=encoded.swrk_only,
+    )
+    message = call.request.opts
+    message.images_dir_fd = -1
+    try:
+        if isinstance(images_dir, CriuPath):
+            message.images_dir = images_dir.path
+            call.images_dir = Path(images_dir.path)
+            call.since = {**call.since, "images_dir": (3, 19)}
+        elif images_dir is not None:
+            message.images_dir_fd, call.images_dir = _open_directory("images_dir", images_dir, call.stack)
+        if isinstance(encoded.work_dir, CriuPath):
+            raise OptionError("work_dir", "expected a path or a descriptor: CRIU takes it by descriptor only")
+        if encoded.work_dir is not None:
+            message.work_dir_fd, call.work_dir = _open_directory("work_dir", encoded.work_dir, call.stack)
+        else:
+            call.work_dir = call.images_dir
+        if call.work_dir is not None and not message.log_to_stderr:
+            call.log = LogWatch.of(call.work_dir, encoded.log_file)
+    except BaseException:
+        call.close()
+        raise
+    return call
+
+
+# ---- asking about CRIU itself -----------------------------------------------------
+
+
+def version() -> Call[Version]:
+    """Ask for the version."""
+    return Call("version", schema.Request(type=schema.VERSION, keep_open=True), Version.from_response)
+
+
+def feature_check(names: tuple[FeatureName, ...]) -> Call[Features]:
+    """Ask for features; all of them when none is named."""
+    asked = names or FEATURES
+    for name in asked:
+        if name not in FEATURES:
+            raise OptionError("feature_check", f"expected names among {', '.join(FEATURES)}, got {name!r}")
+
+    def result(response: schema.Response) -> Features:
+        # CRIU answers false for what it was not asked.
+        answer = response.features
+        return Features(**{name: getattr(answer, name) for name in asked if answer.HasField(name)})
+
+    features = schema.FeatureSet(**dict.fromkeys(asked, True))
+    request = schema.Request(type=schema.FEATURE_CHECK, features=features, keep_open=True)
+    return Call("feature_check", request, result)
+
+
+def check(images_dir: Directory, options: Mapping[str, object]) -> Call[None]:
+    """Ask CRIU to check this kernel; up to 4.1 it wants a directory for its log."""
+    return _call("check", schema.CHECK, _none, options, images_dir=images_dir)
+
+
+def cpuinfo(name: str, images_dir: Directory, options: Mapping[str, object]) -> Call[None]:
+    """Write, or compare with, the CPU's features in an image."""
+    kind = schema.CPUINFO_DUMP if name == "cpuinfo_dump" else schema.CPUINFO_CHECK
+    return _call(name, kind, _none, options, images_dir=images_dir, takes="cpuinfo")
+
+
+# ---- dump --------------------------------------------------------------------------------
+
+
+def dump(
+    pid: int,
+    images_dir: Directory,
+    options: Mapping[str, object],
+    *,
+    lazy: bool = False,
+    address: str | None = None,
+    port: int = 0,
+) -> Call[None]:
+    """Dump a tree; a lazy dump goes on until the last page has gone."""
+    _check_pid("pid", pid)
+    if pid == os.getpid():
+        raise OptionError("pid", "expected another process: to dump this one use self_dump()")
+    name = "lazy_dump" if lazy else "dump"
+    call = _call(name, schema.DUMP, _none, options, images_dir=images_dir)
+    message = call.request.opts
+    message.pid = pid
+    message.notify_scripts = True
+    if lazy:
+        message.lazy_pages = True
+        message.ps.port = port
+        if address is not None:
+            message.ps.address = address
+    return call
+
+
+def self_dump(images_dir: Directory, options: Mapping[str, object]) -> Call[bool]:
+    """Dump the calling process."""
+
+    def restored(response: schema.Response) -> bool:
+        return response.dump.restored
+
+    # No notifications: they would go to a process that is frozen.
+    return _call("self_dump", schema.DUMP, restored, options, images_dir=images_dir, takes="dump")
+
+
+def pre_dump(pid: int, images_dir: Directory, options: Mapping[str, object], *, single: bool) -> Call[None]:
+    """Write the memory that changed, and let the tasks go on."""
+    _check_pid("pid", pid)
+    kind = schema.SINGLE_PRE_DUMP if single else schema.PRE_DUMP
+    call = _call("pre_dump", kind, _none, options, images_dir=images_dir)
+    call.request.opts.pid = pid
+    return call
+
+
+# ---- restore --------------------------------------------------------------------------------
+
+
+def restore(images_dir: Directory, options: Mapping[str, object], *, lazy: bool = False) -> Call[int]:
+    """Restore a tree; the answer is the pid of its first process."""
+
+    def pid(response: schema.Response) -> int:
+        return response.restore.pid
+
+    name = "lazy_restore" if lazy else "restore"
+    call = _call(name, schema.RESTORE, pid, options, images_dir=images_dir)
+    call.request.opts.notify_scripts = True
+    if lazy:
+        call.request.opts.lazy_pages = True
+    return call
+
+
+# ---- page server -------------------------------------------------------------------------------
+
+
+def page_server(images_dir: Directory, options: Mapping[str, object]) -> Call[PageServer]:
+    """Start a page server in the background."""
+
+    def result(response: schema.Response) -> PageServer:
+        return PageServer(_port(response, "page_server"))
+
+    return _call("page_server", schema.PAGE_SERVER, result, options, images_dir=images_dir)
+
+
+def page_server_child(images_dir: Directory, options: Mapping[str, object]) -> Call[tuple[int, int]]:
+    """Start a page server as the worker's child; the answer is its pid and its port."""
+
+    def result(response: schema.Response) -> tuple[int, int]:
+        return response.ps.pid, _port(response, "page_server_child")
+
+    call = _call(
+        "page_server_child",
+        schema.PAGE_SERVER_CHLD,
+        result,
+        options,
+        images_dir=images_dir,
+        takes="page_server",
+    )
+    call.request.keep_open = True
+    return call
+
+
+def _port(response: schema.Response, name: str) -> int:
+    port = response.ps.port
+    if not 0 < port < 1 << 16:
+        raise CriuError(name, f"CRIU did not say which port it listens on (but {port})")
+    return port
+
+
+def wait_pid(pid: int) -> Call[int]:
+    """Wait for a child of the worker; the answer is its exit status, negative for a signal."""
+    _check_pid("pid", pid)
+
+    def result(response: schema.Response) -> int:
+        return os.waitstatus_to_exitcode(response.status)
+
+    return Call("wait_pid", schema.Request(type=schema.WAIT_PID, pid=pid), result)

@@ -1,0 +1,511 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
+
+from criupy.errors import CriuError, LocalProtocolError, OptionError
+from criupy.rpc import _calls_linux as calls
+from criupy.rpc._calls_linux import Call
+from criupy.rpc._connection_linux import Connection, adopt, connect, start_detached_worker, start_worker
+from criupy.rpc._lazy_client_linux import LazyDump, LazyRestore
+from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, make_plan
+from criupy.rpc._notify import Hooks
+from criupy.rpc._operation_linux import Operation, Process, end_worker
+from criupy.rpc._option_types import Directory
+from criupy.rpc._options import (
+    CheckOptions,
+    CpuinfoOptions,
+    DumpOptions,
+    LazyDumpOptions,
+    PageServerOptions,
+    PreDumpOptions,
+    RestoreOptions,
+)
+from criupy.rpc._report import NO_DIRTY_TRACKING
+from criupy.rpc._results import FeatureName, Features, PageServer, Restored, Version
+from criupy.rpc._transport import check_seconds, make_transport
+
+__all__ = ["Criu", "PageServerChild", "PreDumpLoop"]
+
+T = TypeVar("T")
+
+
+class PageServerChild:
+    """A page server that is a child of its worker; ``wait`` for it, or ``close`` to end it."""
+
+    def __init__(self, client: Criu, connection: Connection, pid: int, port: int) -> None:
+        self._client = client
+        self._connection = connection
+        self.pid = pid
+        self.port = port
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def wait(self, *, request_timeout: float | None = None) -> int:
+        """Wait until it has served its one connection; return its exit status, negative for a signal."""
+        return self._client._wait_for(self, request_timeout)
+
+    def close(self) -> None:
+        """End it with its worker."""
+        self._client._drop(self)
+
+
+class PreDumpLoop:
+    """Pre-dumps on one connection, so that CRIU notices a reused pid, and the dump that ends them."""
+
+    def __init__(self, client: Criu, pid: int, request_timeout: float | None) -> None:
+        self._client = client
+        self._pid = pid
+        self._timeout = request_timeout
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close_socket()
+            end_worker(connection.worker, self._client._until_grace())
+
+    def pre_dump(self, *, images_dir: Directory, **options: Unpack[PreDumpOptions]) -> None:
+        """Write the memory that changed since the one before, and let the tasks go on."""
+        self._client._need_dirty_tracking()
+        call = calls.pre_dump(self._pid, images_dir, options, single=False)
+        self._client._run(
+            call, self._timeout, connect=lambda: self._connect(call), release=self._keep
+        )
+
+    def dump(
+        self, *, images_dir: Directory, hooks: Hooks | None = None, **options: Unpack[DumpOptions]
+    ) -> None:
+        """Dump the tree; the loop is over then."""
+        call = calls.dump(self._pid, images_dir, options)
+        with self._client._operation(
+            call, self._timeout, connect=lambda: self._connect(call)
+        ) as operation:
+            operation.serve(hooks)
+
+    def _connect(self, call: Call[None]) -> Connection:
+        connection, self._connection = self._connection, None
+        return connection or self._client._connect(call)
+
+    def _keep(self, connection: Connection) -> None:
+        self._connection = connection
+
+
+class Criu:
+    """Drive CRIU, blocking.
+
+    ``binary`` is CRIU's program, by default ``criu`` on PATH, run as ``criu
+    swrk`` for each request; ``socket`` is instead the path of a ``criu
+    service``'s socket, ``fd`` the descriptor of an AF_UNIX SOCK_SEQPACKET socket
+    that is connected to either (it is duplicated, not closed; CRIU ends such a
+    connection with the first request that is not a query).
+
+    ``default_config`` lets workers read CRIU's default configuration files.
+    ``capture_output`` keeps what they print for the errors; False lets them
+    print where this process does. ``request_timeout`` is how many seconds a
+    request may take, notifications included, before CriuTimeout; None is no
+    limit, and each call may say otherwise (``math.inf`` for no limit). It is
+    not CRIU's own option ``timeout``. ``grace`` is how many seconds CRIU then
+    has to undo what it did, before it is killed.
+
+    Use it as a context manager or ``close`` it; from one thread at a time.
+    """
+
+    def __init__(
+        self,
+        binary: str | os.PathLike[str] | None = None,
+        *,
+        socket: str | os.PathLike[str] | None = None,
+        fd: int | None = None,
+        default_config: bool = False,
+        capture_output: bool = True,
+        request_timeout: float | None = None,
+        grace: float = 10.0,
+    ) -> None:
+        self._transport = make_transport(
+            binary,
+            socket,
+            fd,
+            default_config=default_config,
+            capture_output=capture_output,
+            request_timeout=request_timeout,
+            grace=grace,
+        )
+        self._kept = None if fd is None else adopt(fd)
+        self._version: Version | None = None
+        self._children: dict[int, PageServerChild] = {}
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers that wait for requests, and page servers that are their children."""
+        self._closed = True
+        for child in list(self._children.values()):
+            child.close()
+        self._close_kept()
+
+    # ---- questions -------------------------------------------------------------------
+
+    def version(self, *, request_timeout: float | None = None) -> Version:
+        """Ask for CRIU's version."""
+        self._version = self._query(calls.version(), request_timeout)
+        return self._version
+
+    def feature_check(self, *names: FeatureName, request_timeout: float | None = None) -> Features:
+        """Ask what CRIU can do on this kernel: the named features, or all."""
+        return self._query(calls.feature_check(names), request_timeout)
+
+    def check(
+        self,
+        *,
+        images_dir: Directory | None = None,
+        request_timeout: float | None = None,
+        **options: Unpack[CheckOptions],
+    ) -> None:
+        """Let CRIU check that this kernel has what it needs; CriuError says what it lacks.
+
+        Its log goes to ``images_dir``, by default to a temporary directory.
+        """
+        with _log_directory(images_dir) as directory:
+            self._run(calls.check(directory, options), request_timeout)
+
+    def cpuinfo_dump(
+        self,
+        *,
+        images_dir: Directory,
+        request_timeout: float | None = None,
+        **options: Unpack[CpuinfoOptions],
+    ) -> None:
+        """Write the features of this CPU to an image."""
+        self._run(calls.cpuinfo("cpuinfo_dump", images_dir, options), request_timeout)
+
+    def cpuinfo_check(
+        self,
+        *,
+        images_dir: Directory,
+        request_timeout: float | None = None,
+        **options: Unpack[CpuinfoOptions],
+    ) -> None:
+        """Compare the features of this CPU with an image; CriuError if it has not all of them."""
+        self._run(calls.cpuinfo("cpuinfo_check", images_dir, options), request_timeout)
+
+    # ---- dump --------------------------------------------------------------------------------
+
+    def dump(
+        self,
+        pid: int,
+        *,
+        images_dir: Directory,
+        hooks: Hooks | None = None,
+        request_timeout: float | None = None,
+        **options: Unpack[DumpOptions],
+    ) -> None:
+        """Dump the tree whose root is ``pid``; it is killed then unless an option says otherwise."""
+        with self.open_dump(
+            pid, images_dir=images_dir, request_timeout=request_timeout, **options
+        ) as operation:
+            operation.serve(hooks)
+
+    def open_dump(
+        self,
+        pid: int,
+        *,
+        images_dir: Directory,
+        request_timeout: float | None = None,
+        **options: Unpack[DumpOptions],
+    ) -> Operation[None]:
+        """Dump, with the notifications as an iterator instead of hooks."""
+        return self._operation(calls.dump(pid, images_dir, options), request_timeout)
+
+    def self_dump(
+        self,
+        *,
+        images_dir: Directory,
+        request_timeout: float | None = None,
+        **options: Unpack[DumpOptions],
+    ) -> bool:
+        """Dump the calling process; like fork(2) it returns twice.
+
+        True in the restored copy, False in the process that goes on
+        (``leave_running``). Its children are dumped with it.
+        """
+        # A worker of ours is a child: it would be dumped, and cannot dump itself.
+        self._close_kept()
+        call = calls.self_dump(images_dir, options)
+        return self._run(call, request_timeout, connect=lambda: self._connect(call, detached=True))
+
+    def pre_dump(
+        self,
+        pid: int,
+        *,
+        images_dir: Directory,
+        request_timeout: float | None = None,
+        **options: Unpack[PreDumpOptions],
+    ) -> None:
+        """Write the memory that changed since ``parent_img``, and let the tasks go on (CRIU 3.17)."""
+        self._need_dirty_tracking()
+        self._run(calls.pre_dump(pid, images_dir, options, single=True), request_timeout)
+
+    def pre_dump_loop(self, pid: int, *, request_timeout: float | None = None) -> PreDumpLoop:
+        """Make any number of pre-dumps and then a dump, in a block."""
+        return PreDumpLoop(self, pid, request_timeout)
+
+    # ---- restore -------------------------------------------------------------------------------
+
+    def restore(
+        self,
+        *,
+        images_dir: Directory,
+        hooks: Hooks | None = None,
+        request_timeout: float | None = None,
+        **options: Unpack[RestoreOptions],
+    ) -> Restored[Process]:
+        """Restore a tree, detached.
+
+        Its first process becomes a child of init (or of the nearest
+        subreaper); of this process with ``rst_sibling``, which then has to
+        reap it; or of the program that the worker becomes with ``exec_cmd``.
+        """
+        with self.open_restore(
+            images_dir=images_dir, request_timeout=request_timeout, **options
+        ) as operation:
+            operation.serve(hooks)
+        return Restored(
+            operation.result, None if operation.worker is None else Process(operation.worker)
+        )
+
+    def open_restore(
+        self,
+        *,
+        images_dir: Directory,
+        request_timeout: float | None = None,
+        **options: Unpack[RestoreOptions],
+    ) -> Operation[int]:
+        """Restore, with the notifications as an iterator; ``result`` is the pid."""
+        return self._operation(calls.restore(images_dir, options), request_timeout)
+
+    # ---- page server -----------------------------------------------------------------------------
+
+    def page_server(
+        self,
+        *,
+        images_dir: Directory,
+        request_timeout: float | None = None,
+        **options: Unpack[PageServerOptions],
+    ) -> PageServer:
+        """Start CRIU's page server in the background, for one connection; port 0 lets the kernel choose.
+
+        It is nobody's child, and CRIU does not tell its pid.
+        """
+        return self._run(calls.page_server(images_dir, options), request_timeout)
+
+    def page_server_child(
+        self,
+        *,
+        images_dir: Directory,
+        request_timeout: float | None = None,
+        **options: Unpack[PageServerOptions],
+    ) -> PageServerChild:
+        """Start CRIU's page server as a child of the worker, so that its end can be waited for."""
+        held: list[Connection] = []
+        call = calls.page_server_child(images_dir, options)
+        pid, port = self._run(call, request_timeout, release=held.append)
+        child = self._children[pid] = PageServerChild(self, held[0], pid, port)
+        return child
+
+    def wait_pid(self, pid: int, *, request_timeout: float | None = None) -> int:
+        """Wait for a page server that is the worker's child; return its exit status, negative for a signal."""
+        child = self._children.get(pid)
+        if child is not None:
+            return child.wait(request_timeout=request_timeout)
+        if self._transport.fd is None:
+            raise OptionError("pid", f"expected the pid of a page_server_child() of this client, got {pid}")
+        return self._run(calls.wait_pid(pid), request_timeout)
+
+    # ---- lazy migration -----------------------------------------------------------------------------
+
+    def lazy_dump(
+        self,
+        pid: int,
+        *,
+        images_dir: Directory,
+        address: str | None = "127.0.0.1",
+        port: int = 0,
+        hooks: Hooks | None = None,
+        request_timeout: float | None = None,
+        **options: Unpack[LazyDumpOptions],
+    ) -> LazyDump:
+        """Freeze a tree and serve its memory to a destination, in a block.
+
+        The block begins when the images are complete and the page server
+        listens on ``address`` (None is all interfaces); ``port`` 0 lets the
+        kernel choose, with a worker of our own. ``request_timeout`` counts until
+        then. Leaving the block waits until the destination has all pages.
+        """
+        plan = LazyDumpPlan(
+            pid, images_dir, options, address=address, port=port, is_own=self._transport.is_own
+        )
+        return LazyDump(self, plan, hooks, request_timeout)
+
+    def lazy_restore(
+        self,
+        *,
+        images_dir: Directory,
+        page_server: tuple[str, int] | None = None,
+        daemon: Sequence[str] | None = OUR_DAEMON,
+        hooks: Hooks | None = None,
+        request_timeout: float | None = None,
+        **options: Unpack[RestoreOptions],
+    ) -> LazyRestore:
+        """Restore a tree whose memory follows, in a block.
+
+        Starts a lazy-pages ``daemon`` that takes pages from ``page_server``
+        (host and port), or from the images themselves; None expects one that
+        listens in the work directory already. The block begins when the tasks
+        run; leaving it waits for the last page.
+        """
+        plan = make_plan(daemon, page_server)
+        call = calls.restore(images_dir, options, lazy=True)
+        return LazyRestore(self, call, hooks, plan, request_timeout)
+
+    # ---- inside --------------------------------------------------------------------------------------
+
+    def _operation(
+        self,
+        call: Call[T],
+        request_timeout: float | None,
+        *,
+        connect: Callable[[], Connection] | None = None,
+        release: Callable[[Connection], None] | None = None,
+    ) -> Operation[T]:
+        seconds = check_seconds("request_timeout", request_timeout)
+        return Operation(
+            call,
+            connect or (lambda: self._connect(call)),
+            release or self._keep,
+            request_timeout=self._transport.request_timeout if seconds is None else seconds,
+            grace=self._transport.grace,
+        )
+
+    def _run(
+        self,
+        call: Call[T],
+        request_timeout: float | None,
+        *,
+        connect: Callable[[], Connection] | None = None,
+        release: Callable[[Connection], None] | None = None,
+    ) -> T:
+        with self._operation(call, request_timeout, connect=connect, release=release) as operation:
+            pass
+        return operation.result
+
+    def _query(self, call: Call[T], request_timeout: float | None) -> T:
+        """Ask what can be asked many times, on a connection that is kept."""
+        return self._run(call, request_timeout, connect=lambda: self._take_kept() or self._connect(call))
+
+    def _connect(self, call: Call[T], *, detached: bool = False) -> Connection:
+        """Make a connection for a request, having checked that this CRIU knows all its options."""
+        if self._closed:
+            raise LocalProtocolError(f"{call.name}: the client is closed")
+        transport = self._transport
+        if transport.socket is not None and call.swrk_only:
+            raise OptionError(
+                call.swrk_only[0], "CRIU takes it only from a worker of one's own (binary=), not in a service"
+            )
+        if call.needs_version:
+            call.check_version(self._version or self.version())
+        if transport.fd is not None:
+            kept = self._take_kept()
+            if kept is None:
+                raise LocalProtocolError(f"{call.name}: CRIU has ended the connection of fd={transport.fd}")
+            return kept
+        if transport.socket is not None:
+            return connect(transport.socket, request=call.name)
+        assert transport.binary is not None
+        if detached:
+            self._close_kept()
+            return start_detached_worker(
+                transport.binary, transport.arguments, request=call.name, inherit=call.inherit
+            )
+        return start_worker(
+            transport.binary,
+            transport.arguments,
+            request=call.name,
+            inherit=call.inherit,
+            capture=transport.capture_output,
+        )
+
+    def _take_kept(self) -> Connection | None:
+        connection, self._kept = self._kept, None
+        if connection is None or connection.is_alive():
+            return connection
+        self._end(connection)
+        return None
+
+    def _keep(self, connection: Connection) -> None:
+        if self._kept is None and not self._closed:
+            self._kept = connection
+        else:
+            self._end(connection)
+
+    def _end(self, connection: Connection) -> None:
+        connection.close_socket()
+        end_worker(connection.worker, self._until_grace())
+
+    def _close_kept(self) -> None:
+        connection, self._kept = self._kept, None
+        if connection is not None:
+            self._end(connection)
+
+    def _until_grace(self) -> float:
+        return time.monotonic() + self._transport.grace
+
+    def _need_dirty_tracking(self) -> None:
+        # Without it CRIU runs into an assertion of its own, inside the task.
+        if self.feature_check("mem_track").mem_track is False:
+            raise CriuError("pre_dump", "CRIU cannot track changes of memory", hint=NO_DIRTY_TRACKING)
+
+    def _wait_for(self, child: PageServerChild, request_timeout: float | None) -> int:
+        if self._children.get(child.pid) is not child:
+            raise LocalProtocolError(f"wait_pid: page server {child.pid} was waited for or closed before")
+        del self._children[child.pid]
+        return self._run(calls.wait_pid(child.pid), request_timeout, connect=lambda: child._connection)
+
+    def _drop(self, child: PageServerChild) -> None:
+        if self._children.get(child.pid) is child:
+            del self._children[child.pid]
+            kill_worker(child._connection, child.pid)
+
+
+@contextmanager
+def _log_directory(given: Directory | None) -> Iterator[Directory]:
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="criupy-check-") as directory:
+        yield directory

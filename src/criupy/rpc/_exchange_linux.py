@@ -1,0 +1,189 @@
+"""The course of one request on a connection: what is sent next, and what comes of what is received.
+
+The clients send and wait; everything else that they have in common is here.
+An exchange ends in one of three ways: CRIU answers, CRIU closes, or we have
+waited long enough. In the second half of the file is how it is undone: CRIU is
+told that nobody listens any more (a refusal of the notification that waits, and
+the end of our stream, which fails every later one), and undoes what it did. It
+must have time for that: killed while it puts its code into a task, it takes
+the task with it (tried: a SIGTRAP, once in fifty kills of a small dump).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Generic, TypeVar
+
+from criupy._descriptor import Descriptor
+from criupy.errors import CriuDied, CriuError, CriuTimeout, RemoteProtocolError
+from criupy.rpc._calls_linux import Call
+from criupy.rpc._connection_linux import Connection, Ended
+from criupy.rpc._notify import Notification, Script, parse_script
+from criupy.rpc._report import failure, hint_for
+from criupy.rpc._session import Answer, Notified, State
+from criupy.rpc._worker_linux import Worker
+
+__all__ = ["Exchange"]
+
+T = TypeVar("T")
+
+
+class Exchange(Generic[T]):
+    """One request on its way."""
+
+    def __init__(self, call: Call[T], connection: Connection) -> None:
+        self.call = call
+        self.connection = connection
+        self.pending: Notification | None = None
+        self.refusal: BaseException | None = None
+        self._answer: Answer | None = None
+        self._closed = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come."""
+        return self._answer is not None or self._closed
+
+    def request_packet(self) -> bytes:
+        """Return the packet with the request."""
+        return self.connection.session.send_request(self.call.request)
+
+    def answer_packet(self) -> bytes | None:
+        """Return the packet that answers the pending notification, if one is; let go of what came with it."""
+        notification, self.pending = self.pending, None
+        if notification is None:
+            return None
+        if notification.descriptor is not None:
+            notification.descriptor.close()
+        self.refusal = self.refusal or notification.refusal
+        accept = notification.refusal is None
+        external = notification.external if accept and notification.script == Script.QUERY_EXT_FILES else ()
+        return self.connection.session.send_answer(accept=accept, external=external)
+
+    def take(self, event: Notified | Answer | Ended) -> Notification | None:
+        """Take in an event; return the notification to be answered, or None at the end.
+
+        Raise what the end was if it was not success.
+        """
+        if isinstance(event, Notified):
+            descriptor = Descriptor(event.descriptors[0]) if event.descriptors else None
+            self.pending = Notification(parse_script(event.script), event.pid, descriptor)
+            return self.pending
+        if isinstance(event, Ended):
+            self._closed = True
+            self.connection.session.receive_end()
+            if self.refusal is not None:
+                raise self.refusal
+            raise self.died()
+        self._answer = event
+        if self.refusal is not None:
+            raise self._annotated(self.refusal)
+        if not event.success:
+            raise self._failure(event)
+        return None
+
+    def result(self) -> T:
+        """Return what the answer says."""
+        assert self._answer is not None
+        return self.call.result(self._answer.response)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether CRIU did what it was asked."""
+        return self._answer is not None and self._answer.success
+
+    # ---- errors --------------------------------------------------------------------
+
+    def _output(self) -> str:
+        worker = self.connection.worker
+        return worker.output() if isinstance(worker, Worker) else ""
+
+    def _failure(self, answer: Answer) -> CriuError:
+        return failure(self.call.name, answer.response, log=self.call.log, output=self._output())
+
+    def _annotated(self, error: BaseException) -> BaseException:
+        """Say in a note what CRIU answered to a refusal."""
+        assert self._answer is not None
+        if not self._answer.success:
+            error.add_note(f"CRIU undid it: {self._failure(self._answer)}")
+        elif self.call.request.opts.pid:
+            error.add_note(f"{self.call.name}: CRIU had gone too far to undo it, and completed it")
+        else:
+            error.add_note(f"{self.call.name}: CRIU had completed it all the same: {self.result()}")
+        return error
+
+    def died(self, reason: str = "CRIU closed the connection without an answer") -> CriuDied:
+        """Make the error for a connection that was closed; the worker has been given time to end."""
+        worker = self.connection.worker
+        status = worker.poll() if isinstance(worker, Worker) else None
+        if status is not None:
+            reason += f" and ended with {'signal' if status < 0 else 'exit status'} {abs(status)}"
+        output = self._output()
+        lines = self.call.log.errors() if self.call.log is not None else ()
+        said = [*lines, *output.splitlines()[-3:]]
+        if said:
+            reason += f": {said[-1]}"
+        return CriuDied(
+            self.call.name,
+            reason,
+            log_errors=lines,
+            log_file=self.call.log.name if self.call.log is not None and self.call.log.is_written else None,
+            output=output,
+            hint=hint_for(self.call.name, None, "\n".join(said)),
+        )
+
+    def timed_out(self, seconds: float) -> CriuTimeout:
+        """Make the error for an answer that did not come in time."""
+        waiting = f"the hook for {self.pending.script}" if self.pending is not None else "CRIU"
+        log = self.call.log
+        return CriuTimeout(
+            self.call.name,
+            f"{waiting} took longer than {seconds:g} s",
+            log_errors=log.errors() if log is not None else (),
+            log_file=log.name if log is not None and log.is_written else None,
+            output=self._output(),
+        )
+
+    # ---- undoing -----------------------------------------------------------------------
+
+    def begin_undo(self) -> bool:
+        """Tell CRIU that nobody listens any more; return whether it needs time to undo what it did."""
+        if self.over:
+            return False
+        refusal = None
+        if self.pending is not None:
+            self.pending.refuse("the request was abandoned")
+            with contextlib.suppress(OSError):
+                refusal = self.answer_packet()
+        if refusal is not None:
+            # The packet is small and CRIU reads nothing else: there is room for it.
+            self.connection.send_now(refusal, self.call.name)
+        self.connection.shut_down()
+        return self.call.delicate and self.connection.session.state is not State.FAILED
+
+    def take_undone(self, event: Notified | Answer | Ended) -> None:
+        """Take in an event while undoing: notifications fail by themselves."""
+        if isinstance(event, Notified):
+            for descriptor in event.descriptors:
+                os.close(descriptor)
+            self.connection.session.send_answer(accept=False)
+        elif isinstance(event, Answer):
+            self._answer = event
+        else:
+            self._closed = True
+            self.connection.session.receive_end()
+
+    def receive_undone(self) -> Notified | Answer | Ended | None:
+        """Receive what has come while undoing; nonsense ends it."""
+        try:
+            return self.connection.receive_now()
+        except RemoteProtocolError:
+            return Ended()
+
+    def note_undone(self, error: BaseException) -> None:
+        """Say in a note what became of the request."""
+        if self._answer is not None:
+            self._annotated(error)
+        elif self.call.delicate and not self._closed:
+            error.add_note(f"{self.call.name}: CRIU did not undo it in time and was killed")

@@ -1,0 +1,239 @@
+"""The two sides of a lazy migration, blocking."""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self
+
+from criupy._descriptor import Descriptor
+from criupy.errors import CriuError, CriupyError, CriuTimeout
+from criupy.rpc._calls_linux import Call
+from criupy.rpc._lazy_linux import (
+    DaemonPlan,
+    LazyDumpPlan,
+    check_listening,
+    daemon_failure,
+    status_pipe,
+)
+from criupy.rpc._notify import Hooks, Script
+from criupy.rpc._operation_linux import Operation, Process, end_worker, wait_for
+from criupy.rpc._results import SourceOutcome
+from criupy.rpc._worker_linux import Worker
+
+if TYPE_CHECKING:
+    from criupy.rpc._client_linux import Criu
+
+__all__ = ["LazyDump", "LazyRestore"]
+
+
+class LazyDump:
+    """A frozen tree whose memory is served; made by ``Criu.lazy_dump``.
+
+    ``address`` and ``port`` are where it listens, ``frame_size`` is what its
+    page-server frames take in bytes, ``images_dir`` holds all that is not
+    lazy. ``outcome`` tells at the end what became of the tree.
+    """
+
+    def __init__(self, client: Criu, plan: LazyDumpPlan, hooks: Hooks | None, timeout: float | None) -> None:
+        self._client = client
+        self._plan = plan
+        self._hooks = hooks
+        self._timeout = timeout
+        self._operation: Operation[None] | None = None
+        self.outcome: SourceOutcome | None = None
+        self.address = ""
+        self.port = 0
+        self.frame_size: Literal[24, 32] = 32
+        self.images_dir = Path()
+
+    def __enter__(self) -> Self:
+        self.frame_size = self._plan.check_version(self._client.version())
+        call = self._plan.open()
+        self.images_dir = call.images_dir or self.images_dir
+        try:
+            self._operation = operation = self._client._operation(call, self._timeout)
+            operation.__enter__()
+            try:
+                self._get_ready(operation)
+            except BaseException as error:
+                operation.__exit__(type(error), error, error.__traceback__)
+                raise
+        except BaseException:
+            self._plan.close()
+            raise
+        return self
+
+    def _get_ready(self, operation: Operation[None]) -> None:
+        for notification in operation:
+            if notification.script == Script.STATUS_READY:
+                self.address, self.port = self._plan.locate(operation.peer_pid)
+            operation.ask(self._hooks, notification)
+            if notification.script == Script.STATUS_READY:
+                operation.answer()
+                operation.set_deadline(math.inf)
+                return
+        raise CriuError("lazy_dump", "CRIU ended the dump without serving pages")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.wait()
+            elif not self._plan.is_reached(self._running.peer_pid):
+                self.abort()
+            else:
+                # A destination may run already: only it can say how this ends.
+                try:
+                    self.wait()
+                except CriuError as failure:
+                    error.add_note(str(failure))
+        finally:
+            self._plan.close()
+
+    @property
+    def _running(self) -> Operation[None]:
+        assert self._operation is not None, "enter the block first"
+        return self._operation
+
+    def wait(self) -> SourceOutcome:
+        """Wait until the destination has all pages and the tree is killed here.
+
+        Raise CriuError when it was not: ``outcome`` tells whether the tree goes on here.
+        """
+        operation = self._running
+        if self.outcome is None:
+            try:
+                for _ in operation:
+                    pass
+                operation.__exit__(None, None, None)
+            except CriuError as error:
+                operation.__exit__(type(error), error, error.__traceback__)
+                self.outcome = self._plan.outcome(succeeded=False)
+                error.add_note(f"the dumped process: {self.outcome.value}")
+                raise
+            self.outcome = self._plan.outcome(succeeded=True)
+        return self.outcome
+
+    def abort(self) -> SourceOutcome:
+        """End it now, so that the tree goes on here.
+
+        Only for when no destination runs it: after a destination has connected,
+        nobody here can know that.
+        """
+        if self.outcome is None:
+            self._running.kill(self._plan.stopper(self._running.peer_pid))
+            self.outcome = self._plan.outcome(succeeded=self._running.succeeded)
+        return self.outcome
+
+
+class LazyRestore:
+    """A restored tree whose memory follows; made by ``Criu.lazy_restore``.
+
+    ``pid`` is its first process as the host sees it, ``command`` what CRIU
+    became with ``exec_cmd``, ``daemon`` the lazy-pages daemon if it was started here.
+    """
+
+    def __init__(
+        self,
+        client: Criu,
+        call: Call[int],
+        hooks: Hooks | None,
+        plan: DaemonPlan | None,
+        timeout: float | None,
+    ) -> None:
+        self._client = client
+        self._call = call
+        self._hooks = hooks
+        self._plan = plan
+        self._work_dir = call.work_dir or Path()
+        self._timeout = timeout
+        self._worker: Worker | None = None
+        self.pid = 0
+        self.command: Process | None = None
+        self.daemon: Process | None = None
+
+    def __enter__(self) -> Self:
+        operation = self._client._operation(self._call, self._timeout)
+        deadline = time.monotonic() + operation.timeout
+        try:
+            if self._plan is None:
+                check_listening(self._work_dir)
+            else:
+                self._start(self._plan, deadline)
+            operation.set_deadline(deadline)
+            with operation:
+                operation.serve(self._hooks)
+        except BaseException as error:
+            self._call.close()
+            self._stop(error)
+            raise
+        self.pid = operation.result
+        self.command = None if operation.worker is None else Process(operation.worker)
+        return self
+
+    def _start(self, plan: DaemonPlan, deadline: float) -> None:
+        assert self._call.images_dir is not None
+        with status_pipe() as (reading, writing):
+            words = plan.words(self._call.images_dir, self._work_dir, writing.fileno())
+            self._worker = Worker.start(
+                words,
+                request="lazy_restore",
+                pass_fds=(writing.fileno(),),
+                capture=self._client._transport.capture_output,
+            )
+            self.daemon = Process(self._worker)
+            writing.close()
+            self._await_ready(self._worker, reading, deadline)
+
+    def _await_ready(self, worker: Worker, reading: Descriptor, deadline: float) -> None:
+        if not wait_for(deadline, (reading.fileno(), select.POLLIN)):
+            raise CriuTimeout("lazy_restore", "the lazy-pages daemon did not become ready in time")
+        if os.read(reading.fileno(), 1) == b"\0":
+            return
+        # It has closed the pipe, so it has ended or is about to.
+        wait_for(min(deadline, time.monotonic() + 1), (worker.pidfd, select.POLLIN))
+        raise daemon_failure(self._work_dir, worker.output(), worker.poll(), ready=False)
+
+    def _stop(self, error: BaseException) -> None:
+        """End the daemon of a restore that failed; it ends by itself if criu had connected."""
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return
+        if not wait_for(time.monotonic() + 1, (worker.pidfd, select.POLLIN)):
+            worker.terminate()
+        elif worker.poll() and isinstance(error, CriuError):
+            error.hint = str(daemon_failure(self._work_dir, worker.output(), worker.poll(), ready=True))
+        end_worker(worker, self._client._until_grace())
+
+    def wait(self) -> None:
+        """Wait for the last page; raise LazyPagesError if it did not come.
+
+        Without a daemon of its own it returns at once.
+        """
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            wait_for(math.inf, (worker.pidfd, select.POLLIN))
+            status, output = worker.poll(), worker.output()
+            worker.close()
+            if status:
+                raise daemon_failure(self._work_dir, output, status, ready=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+            return
+        # The tasks run and need their memory: our daemon fetches it for a limited time, as after a first SIGTERM.
+        if self._worker is not None and self._plan is not None and self._plan.is_ours:
+            self._worker.terminate()
+        try:
+            self.wait()
+        except CriupyError as failure:
+            error.add_note(str(failure))

@@ -1,0 +1,318 @@
+"""What both clients need for a lazy migration: where the source listens, how it ended, how a daemon is started."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import select
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from criupy._descriptor import Descriptor
+from criupy.errors import CriuError, LazyPagesError, OptionError
+from criupy.rpc import _calls_linux as calls
+from criupy.rpc._calls_linux import Call
+from criupy.rpc._option_types import Directory
+from criupy.rpc._report import errors_in
+from criupy.rpc._results import SourceOutcome, Version
+
+__all__ = [
+    "OUR_DAEMON",
+    "DaemonPlan",
+    "LazyDumpPlan",
+    "check_listening",
+    "daemon_failure",
+    "make_plan",
+    "status_pipe",
+]
+
+#: The command of criupy's own lazy-pages daemon, with this interpreter.
+OUR_DAEMON: Final = (sys.executable, "-m", "criupy.lazy_pages")
+
+SOCKET_NAME: Final = "lazy-pages.socket"
+DAEMON_LOG: Final = "lazy-pages.log"
+
+_TCP_LISTEN: Final = "0A"  # include/net/tcp_states.h, as /proc/net/tcp shows it
+
+
+def frame_size(version: Version) -> Literal[24, 32]:
+    """Return the bytes of a page-server frame of this CRIU; it grew in 4.2 (criu/page-xfer.c)."""
+    return 32 if version.at_least(4, 2) else 24
+
+
+def listeners(pid: int) -> list[tuple[str, int]]:
+    """List (address, port) of the TCP sockets on which a process listens, in its own network namespace."""
+    inodes = set()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                target = str(link.readlink())
+                if target.startswith("socket:["):
+                    inodes.add(target[len("socket:[") : -1])
+    found = []
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
+                words = line.split()
+                if words[3] == _TCP_LISTEN and words[9] in inodes:
+                    found.append(_endpoint(words[1]))
+    return found
+
+
+def _endpoint(text: str) -> tuple[str, int]:
+    """Parse an address of /proc/net/tcp: 32-bit words in the machine's order, then the port."""
+    address, port = text.split(":")
+    words = bytes.fromhex(address)
+    if sys.byteorder == "little":
+        words = b"".join(words[start : start + 4][::-1] for start in range(0, len(words), 4))
+    return str(ipaddress.ip_address(words)), int(port, 16)
+
+
+def page_socket(pid: int | None, port: int) -> tuple[str, int] | None:
+    """Return where the page server of a dumping CRIU listens; None when it cannot be seen, or listens no more."""
+    if pid is None:
+        return None
+    found = [endpoint for endpoint in listeners(pid) if port in {0, endpoint[1]}]
+    return found[0] if len(found) == 1 else None
+
+
+def config_with_address(
+    address: str | None, options: Mapping[str, object]
+) -> tuple[dict[str, object], Descriptor | None]:
+    """Add an address to the configuration that CRIU reads after the request.
+
+    Up to 4.2 a lazy dump over RPC ignores the request's address and listens on
+    all interfaces; the configuration file counts (criu#2959). It is a file in
+    memory, which CRIU opens through us.
+    """
+    if address is None:
+        return dict(options), None
+    given = options.get("config_file")
+    text = ""
+    if isinstance(given, (str, os.PathLike)):
+        try:
+            text = Path(given).read_text(encoding="utf-8")
+        except OSError as error:
+            raise OptionError("config_file", f"expected a readable file, {given}: {error.strerror}") from error
+    memory = Descriptor(os.memfd_create("criupy-config"))
+    os.write(memory.fileno(), f"{text.rstrip()}\naddress {address}\n".encode())
+    return {**options, "config_file": f"/proc/{os.getpid()}/fd/{memory.fileno()}"}, memory
+
+
+def check_address(address: str | None, port: int) -> None:
+    """Refuse an address that CRIU would misread."""
+    if address is not None:
+        try:
+            ipaddress.ip_address(address)
+        except ValueError as error:
+            raise OptionError(
+                "address", f"expected an IP address, or None for all interfaces; got {address!r}"
+            ) from error
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 1 << 16:
+        raise OptionError("port", f"expected a port from 0 to 65535, got {port!r}")
+
+
+def open_process(pid: int) -> Descriptor | None:
+    """Return a pidfd of the process to be dumped; None where it cannot be had."""
+    try:
+        return Descriptor(os.pidfd_open(pid))
+    except OSError:
+        return None
+
+
+def outcome_of(process: Descriptor | None, *, succeeded: bool) -> SourceOutcome:
+    """Tell what became of the process that was dumped lazily."""
+    if succeeded:
+        return SourceOutcome.KILLED
+    if process is None:
+        return SourceOutcome.RESUMED
+    poll = select.poll()
+    poll.register(process.fileno(), select.POLLIN)
+    return SourceOutcome.LOST if poll.poll(0) else SourceOutcome.RESUMED
+
+
+def knock(address: str, port: int) -> None:
+    """Let a source that nobody has reached give up: a connection that is reset makes it resume its tasks."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    unspecified = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        with contextlib.suppress(OSError):
+            sock.connect((unspecified.get(address, address), port))
+
+
+class LazyDumpPlan:
+    """A lazy dump from its options to its end, without the waiting."""
+
+    def __init__(
+        self,
+        pid: int,
+        images_dir: Directory,
+        options: Mapping[str, object],
+        *,
+        address: str | None,
+        port: int,
+        is_own: bool,
+    ) -> None:
+        check_address(address, port)
+        if port == 0 and not is_own:
+            raise OptionError(
+                "port", "expected one from 1 on: only a worker of one's own can be asked which it chose"
+            )
+        self._pid = pid
+        self._images_dir = images_dir
+        self._options = options
+        self._address = address
+        self._port = port
+        self._stack = contextlib.ExitStack()
+        self._process: Descriptor | None = None
+
+    def check_version(self, version: Version) -> Literal[24, 32]:
+        """Return the frame size of this CRIU, or refuse one that cannot say when it is ready."""
+        if not version.at_least(3, 15):
+            raise CriuError("lazy_dump", f"CRIU 3.15 or newer is needed, this is {version}")
+        return frame_size(version)
+
+    def open(self) -> Call[None]:
+        """Make the call; what it needs stays open until ``close``."""
+        try:
+            options, memory = config_with_address(self._address, self._options)
+            if memory is not None:
+                self._stack.enter_context(memory)
+            call = calls.dump(
+                self._pid, self._images_dir, options, lazy=True, address=self._address, port=self._port
+            )
+            self._process = open_process(self._pid)
+            if self._process is not None:
+                self._stack.enter_context(self._process)
+        except BaseException:
+            self.close()
+            raise
+        return call
+
+    def locate(self, pid: int | None) -> tuple[str, int]:
+        """Return where the CRIU with this pid listens."""
+        found = page_socket(pid, self._port)
+        if found is not None:
+            return found
+        if self._port:
+            return self._address or "0.0.0.0", self._port  # noqa: S104 - what CRIU was told
+        raise CriuError("lazy_dump", f"CRIU's listening socket was not found (process {pid})")
+
+    def is_reached(self, pid: int | None) -> bool:
+        """Tell whether a destination may have connected: CRIU listens no more, or cannot be seen."""
+        return page_socket(pid, self._port) is None
+
+    def stopper(self, pid: int | None) -> Callable[[], None]:
+        """Return what ends a CRIU that is no child of ours."""
+        where = page_socket(pid, self._port)
+
+        def stop() -> None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if pid is not None:
+                    with Descriptor(os.pidfd_open(pid)) as pidfd:
+                        signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+                    return
+            if where is not None:
+                knock(*where)
+
+        return stop
+
+    def outcome(self, *, succeeded: bool) -> SourceOutcome:
+        """Tell what became of the tree."""
+        return outcome_of(self._process, succeeded=succeeded)
+
+    def close(self) -> None:
+        """Close what was opened."""
+        self._stack.close()
+
+
+# ---- the destination ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonPlan:
+    """How to start a lazy-pages daemon: its command, and where the pages come from (None is the images)."""
+
+    command: tuple[str, ...]
+    page_server: tuple[str, int] | None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether SIGTERM makes it end in good order."""
+        return self.command == OUR_DAEMON
+
+    def words(self, images_dir: Path, work_dir: Path, status_fd: int) -> list[str]:
+        """Return the command line, as ``criu lazy-pages`` takes it."""
+        words = [*self.command, "--no-default-config", "-D", str(images_dir), "-W", str(work_dir)]
+        words += ["-o", DAEMON_LOG, "--status-fd", str(status_fd)]
+        if self.page_server is not None:
+            host, port = self.page_server
+            words += ["--page-server", "--address", host, "--port", str(port)]
+        if self.is_ours:
+            words += ["--progress", "none"]
+        return words
+
+
+def make_plan(daemon: object, page_server: object) -> DaemonPlan | None:
+    """Check what was said of the daemon."""
+    if page_server is not None:
+        if not (
+            isinstance(page_server, tuple)
+            and len(page_server) == 2
+            and isinstance(page_server[0], str)
+            and isinstance(page_server[1], int)
+            and 0 < page_server[1] < 1 << 16
+        ):
+            raise OptionError("page_server", f"expected (host, port) of the source, got {page_server!r}")
+        if daemon is None:
+            raise OptionError("page_server", "expected None: it is for the daemon that is started here")
+    if daemon is None:
+        return None
+    if isinstance(daemon, str) or not isinstance(daemon, (tuple, list)) or not daemon:
+        raise OptionError("daemon", f"expected the words of a command, got {daemon!r}")
+    return DaemonPlan(tuple(map(os.fspath, daemon)), page_server)
+
+
+def check_listening(work_dir: Path) -> None:
+    """Insist on the socket of a daemon that was started by someone else."""
+    path = work_dir / SOCKET_NAME
+    try:
+        is_socket = stat.S_ISSOCK(path.stat().st_mode)
+    except OSError:
+        is_socket = False
+    if not is_socket:
+        raise CriuError(
+            "lazy_restore",
+            f"no lazy-pages daemon listens in {work_dir}: there is no {SOCKET_NAME}",
+            hint="start it first with this work directory, or let lazy_restore() start one",
+        )
+
+
+def daemon_failure(work_dir: Path, output: str, status: int | None, *, ready: bool) -> LazyPagesError:
+    """Make the error for a daemon that ended otherwise than it should."""
+    try:
+        text = (work_dir / DAEMON_LOG).read_text(errors="replace")
+    except OSError:
+        text = ""
+    said = errors_in(text) or tuple(line for line in text.splitlines() if "Error" in line)
+    lines = [*said, *output.splitlines()]
+    ended = "still runs" if status is None else f"ended with status {status}"
+    what = "the lazy-pages daemon" if ready else "the lazy-pages daemon did not become ready: it"
+    return LazyPagesError(f"{what} {ended}: {lines[-1] if lines else 'it said nothing'}")
+
+
+@contextlib.contextmanager
+def status_pipe() -> Iterator[tuple[Descriptor, Descriptor]]:
+    """Make the pipe in which a daemon tells that it is ready; both ends are closed in the end."""
+    reading, writing = map(Descriptor, os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
+    with reading, writing:
+        os.set_blocking(writing.fileno(), True)
+        yield reading, writing

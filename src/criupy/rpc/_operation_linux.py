@@ -1,0 +1,287 @@
+"""Blocking: waiting with poll(2), processes, and one request from start to end."""
+
+from __future__ import annotations
+
+import math
+import select
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from criupy.errors import CriuTimeout
+from criupy.rpc._calls_linux import Call
+from criupy.rpc._connection_linux import Connection, Ended
+from criupy.rpc._exchange_linux import Exchange
+from criupy.rpc._notify import Hooks, Notification, external_of, invoke
+from criupy.rpc._session import Answer, Notified
+from criupy.rpc._worker_linux import Orphan, Worker
+
+__all__ = ["Operation", "Process", "end_worker"]
+
+T = TypeVar("T")
+
+
+def wait_for(deadline: float, *wanted: tuple[int, int]) -> bool:
+    """Wait until one of (descriptor, events) is so; False when the deadline (monotonic) comes first."""
+    poll = select.poll()
+    for fd, events in wanted:
+        poll.register(fd, events)
+    # Rounded up: a poll that returns early would spin.
+    left = None if deadline == math.inf else math.ceil(max(0.0, deadline - time.monotonic()) * 1000)
+    return bool(poll.poll(left))
+
+
+class Process:
+    """A process that became our child: the program of ``exec_cmd``, or a lazy-pages daemon."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    @property
+    def pid(self) -> int:
+        """Its pid."""
+        return self._worker.pid
+
+    def poll(self) -> int | None:
+        """Return its exit status, negative for a signal; None while it runs."""
+        return self._worker.poll()
+
+    def wait(self, timeout: float | None = None) -> int:  # noqa: ASYNC109
+        """Wait for its end and return its exit status, negative for a signal.
+
+        Raise TimeoutError after ``timeout`` seconds.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while (status := self._worker.poll()) is None:
+            if not wait_for(deadline, (self._worker.pidfd, select.POLLIN)):
+                raise TimeoutError(f"process {self.pid} still runs after {timeout:g} s")
+        return status
+
+    def terminate(self) -> None:
+        """Send SIGTERM, unless it has ended."""
+        self._worker.terminate()
+
+    def kill(self) -> None:
+        """Kill it with all that it started, unless it has ended."""
+        self._worker.kill()
+
+
+def end_worker(worker: Worker | Orphan | None, deadline: float) -> None:
+    """Wait until a worker whose socket is closed has ended, killing it at the deadline, and let go of it."""
+    if isinstance(worker, Worker):
+        while worker.poll() is None:
+            if not wait_for(deadline, (worker.pidfd, select.POLLIN)):
+                worker.kill()
+                deadline = math.inf
+        worker.close()
+    elif isinstance(worker, Orphan):
+        while not worker.has_ended and time.monotonic() < deadline:
+            time.sleep(0.01)
+        worker.kill()
+
+
+class Operation(Generic[T]):
+    """A request under way: iterate over it for its notifications, each answered when the next is asked for.
+
+    Leaving the block accepts the notifications that are left and waits for the
+    answer; ``result`` has it. An exception in the block is sent to CRIU as a
+    refusal, and raised on when CRIU has undone what it did.
+    """
+
+    def __init__(
+        self,
+        call: Call[T],
+        connect: Callable[[], Connection],
+        release: Callable[[Connection], None],
+        *,
+        request_timeout: float | None,
+        grace: float,
+    ) -> None:
+        self._call = call
+        self._connect = connect
+        self._release = release
+        self.timeout = math.inf if request_timeout is None else request_timeout
+        self._grace = grace
+        self._deadline: float | None = None
+        self._exchange: Exchange[T] | None = None
+        self._kept: Worker | None = None
+
+    @property
+    def _running(self) -> Exchange[T]:
+        assert self._exchange is not None, "enter the block first"
+        return self._exchange
+
+    @property
+    def _until(self) -> float:
+        return math.inf if self._deadline is None else self._deadline
+
+    @property
+    def result(self) -> T:
+        """What CRIU answered; there after the block."""
+        return self._running.result()
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether CRIU has answered that it is done."""
+        return self._running.succeeded
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The pid of the CRIU that works on it, as far as it is known."""
+        return self._running.connection.peer_pid
+
+    @property
+    def worker(self) -> Worker | None:
+        """What the worker became (exec_cmd), after the block."""
+        return self._kept
+
+    def __enter__(self) -> Self:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self.timeout
+        try:
+            self._exchange = Exchange(self._call, self._connect())
+        except BaseException:
+            self._call.close()
+            raise
+        try:
+            self._send(self._exchange.request_packet())
+        except BaseException as error:
+            self._undo(error)
+            raise
+        return self
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Notification:
+        exchange = self._running
+        if exchange.over:
+            raise StopIteration
+        self.answer()
+        notification = exchange.take(self._receive())
+        if notification is None:
+            raise StopIteration
+        return notification
+
+    def set_deadline(self, deadline: float) -> None:
+        """Say until when (monotonic) the answer has to come."""
+        self._deadline = deadline
+
+    def answer(self) -> None:
+        """Answer the notification at hand without waiting for what comes next."""
+        packet = self._running.answer_packet()
+        if packet is not None:
+            self._send(packet)
+
+    def ask(self, hooks: Hooks | None, notification: Notification) -> None:
+        """Let the hooks decide on a notification."""
+        if hooks is not None:
+            notification.external = external_of(invoke(hooks, notification), notification)
+
+    def serve(self, hooks: Hooks | None) -> None:
+        """Answer all notifications, asking the hooks."""
+        for notification in self:
+            self.ask(hooks, notification)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                for _ in self:
+                    pass
+        except BaseException as failed:
+            if not self._undo(failed):
+                raise
+        else:
+            if error is None:
+                self._finish()
+            else:
+                self._undo(error)
+
+    def _send(self, packet: bytes) -> None:
+        connection = self._running.connection
+        while not connection.send_now(packet, self._call.name):
+            if not wait_for(self._until, (connection.fileno(), select.POLLOUT)):
+                raise self._running.timed_out(self.timeout)
+
+    def _receive(self) -> Notified | Answer | Ended:
+        return self._receive_until(self._until) or self._time_out()
+
+    def _time_out(self) -> Ended:
+        raise self._running.timed_out(self.timeout)
+
+    def _receive_until(self, deadline: float, *, undoing: bool = False) -> Notified | Answer | Ended | None:
+        exchange = self._running
+        connection = exchange.connection
+        wanted = [(connection.fileno(), select.POLLIN)]
+        if isinstance(connection.worker, Worker):
+            # A child that outlives the worker would keep the socket open.
+            wanted.append((connection.worker.pidfd, select.POLLIN))
+        while True:
+            if not wait_for(deadline, *wanted):
+                return None
+            event = exchange.receive_undone() if undoing else connection.receive_now()
+            if isinstance(event, Ended) and isinstance(connection.worker, Worker):
+                # So that the error can say how it ended.
+                wait_for(min(deadline, time.monotonic() + 1), (connection.worker.pidfd, select.POLLIN))
+            if event is not None:
+                return event
+            if isinstance(connection.worker, Worker) and connection.worker.poll() is not None:
+                return connection.receive_now() or Ended()
+
+    def _undo(self, error: BaseException) -> bool:
+        """End a request that failed on our side; True if CRIU had done it nevertheless, in time."""
+        exchange = self._running
+        if exchange.over:
+            self._finish()
+            return False
+        deadline = time.monotonic()
+        if exchange.begin_undo():
+            deadline += self._grace
+        while not exchange.over:
+            event = self._receive_until(deadline, undoing=True)
+            if event is None:
+                break
+            exchange.take_undone(event)
+        if isinstance(error, CriuTimeout) and exchange.succeeded and exchange.refusal is None:
+            self._finish()
+            return True
+        exchange.note_undone(error)
+        self._end(deadline if exchange.over else time.monotonic())
+        return False
+
+    def kill(self, stop: Callable[[], None]) -> None:
+        """Kill CRIU in a phase in which that harms nobody; ``stop`` does it where it is no child of ours."""
+        exchange = self._running
+        worker = exchange.connection.worker
+        if worker is not None:
+            worker.kill()
+        else:
+            stop()
+        deadline = time.monotonic() + self._grace
+        while not exchange.over:
+            event = self._receive_until(deadline, undoing=True)
+            if event is None:
+                break
+            exchange.take_undone(event)
+        self._end(deadline)
+
+    def _finish(self) -> None:
+        """Let go of the connection after the answer."""
+        exchange = self._running
+        connection = exchange.connection
+        if connection.usable:
+            self._call.close()
+            self._release(connection)
+            return
+        if self._call.exec_cmd and exchange.succeeded and isinstance(connection.worker, Worker):
+            self._kept, connection.worker = connection.worker, None
+        self._end(time.monotonic() + self._grace)
+
+    def _end(self, deadline: float) -> None:
+        connection = self._running.connection
+        self._call.close()
+        connection.close_socket()
+        end_worker(connection.worker, deadline)

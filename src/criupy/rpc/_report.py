@@ -1,0 +1,163 @@
+"""What went wrong, in words: CRIU's message, its log's errors, and what to do about the known cases."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from criupy.errors import CriuError
+from criupy.rpc import _schema_pb2 as schema
+
+__all__ = ["NO_DIRTY_TRACKING", "LogWatch", "errors_in", "failure", "hint_for"]
+
+_MAX_TAIL: Final = 256 * 1024
+_MAX_LINES: Final = 5
+_ERROR: Final = re.compile(r"^(?:\([0-9.]+\)\s*)?(?:pie: \d+: |\s*\d+: )?(Error \([^)]*\): .*)$")
+_PREFIX: Final = re.compile(r"^Error \([^)]*\): ")
+#: Every run without CAP_SYS_RESOURCE logs this first, and CRIU reports its first error as the message.
+_HARMLESS: Final = "Can't setup RLIMIT_NOFILE"
+#: Says only that something was said before.
+_EMPTY_WORDS: Final = ("Dumping FAILED", "Restoring FAILED", "Pre-dumping FAILED")
+
+
+def errors_in(text: str) -> tuple[str, ...]:
+    """Return the error lines of a log that mean something, oldest first."""
+    found = (match[1] for line in text.splitlines() if (match := _ERROR.match(line)))
+    return tuple(line for line in found if _HARMLESS not in line)
+
+
+@dataclass(frozen=True, slots=True)
+class LogWatch:
+    """CRIU's log of one request: ``path`` as we reach it, ``before`` what was there at the start."""
+
+    path: Path
+    before: tuple[int, int, int] | None
+
+    @classmethod
+    def of(cls, directory: Path, name: str) -> LogWatch:
+        """Watch a log that CRIU will write in a directory."""
+        path = directory / name
+        return cls(path, _identity(path))
+
+    def errors(self) -> tuple[str, ...]:
+        """Return the last error lines that this request wrote; CRIU truncates its log at the start."""
+        if not self.is_written:
+            return ()
+        try:
+            with self.path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - _MAX_TAIL))
+                text = file.read(_MAX_TAIL).decode(errors="replace")
+        except OSError:
+            return ()  # another user's, or gone: the message has to do
+        return errors_in(text)[-_MAX_LINES:]
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this request has written it."""
+        now = _identity(self.path)
+        return now is not None and now != self.before
+
+    @property
+    def name(self) -> str:
+        """Where it is, for a person."""
+        with contextlib.suppress(OSError):
+            return str(self.path.resolve())
+        return str(self.path)
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+NO_DIRTY_TRACKING: Final = (
+    "this kernel has no dirty tracking (CONFIG_MEM_SOFT_DIRTY), which pre-dumps and track_mem need"
+)
+
+# What CRIU says, as a pattern, and what to do about it. The first that fits is given.
+_HINTS: Final[tuple[tuple[str, str], ...]] = (
+    (
+        r"CAP_SYS_ADMIN|CAP_CHECKPOINT_RESTORE|needs? to (be )?run(ning)? as root",
+        "run it as root, or give it CAP_CHECKPOINT_RESTORE and the option unprivileged=True",
+    ),
+    (
+        r"SO_PASSCRED|SO_PASSSEC|option 1:16\b|option 1:34\b",
+        "this CRIU cannot dump sockets on a kernel from 6.16 on: use CRIU 4.2 or newer",
+    ),
+    (
+        r"Can't get rlimit|Can't (set|get|dump).{0,12}rlimit|prlimit",
+        "limits of a task that changed its user can be read only with CAP_SYS_RESOURCE",
+    ),
+    (
+        r"splice.*(Bad file descriptor|EBADF)|F_SETPIPE_SZ|Unable to (resize|set) .{0,12}pipe",
+        "pipes larger than fs.pipe-max-size are needed: sysctl -w fs.pipe-max-size=8388608",
+    ),
+    (
+        r"[Tt]racking memory is not available|dirty track|BUG at criu/mem\.c",
+        NO_DIRTY_TRACKING,
+    ),
+    (r"The criu itself is within dumped tree", "CRIU cannot dump its own ancestors: use self_dump(), or socket="),
+    (r"Found a? ?shell job|is a (tty|shell job)|without --shell-job", "a tty from outside: give shell_job=True"),
+    (r"Connected TCP socket", "give tcp_established=True, or tcp_close=True to do without the connections"),
+    (r"[Uu]nix (socket|connection).*(external|unlinked|peer)|[Ee]xternal socket", "the other end of a socket is outside the tree: name it with external=[...]"),
+    (r"Some file locks are hold|file locks", "give file_locks=True if no one outside the tree uses these locks"),
+    (r"(Can't|Unable to) connect.*lazy-pages\.socket|lazy-pages\.socket.*(refused|No such)", "a lazy-pages daemon has to listen in the work directory first: lazy_restore() does this in order"),
+    (r"iptables-restore|ip6tables-restore|nft.*failed", "CRIU locks the network with iptables or nft: install it, or give network_lock=\"skip\""),
+    (r"cpu: .*(mismatch|not supported|doesn't|missing)|CPU features? are not", "these images need a CPU with more features than this one has"),
+    (r"uffd|[Uu]serfaultfd", "see what userfaultfd can do here: criupy check"),
+)
+_PID_IN_USE: Final = "the pid is in use here: end that process, or restore in a new pid namespace"
+
+
+def hint_for(request: str, code: int | None, text: str) -> str | None:
+    """Return what to do about a known failure; ``text`` is all that CRIU said."""
+    if request.endswith("restore") and (code == errno.EEXIST or "File exists" in text):
+        return _PID_IN_USE
+    for pattern, hint in _HINTS:
+        if re.search(pattern, text):
+            return hint
+    if code == errno.ESRCH:
+        return "there is no such process, or it has ended"
+    if code == errno.EBADRQC:
+        return "CRIU refused the options: they may need a newer CRIU, another kernel or more privileges (criupy check)"
+    return None
+
+
+def failure(
+    request: str, response: schema.Response, *, log: LogWatch | None, output: str, hint: str | None = None
+) -> CriuError:
+    """Make the error for an answer without success."""
+    code = response.cr_errno or None
+    lines = log.errors() if log is not None else ()
+    printed = errors_in(output)
+    message = _best((response.cr_errmsg, *lines, *printed)) or (
+        "CRIU failed without a word" if not output else output.splitlines()[-1]
+    )
+    said = "\n".join((response.cr_errmsg, *lines, output))
+    return CriuError(
+        request,
+        message,
+        errno=code,
+        log_errors=lines or printed[-_MAX_LINES:],
+        log_file=log.name if log is not None and log.is_written else None,
+        output=output,
+        hint=hint or hint_for(request, code, said),
+    )
+
+
+def _best(candidates: tuple[str, ...]) -> str | None:
+    """Choose the first sentence that says something, and take the place in CRIU's source off it."""
+    useful = [line.strip() for line in candidates if line.strip() and _HARMLESS not in line]
+    for line in useful:
+        if not any(words in line for words in _EMPTY_WORDS):
+            return _PREFIX.sub("", line)
+    return _PREFIX.sub("", useful[0]) if useful else None

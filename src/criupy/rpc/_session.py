@@ -1,0 +1,232 @@
+"""One connection to CRIU's RPC, sans IO.
+
+CRIU's end is a worker (``criu swrk``, or what ``criu service`` forks for each
+connection) on an AF_UNIX SOCK_SEQPACKET socket: one protobuf message a packet,
+requests this way, answers and notifications that way. (CRIU:
+criu/cr-service.c.)
+
+    state      we may send                  CRIU may send
+    IDLE       a request -> BUSY            nothing; it may close
+    BUSY       nothing                      a notification -> NOTIFIED
+                                            the answer -> IDLE, if kept open
+                                                       -> PRE_DUMPED, to a PRE_DUMP that went well
+                                                       -> LAST, otherwise
+    NOTIFIED   the answer to it -> BUSY     nothing
+    PRE_DUMPED PRE_DUMP or DUMP -> BUSY     nothing
+    LAST       nothing                      it closes
+    CLOSED     nothing
+    FAILED     nothing                      (it broke the protocol)
+
+CRIU closes in any state when it dies. It keeps a connection open only when the
+request asks for it and is of a type in KEEP_OPEN; any other type with
+keep_open set is closed without an answer, so that is refused here. Only DUMP
+and RESTORE notify, and only when the request says notify_scripts. An answer has
+the type of its request, but for PAGE_SERVER_CHLD, which is answered as
+PAGE_SERVER, and EMPTY, which is CRIU's way to refuse what it does not know.
+
+Rules of this file: packets go in and out as bytes, descriptors as numbers that
+are looked at by nobody; what breaks the protocol raises and ends the session.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from criupy.errors import LocalProtocolError, RemoteProtocolError
+from criupy.rpc import _schema_pb2 as schema
+
+__all__ = ["KEEP_OPEN", "Answer", "Notified", "Session", "State", "type_name"]
+
+KEEP_OPEN: Final = frozenset(
+    {
+        schema.PAGE_SERVER,
+        schema.PAGE_SERVER_CHLD,
+        schema.CPUINFO_DUMP,
+        schema.CPUINFO_CHECK,
+        schema.FEATURE_CHECK,
+        schema.VERSION,
+    }
+)
+
+_NOTIFIES: Final = frozenset({schema.DUMP, schema.RESTORE})
+_ANSWERED_AS: Final = {schema.PAGE_SERVER_CHLD: schema.PAGE_SERVER}
+
+#: What a successful answer to each type must hold.
+_PAYLOAD: Final = {
+    schema.RESTORE: "restore",
+    schema.PAGE_SERVER: "ps",
+    schema.PAGE_SERVER_CHLD: "ps",
+    schema.FEATURE_CHECK: "features",
+    schema.VERSION: "version",
+    schema.WAIT_PID: "status",
+}
+
+
+class State(enum.Enum):
+    """Where a session stands; the table above says what each allows."""
+
+    IDLE = "idle"
+    BUSY = "busy"
+    NOTIFIED = "notified"
+    PRE_DUMPED = "pre-dumped"
+    LAST = "last"
+    CLOSED = "closed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Notified:
+    """CRIU waits for an answer to this script; ``descriptors`` came with it."""
+
+    script: str
+    pid: int | None
+    descriptors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to a request of type ``request``."""
+
+    request: schema.RequestType
+    response: schema.Response
+
+    @property
+    def success(self) -> bool:
+        """Whether CRIU did what it was asked."""
+        return self.response.success
+
+
+def type_name(request: schema.RequestType) -> str:
+    """Return the name of a request's type in CRIU's schema."""
+    names = schema.RequestType.DESCRIPTOR.values_by_number
+    return names[request].name if request in names else str(request)
+
+
+class Session:
+    """What may be sent and what was received, on one connection."""
+
+    def __init__(self) -> None:
+        self._state = State.IDLE
+        self._request: schema.RequestType = schema.EMPTY
+        self._keep_open = False
+        self._notifies = False
+        self._received = 0
+        self._last = schema.EMPTY
+
+    @property
+    def state(self) -> State:
+        """Where it stands."""
+        return self._state
+
+    def send_request(self, request: schema.Request) -> bytes:
+        """Return the packet that asks this; its answer has to be received before another request."""
+        kind = request.type
+        name = type_name(kind)
+        if self._state is State.PRE_DUMPED:
+            if kind not in {schema.PRE_DUMP, schema.DUMP}:
+                raise LocalProtocolError(f"{name}: after PRE_DUMP the connection takes only PRE_DUMP or DUMP")
+        elif self._state is not State.IDLE:
+            raise LocalProtocolError(f"{name}: {self._why_not()}")
+        if kind in {schema.EMPTY, schema.NOTIFY}:
+            raise LocalProtocolError(f"{name}: no request of its own")
+        if request.keep_open and kind not in KEEP_OPEN:
+            kept = ", ".join(sorted(map(type_name, KEEP_OPEN)))
+            raise LocalProtocolError(f"{name}: CRIU keeps a connection open only after {kept}")
+        if request.opts.notify_scripts and kind not in _NOTIFIES:
+            raise LocalProtocolError(f"{name}: notifications come only with DUMP and RESTORE")
+        if kind == schema.DUMP and not request.HasField("opts"):
+            raise LocalProtocolError("DUMP: without options CRIU crashes")
+        if kind == schema.FEATURE_CHECK and not request.HasField("features"):
+            raise LocalProtocolError("FEATURE_CHECK: without features CRIU crashes")
+        self._state = State.BUSY
+        self._request = kind
+        self._keep_open = request.keep_open
+        self._notifies = request.opts.notify_scripts
+        return request.SerializeToString()
+
+    def send_answer(self, *, accept: bool, external: Sequence[str] = ()) -> bytes:
+        """Return the packet that answers a notification; ``external`` is for query-ext-files."""
+        if self._state is not State.NOTIFIED:
+            raise LocalProtocolError("there is no notification to answer")
+        self._state = State.BUSY
+        message = schema.Request(type=schema.NOTIFY, notify_success=accept)
+        if external:
+            # Required by CRIU's schema, and read by nobody here.
+            message.opts.images_dir_fd = -1
+            message.opts.external.extend(external)
+        return message.SerializeToString()
+
+    def receive(self, packet: bytes, descriptors: tuple[int, ...] = ()) -> Notified | Answer:
+        """Take in a packet, and the numbers of the descriptors that came with it."""
+        offset = self._received
+        self._received += len(packet)
+        if self._state is not State.BUSY:
+            raise self._fail(f"CRIU sent something unasked ({self._state.value})", offset, packet)
+        try:
+            response = schema.Response.FromString(packet)
+        except DecodeError:
+            raise self._fail("expected a response of CRIU, this does not parse", offset, packet) from None
+        if not response.HasField("type") or not response.HasField("success"):
+            raise self._fail("expected type and success in every response", offset, packet)
+        if response.type == schema.NOTIFY:
+            return self._notified(response, descriptors, offset, packet)
+        if descriptors:
+            raise self._fail("a descriptor came with an answer", offset, packet)
+        if response.type not in {_ANSWERED_AS.get(self._request, self._request), schema.EMPTY}:
+            raise self._fail(
+                f"{type_name(self._request)} was answered as {type_name(response.type)}", offset, packet
+            )
+        if response.type == schema.EMPTY and response.success:
+            raise self._fail(f"{type_name(self._request)} was answered with EMPTY, success", offset, packet)
+        payload = _PAYLOAD.get(self._request)
+        if response.success and payload is not None and not response.HasField(payload):
+            raise self._fail(f"the answer to {type_name(self._request)} has no {payload}", offset, packet)
+        if self._request == schema.PRE_DUMP and response.success:
+            self._state = State.PRE_DUMPED
+        else:
+            self._last = self._request
+            self._state = State.IDLE if self._keep_open else State.LAST
+        return Answer(self._request, response)
+
+    def receive_end(self) -> bool:
+        """Take in that CRIU closed; tell whether it still owed an answer."""
+        owed = self._state in {State.BUSY, State.NOTIFIED}
+        self._state = State.CLOSED
+        return owed
+
+    def _notified(
+        self, response: schema.Response, descriptors: tuple[int, ...], offset: int, packet: bytes
+    ) -> Notified:
+        if not self._notifies:
+            raise self._fail("a notification that was not asked for", offset, packet)
+        if not response.notify.script:
+            raise self._fail("a notification without a script", offset, packet)
+        if descriptors and (len(descriptors) > 1 or response.notify.script != "orphan-pts-master"):
+            raise self._fail(
+                f"{len(descriptors)} descriptors came with {response.notify.script}", offset, packet
+            )
+        self._state = State.NOTIFIED
+        pid = response.notify.pid if response.notify.HasField("pid") else None
+        return Notified(response.notify.script, pid, descriptors)
+
+    def _why_not(self) -> str:
+        match self._state:
+            case State.BUSY:
+                return f"the answer to {type_name(self._request)} has not come yet"
+            case State.NOTIFIED:
+                return "a notification waits for its answer"
+            case State.LAST:
+                return f"CRIU ends the connection after {type_name(self._last)}; use another one"
+            case State.CLOSED:
+                return "CRIU has closed the connection"
+            case _:
+                return "the connection failed"
+
+    def _fail(self, message: str, offset: int, packet: bytes) -> RemoteProtocolError:
+        self._state = State.FAILED
+        return RemoteProtocolError(message, offset=offset, data=packet)

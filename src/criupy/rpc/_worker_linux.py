@@ -1,0 +1,162 @@
+"""Starting, watching and ending the processes this package starts: ``criu swrk``, the lazy-pages daemon.
+
+Python forks nowhere here: subprocess does it in C and closes every descriptor
+that is not passed on. A pidfd tells of the end to whoever can poll.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from criupy._descriptor import Descriptor
+from criupy._kill_linux import kill_trees
+from criupy.errors import CriuUnavailable
+
+__all__ = ["Orphan", "Worker", "find_program"]
+
+_MAX_OUTPUT = 64 * 1024
+
+
+def find_program(name: str, request: str) -> str:
+    """Return the path of a program, looked up as a shell does, or raise CriuUnavailable."""
+    found = shutil.which(name)
+    if found is not None:
+        return found
+    if "/" not in name:
+        raise CriuUnavailable(
+            request, f"there is no program {name} on PATH", hint="install CRIU, or name it with binary="
+        )
+    if not Path(name).exists():
+        why = "there is no such program"
+    elif Path(name).is_dir():
+        why = "this is a directory"
+    else:
+        why = "it is not executable"
+    raise CriuUnavailable(request, f"{name}: {why}", hint="name CRIU's program with binary=")
+
+
+def _start(command: Sequence[str], request: str, **options: object) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, **options)  # type: ignore[call-overload, no-any-return]
+    except OSError as error:
+        raise CriuUnavailable(request, f"{command[0]}: {error.strerror}", errno=error.errno) from error
+
+
+class Worker:
+    """A child process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: Descriptor | None) -> None:
+        self._process = process
+        self._pidfd = Descriptor(os.pidfd_open(process.pid))
+        self._output = output
+
+    @classmethod
+    def start(
+        cls, command: Sequence[str], *, request: str, pass_fds: Sequence[int] = (), capture: bool
+    ) -> Worker:
+        """Start a program; what it prints is kept in memory with ``capture``, else it goes where ours goes."""
+        output = Descriptor(os.memfd_create("criupy-output")) if capture else None
+        try:
+            number = None if output is None else output.fileno()
+            process = _start(command, request, pass_fds=pass_fds, stdout=number, stderr=number)
+        except BaseException:
+            if output is not None:
+                output.close()
+            raise
+        return cls(process, output)
+
+    @property
+    def pid(self) -> int:
+        """Its pid; ours to reap until it was."""
+        return self._process.pid
+
+    @property
+    def pidfd(self) -> int:
+        """Readable when it has ended."""
+        return self._pidfd.fileno()
+
+    def poll(self) -> int | None:
+        """Reap it if it has ended; return its exit status, negative for a signal, or None."""
+        status: int | None = self._process.poll()
+        return status
+
+    def output(self) -> str:
+        """Return what it printed so far, if that is captured; the last 64 KiB of it."""
+        if self._output is None or self._output.fileno() < 0:
+            return ""
+        size = os.fstat(self._output.fileno()).st_size
+        data = os.pread(self._output.fileno(), _MAX_OUTPUT, max(0, size - _MAX_OUTPUT))
+        return data.decode(errors="replace").strip()
+
+    def terminate(self) -> None:
+        """Send SIGTERM, unless it has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill it with all that it started, unless it has ended; it has to be reaped all the same."""
+        if self.poll() is None:
+            kill_trees([(self.pid, self.pidfd)])
+
+    def close(self) -> None:
+        """Let go of a process that was reaped."""
+        self._pidfd.close()
+        if self._output is not None:
+            self._output.close()
+
+
+class Orphan:
+    """A process that is nobody's child of ours: what a self-dump needs, since it dumps all our children.
+
+    No descriptor is held, which would be dumped as well. ``pid`` and the
+    start time of the process tell it from a later one with its pid.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._started = _start_time(pid)
+
+    @classmethod
+    def start(cls, command: Sequence[str], *, request: str, pass_fds: Sequence[int] = ()) -> Orphan:
+        """Start a program whose parent has ended when this returns."""
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        with open(reading, "rb") as report:  # noqa: PTH123 - a descriptor, not a path
+            try:
+                shell = _start(
+                    # The shell says the pid of what it leaves behind; standard input stays ours.
+                    ["/bin/sh", "-c", f'"$@" <&0 {writing}>&- & echo $! >&{writing}', "sh", *command],
+                    request,
+                    pass_fds=(writing, *pass_fds),
+                )
+            finally:
+                os.close(writing)
+            said = report.read()
+            shell.wait()
+        return cls(int(said))
+
+    def kill(self) -> None:
+        """Kill it, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError), Descriptor(os.pidfd_open(self.pid)) as pidfd:
+            if self._started is not None and _start_time(self.pid) == self._started:
+                kill_trees([(self.pid, pidfd.fileno())])
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended, reaped or not."""
+        return _start_time(self.pid) != self._started or self._started is None
+
+
+def _start_time(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since the boot; None once it is gone or a zombie."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if words[0] in {"Z", "X"} else int(words[19])
