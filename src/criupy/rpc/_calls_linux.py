@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Generic, TypeVar
@@ -16,8 +17,8 @@ from typing import Final, Generic, TypeVar
 from criupy._descriptor import Descriptor
 from criupy.errors import CriuError, OptionError
 from criupy.rpc import _schema_pb2 as schema
+from criupy.rpc._option_encoding import encode
 from criupy.rpc._option_types import CriuPath, Directory
-from criupy.rpc._options import encode
 from criupy.rpc._report import LogWatch
 from criupy.rpc._results import FeatureName, Features, PageServer, Version
 
@@ -94,6 +95,8 @@ def _check_pid(option: str, pid: int) -> int:
 
 def _open_directory(option: str, value: Directory, stack: contextlib.ExitStack) -> tuple[int, Path]:
     """Return a descriptor of a directory that CRIU can open through us, and a path by which we reach it."""
+    if isinstance(value, CriuPath):
+        raise OptionError(option, "expected a path or a descriptor: CRIU takes it by descriptor only")
     if isinstance(value, (str, os.PathLike)):
         path = Path(os.fsdecode(value))
         try:
@@ -106,7 +109,7 @@ def _open_directory(option: str, value: Directory, stack: contextlib.ExitStack) 
         return fd, path.absolute()
     if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "fileno")):
         raise OptionError(option, f"expected a path or a descriptor of a directory, got {value!r}")
-    fd = value if isinstance(value, int) else value.fileno()  # type: ignore[union-attr]
+    fd = value if isinstance(value, int) else value.fileno()
     try:
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             raise OptionError(option, f"expected a directory, descriptor {fd} is none")
@@ -142,13 +145,11 @@ def _call(
             call.since = {**call.since, "images_dir": (3, 19)}
         elif images_dir is not None:
             message.images_dir_fd, call.images_dir = _open_directory("images_dir", images_dir, call.stack)
-        if isinstance(encoded.work_dir, CriuPath):
-            raise OptionError("work_dir", "expected a path or a descriptor: CRIU takes it by descriptor only")
         if encoded.work_dir is not None:
             message.work_dir_fd, call.work_dir = _open_directory("work_dir", encoded.work_dir, call.stack)
         else:
             call.work_dir = call.images_dir
-        if call.work_dir is not None and not message.log_to_stderr:
+        if call.work_dir is not None and encoded.log_file is not None:
             call.log = LogWatch.of(call.work_dir, encoded.log_file)
     except BaseException:
         call.close()
@@ -190,6 +191,16 @@ def cpuinfo(name: str, images_dir: Directory, options: Mapping[str, object]) -> 
     """Write, or compare with, the CPU's features in an image."""
     kind = schema.CPUINFO_DUMP if name == "cpuinfo_dump" else schema.CPUINFO_CHECK
     return _call(name, kind, _none, options, images_dir=images_dir, takes="cpuinfo")
+
+
+@contextlib.contextmanager
+def log_directory(given: Directory | None) -> Iterator[Directory]:
+    """Provide a directory for the log of a check, which only errors are taken from."""
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="criupy-check-") as directory:
+        yield directory
 
 
 # ---- dump --------------------------------------------------------------------------------

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
 from criupy.errors import CriuError, LocalProtocolError, OptionError
 from criupy.rpc import _calls_linux as calls
-from criupy.rpc._calls_linux import Call
+from criupy.rpc._calls_linux import Call, log_directory
 from criupy.rpc._connection_linux import Connection, adopt, connect, start_detached_worker, start_worker
 from criupy.rpc._lazy_client_linux import LazyDump, LazyRestore
 from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, make_plan
@@ -80,26 +78,21 @@ class PreDumpLoop:
     ) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.close_socket()
-            end_worker(connection.worker, self._client._until_grace())
+            self._client._end(connection)
 
     def pre_dump(self, *, images_dir: Directory, **options: Unpack[PreDumpOptions]) -> None:
         """Write the memory that changed since the one before, and let the tasks go on."""
         self._client._need_dirty_tracking()
         call = calls.pre_dump(self._pid, images_dir, options, single=False)
-        self._client._run(
-            call, self._timeout, connect=lambda: self._connect(call), release=self._keep
-        )
+        self._client._run(call, self._timeout, connect=lambda: self._connect(call), release=self._keep)
 
     def dump(
         self, *, images_dir: Directory, hooks: Hooks | None = None, **options: Unpack[DumpOptions]
     ) -> None:
         """Dump the tree; the loop is over then."""
         call = calls.dump(self._pid, images_dir, options)
-        with self._client._operation(
-            call, self._timeout, connect=lambda: self._connect(call)
-        ) as operation:
-            operation.serve(hooks)
+        with self._client._operation(call, self._timeout, connect=lambda: self._connect(call)) as operation:
+            operation._serve(hooks)
 
     def _connect(self, call: Call[None]) -> Connection:
         connection, self._connection = self._connection, None
@@ -191,7 +184,7 @@ class Criu:
 
         Its log goes to ``images_dir``, by default to a temporary directory.
         """
-        with _log_directory(images_dir) as directory:
+        with log_directory(images_dir) as directory:
             self._run(calls.check(directory, options), request_timeout)
 
     def cpuinfo_dump(
@@ -229,7 +222,7 @@ class Criu:
         with self.open_dump(
             pid, images_dir=images_dir, request_timeout=request_timeout, **options
         ) as operation:
-            operation.serve(hooks)
+            operation._serve(hooks)
 
     def open_dump(
         self,
@@ -294,10 +287,8 @@ class Criu:
         with self.open_restore(
             images_dir=images_dir, request_timeout=request_timeout, **options
         ) as operation:
-            operation.serve(hooks)
-        return Restored(
-            operation.result, None if operation.worker is None else Process(operation.worker)
-        )
+            operation._serve(hooks)
+        return Restored(operation.result, None if operation._worker is None else Process(operation._worker))
 
     def open_restore(
         self,
@@ -339,7 +330,7 @@ class Criu:
         return child
 
     def wait_pid(self, pid: int, *, request_timeout: float | None = None) -> int:
-        """Wait for a page server that is the worker's child; return its exit status, negative for a signal."""
+        """Wait for a page_server_child; return its exit status, negative for a signal."""
         child = self._children.get(pid)
         if child is not None:
             return child.wait(request_timeout=request_timeout)
@@ -442,18 +433,18 @@ class Criu:
         if transport.fd is not None:
             kept = self._take_kept()
             if kept is None:
-                raise LocalProtocolError(f"{call.name}: CRIU has ended the connection of fd={transport.fd}")
+                raise LocalProtocolError(
+                    f"{call.name}: the connection of fd={transport.fd} is in use, or CRIU has ended it"
+                )
             return kept
         if transport.socket is not None:
             return connect(transport.socket, request=call.name)
-        assert transport.binary is not None
+        binary = transport.binary or "criu"
         if detached:
             self._close_kept()
-            return start_detached_worker(
-                transport.binary, transport.arguments, request=call.name, inherit=call.inherit
-            )
+            return start_detached_worker(binary, transport.arguments, request=call.name, inherit=call.inherit)
         return start_worker(
-            transport.binary,
+            binary,
             transport.arguments,
             request=call.name,
             inherit=call.inherit,
@@ -499,13 +490,5 @@ class Criu:
     def _drop(self, child: PageServerChild) -> None:
         if self._children.get(child.pid) is child:
             del self._children[child.pid]
-            kill_worker(child._connection, child.pid)
-
-
-@contextmanager
-def _log_directory(given: Directory | None) -> Iterator[Directory]:
-    if given is not None:
-        yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="criupy-check-") as directory:
-        yield directory
+            child._connection.kill_child(child.pid)
+            self._end(child._connection)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import select
+import signal
 import socket
 import struct
 from collections.abc import Sequence
 from typing import Final
 
-from criupy.errors import CriuError, CriuUnavailable, OptionError, RemoteProtocolError
+from criupy._descriptor import Descriptor
+from criupy.errors import CriuError, CriuUnavailable, OptionError
 from criupy.rpc._session import Answer, Notified, Session, State
 from criupy.rpc._worker_linux import Orphan, Worker, find_program
 
@@ -39,10 +42,24 @@ class Connection:
         self._socket = sock
         self._length = bytearray(1)
         self._peer_pid: int | None = None
+        self._events: select.epoll | None = None
 
     def fileno(self) -> int:
         """Return the socket's number; -1 once closed."""
         return self._socket.fileno()
+
+    def event_fd(self) -> int:
+        """Return what is readable when a packet has come, or a worker of our own has ended.
+
+        A child that outlives the worker would keep the socket open.
+        """
+        if not isinstance(self.worker, Worker):
+            return self.fileno()
+        if self._events is None:
+            self._events = select.epoll()
+            self._events.register(self.fileno(), select.EPOLLIN)
+            self._events.register(self.worker.pidfd, select.EPOLLIN)
+        return self._events.fileno()
 
     @property
     def peer_pid(self) -> int | None:
@@ -85,16 +102,18 @@ class Connection:
             return Ended()
         descriptors = self._unpack(ancillary)
         try:
-            if flags & socket.MSG_CTRUNC:
-                raise RemoteProtocolError("more ancillary data than CRIU ever sends", offset=0, data=packet)
-            if not packet:
-                return Ended()
-            event = self.session.receive(packet, descriptors)
+            return self._take(packet, descriptors, truncated=bool(flags & socket.MSG_CTRUNC))
         except BaseException:
             for descriptor in descriptors:
                 os.close(descriptor)
             raise
-        return event
+
+    def _take(
+        self, packet: bytes, descriptors: tuple[int, ...], *, truncated: bool
+    ) -> Notified | Answer | Ended:
+        if not packet and not descriptors:
+            return Ended()
+        return self.session.receive(packet, descriptors, truncated=truncated)
 
     def _unpack(self, ancillary: Sequence[tuple[int, int, bytes]]) -> tuple[int, ...]:
         descriptors = array.array("i")
@@ -117,9 +136,22 @@ class Connection:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
+    def kill_child(self, pid: int) -> None:
+        """Kill a child of the process at the other end, which has not been waited for."""
+        if self.worker is not None:
+            self.worker.kill()
+            return
+        with (
+            contextlib.suppress(ProcessLookupError, PermissionError),
+            Descriptor(os.pidfd_open(pid)) as pidfd,
+        ):
+            signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+
     def close_socket(self) -> None:
         """Close our end."""
         self._socket.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:

@@ -16,7 +16,7 @@ import os
 from typing import Generic, TypeVar
 
 from criupy._descriptor import Descriptor
-from criupy.errors import CriuDied, CriuError, CriuTimeout, RemoteProtocolError
+from criupy.errors import CriuDied, CriuError, CriuTimeout, LocalProtocolError, RemoteProtocolError
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
 from criupy.rpc._notify import Notification, Script, parse_script
@@ -78,14 +78,15 @@ class Exchange(Generic[T]):
             raise self.died()
         self._answer = event
         if self.refusal is not None:
-            raise self._annotated(self.refusal)
+            raise self._annotated(self.refusal, event)
         if not event.success:
             raise self._failure(event)
         return None
 
     def result(self) -> T:
         """Return what the answer says."""
-        assert self._answer is not None
+        if self._answer is None:
+            raise LocalProtocolError(f"{self.call.name}: it is not answered yet")
         return self.call.result(self._answer.response)
 
     @property
@@ -102,11 +103,10 @@ class Exchange(Generic[T]):
     def _failure(self, answer: Answer) -> CriuError:
         return failure(self.call.name, answer.response, log=self.call.log, output=self._output())
 
-    def _annotated(self, error: BaseException) -> BaseException:
+    def _annotated(self, error: BaseException, answer: Answer) -> BaseException:
         """Say in a note what CRIU answered to a refusal."""
-        assert self._answer is not None
-        if not self._answer.success:
-            error.add_note(f"CRIU undid it: {self._failure(self._answer)}")
+        if not answer.success:
+            error.add_note(f"CRIU undid it: {self._failure(answer)}")
         elif self.call.request.opts.pid:
             error.add_note(f"{self.call.name}: CRIU had gone too far to undo it, and completed it")
         else:
@@ -184,6 +184,6 @@ class Exchange(Generic[T]):
     def note_undone(self, error: BaseException) -> None:
         """Say in a note what became of the request."""
         if self._answer is not None:
-            self._annotated(error)
+            self._annotated(error, self._answer)
         elif self.call.delicate and not self._closed:
             error.add_note(f"{self.call.name}: CRIU did not undo it in time and was killed")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import select
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 from criupy._descriptor import Descriptor
-from criupy.errors import CriuError, CriupyError, CriuTimeout
+from criupy.errors import CriuError, CriupyError, CriuTimeout, LocalProtocolError
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._lazy_linux import (
     DaemonPlan,
@@ -71,11 +70,11 @@ class LazyDump:
     def _get_ready(self, operation: Operation[None]) -> None:
         for notification in operation:
             if notification.script == Script.STATUS_READY:
-                self.address, self.port = self._plan.locate(operation.peer_pid)
-            operation.ask(self._hooks, notification)
+                self.address, self.port = self._plan.locate(operation._peer_pid)
+            operation._ask(self._hooks, notification)
             if notification.script == Script.STATUS_READY:
-                operation.answer()
-                operation.set_deadline(math.inf)
+                operation._answer()
+                operation._set_deadline(math.inf)
                 return
         raise CriuError("lazy_dump", "CRIU ended the dump without serving pages")
 
@@ -83,22 +82,35 @@ class LazyDump:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None:
+            if error is not None:
+                self._see_out(error)
+                return
+            try:
                 self.wait()
-            elif not self._plan.is_reached(self._running.peer_pid):
-                self.abort()
-            else:
-                # A destination may run already: only it can say how this ends.
-                try:
-                    self.wait()
-                except CriuError as failure:
-                    error.add_note(str(failure))
+            except CriuError:
+                raise
+            except BaseException as interrupted:
+                self._see_out(interrupted)
+                raise
         finally:
             self._plan.close()
 
+    def _see_out(self, error: BaseException) -> None:
+        """End it after an error: by force, unless a destination may run already, which alone can say how."""
+        if self.outcome is not None:
+            return
+        if self._plan.is_unreached(self._running._peer_pid, self.address, self.port):
+            self.abort()
+            return
+        try:
+            self.wait()
+        except CriuError as failure:
+            error.add_note(str(failure))
+
     @property
     def _running(self) -> Operation[None]:
-        assert self._operation is not None, "enter the block first"
+        if self._operation is None:
+            raise LocalProtocolError("lazy_dump: enter the block first")
         return self._operation
 
     def wait(self) -> SourceOutcome:
@@ -127,8 +139,8 @@ class LazyDump:
         nobody here can know that.
         """
         if self.outcome is None:
-            self._running.kill(self._plan.stopper(self._running.peer_pid))
-            self.outcome = self._plan.outcome(succeeded=self._running.succeeded)
+            self._running._kill(self._plan.stopper(self._running._peer_pid))
+            self.outcome = self._plan.outcome(succeeded=self._running._succeeded)
         return self.outcome
 
 
@@ -160,27 +172,26 @@ class LazyRestore:
 
     def __enter__(self) -> Self:
         operation = self._client._operation(self._call, self._timeout)
-        deadline = time.monotonic() + operation.timeout
+        deadline = time.monotonic() + operation._timeout
         try:
             if self._plan is None:
                 check_listening(self._work_dir)
             else:
                 self._start(self._plan, deadline)
-            operation.set_deadline(deadline)
+            operation._set_deadline(deadline)
             with operation:
-                operation.serve(self._hooks)
+                operation._serve(self._hooks)
         except BaseException as error:
             self._call.close()
             self._stop(error)
             raise
         self.pid = operation.result
-        self.command = None if operation.worker is None else Process(operation.worker)
+        self.command = None if operation._worker is None else Process(operation._worker)
         return self
 
     def _start(self, plan: DaemonPlan, deadline: float) -> None:
-        assert self._call.images_dir is not None
         with status_pipe() as (reading, writing):
-            words = plan.words(self._call.images_dir, self._work_dir, writing.fileno())
+            words = plan.words(self._call.images_dir or self._work_dir, self._work_dir, writing.fileno())
             self._worker = Worker.start(
                 words,
                 request="lazy_restore",
@@ -192,12 +203,12 @@ class LazyRestore:
             self._await_ready(self._worker, reading, deadline)
 
     def _await_ready(self, worker: Worker, reading: Descriptor, deadline: float) -> None:
-        if not wait_for(deadline, (reading.fileno(), select.POLLIN)):
+        if not wait_for(deadline, reading.fileno()):
             raise CriuTimeout("lazy_restore", "the lazy-pages daemon did not become ready in time")
         if os.read(reading.fileno(), 1) == b"\0":
             return
         # It has closed the pipe, so it has ended or is about to.
-        wait_for(min(deadline, time.monotonic() + 1), (worker.pidfd, select.POLLIN))
+        wait_for(min(deadline, time.monotonic() + 1), worker.pidfd)
         raise daemon_failure(self._work_dir, worker.output(), worker.poll(), ready=False)
 
     def _stop(self, error: BaseException) -> None:
@@ -205,20 +216,22 @@ class LazyRestore:
         worker, self._worker = self._worker, None
         if worker is None:
             return
-        if not wait_for(time.monotonic() + 1, (worker.pidfd, select.POLLIN)):
+        if not wait_for(time.monotonic() + 1, worker.pidfd):
             worker.terminate()
-        elif worker.poll() and isinstance(error, CriuError):
-            error.hint = str(daemon_failure(self._work_dir, worker.output(), worker.poll(), ready=True))
-        end_worker(worker, self._client._until_grace())
+        elif (status := worker.poll()) and isinstance(error, CriuError):
+            error.hint = str(daemon_failure(self._work_dir, worker.output(), status, ready=True))
+        # Tasks may run nevertheless, so ours is never killed: it ends by its own rules.
+        is_ours = self._plan is not None and self._plan.is_ours
+        end_worker(worker, math.inf if is_ours else self._client._until_grace())
 
     def wait(self) -> None:
         """Wait for the last page; raise LazyPagesError if it did not come.
 
         Without a daemon of its own it returns at once.
         """
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            wait_for(math.inf, (worker.pidfd, select.POLLIN))
+        if self._worker is not None:
+            wait_for(math.inf, self._worker.pidfd)
+            worker, self._worker = self._worker, None
             status, output = worker.poll(), worker.output()
             worker.close()
             if status:
@@ -228,9 +241,16 @@ class LazyRestore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            self.wait()
-            return
-        # The tasks run and need their memory: our daemon fetches it for a limited time, as after a first SIGTERM.
+            try:
+                self.wait()
+            except BaseException as interrupted:
+                self._see_out(interrupted)
+                raise
+        else:
+            self._see_out(error)
+
+    def _see_out(self, error: BaseException) -> None:
+        # The tasks run and need their memory: our daemon goes on fetching it for a limited time.
         if self._worker is not None and self._plan is not None and self._plan.is_ours:
             self._worker.terminate()
         try:

@@ -1,4 +1,4 @@
-"""What both clients need for a lazy migration: where the source listens, how it ended, how a daemon is started."""
+"""What both clients need for a lazy migration: where a source listens, how it ended, how a daemon starts."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _endpoint(text: str) -> tuple[str, int]:
 
 
 def page_socket(pid: int | None, port: int) -> tuple[str, int] | None:
-    """Return where the page server of a dumping CRIU listens; None when it cannot be seen, or listens no more."""
+    """Return where the page server of a dumping CRIU listens; None if it does not, or cannot be seen."""
     if pid is None:
         return None
     found = [endpoint for endpoint in listeners(pid) if port in {0, endpoint[1]}]
@@ -100,7 +100,9 @@ def config_with_address(
         try:
             text = Path(given).read_text(encoding="utf-8")
         except OSError as error:
-            raise OptionError("config_file", f"expected a readable file, {given}: {error.strerror}") from error
+            raise OptionError(
+                "config_file", f"expected a readable file, {given}: {error.strerror}"
+            ) from error
     memory = Descriptor(os.memfd_create("criupy-config"))
     os.write(memory.fileno(), f"{text.rstrip()}\naddress {address}\n".encode())
     return {**options, "config_file": f"/proc/{os.getpid()}/fd/{memory.fileno()}"}, memory
@@ -111,12 +113,13 @@ def check_address(address: str | None, port: int) -> None:
     if address is not None:
         try:
             ipaddress.ip_address(address)
-        except ValueError as error:
+        except ValueError:
             raise OptionError(
                 "address", f"expected an IP address, or None for all interfaces; got {address!r}"
-            ) from error
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 1 << 16:
-        raise OptionError("port", f"expected a port from 0 to 65535, got {port!r}")
+            ) from None
+    given: object = port
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < 1 << 16:
+        raise OptionError("port", f"expected a port from 0 to 65535, got {given!r}")
 
 
 def open_process(pid: int) -> Descriptor | None:
@@ -138,14 +141,17 @@ def outcome_of(process: Descriptor | None, *, succeeded: bool) -> SourceOutcome:
     return SourceOutcome.LOST if poll.poll(0) else SourceOutcome.RESUMED
 
 
-def knock(address: str, port: int) -> None:
-    """Let a source that nobody has reached give up: a connection that is reset makes it resume its tasks."""
+def knock(address: str, port: int) -> bool:
+    """Make a source that nobody has reached resume its tasks, by a connection that is reset; tell if so."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    unspecified = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    unspecified = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - CRIU's, not ours
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        with contextlib.suppress(OSError):
+        try:
             sock.connect((unspecified.get(address, address), port))
+        except OSError:
+            return False
+        return True
 
 
 class LazyDumpPlan:
@@ -206,9 +212,15 @@ class LazyDumpPlan:
             return self._address or "0.0.0.0", self._port  # noqa: S104 - what CRIU was told
         raise CriuError("lazy_dump", f"CRIU's listening socket was not found (process {pid})")
 
-    def is_reached(self, pid: int | None) -> bool:
-        """Tell whether a destination may have connected: CRIU listens no more, or cannot be seen."""
-        return page_socket(pid, self._port) is None
+    def is_unreached(self, pid: int | None, address: str, port: int) -> bool:
+        """Tell whether no destination has connected, nor will: CRIU accepts once.
+
+        A CRIU that cannot be looked at is asked with a connection that is
+        reset. If it takes that one, nobody else gets in.
+        """
+        if pid is not None:
+            return page_socket(pid, self._port) is not None
+        return knock(address, port)
 
     def stopper(self, pid: int | None) -> Callable[[], None]:
         """Return what ends a CRIU that is no child of ours."""

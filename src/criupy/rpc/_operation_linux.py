@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from criupy.errors import CriuTimeout
+from criupy.errors import CriuTimeout, LocalProtocolError
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
 from criupy.rpc._exchange_linux import Exchange
@@ -22,11 +22,10 @@ __all__ = ["Operation", "Process", "end_worker"]
 T = TypeVar("T")
 
 
-def wait_for(deadline: float, *wanted: tuple[int, int]) -> bool:
-    """Wait until one of (descriptor, events) is so; False when the deadline (monotonic) comes first."""
+def wait_for(deadline: float, fd: int, events: int = select.POLLIN) -> bool:
+    """Wait for events on a descriptor; False when the deadline (monotonic) comes first."""
     poll = select.poll()
-    for fd, events in wanted:
-        poll.register(fd, events)
+    poll.register(fd, events)
     # Rounded up: a poll that returns early would spin.
     left = None if deadline == math.inf else math.ceil(max(0.0, deadline - time.monotonic()) * 1000)
     return bool(poll.poll(left))
@@ -47,14 +46,14 @@ class Process:
         """Return its exit status, negative for a signal; None while it runs."""
         return self._worker.poll()
 
-    def wait(self, timeout: float | None = None) -> int:  # noqa: ASYNC109
+    def wait(self, timeout: float | None = None) -> int:
         """Wait for its end and return its exit status, negative for a signal.
 
         Raise TimeoutError after ``timeout`` seconds.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while (status := self._worker.poll()) is None:
-            if not wait_for(deadline, (self._worker.pidfd, select.POLLIN)):
+            if not wait_for(deadline, self._worker.pidfd):
                 raise TimeoutError(f"process {self.pid} still runs after {timeout:g} s")
         return status
 
@@ -71,7 +70,7 @@ def end_worker(worker: Worker | Orphan | None, deadline: float) -> None:
     """Wait until a worker whose socket is closed has ended, killing it at the deadline, and let go of it."""
     if isinstance(worker, Worker):
         while worker.poll() is None:
-            if not wait_for(deadline, (worker.pidfd, select.POLLIN)):
+            if not wait_for(deadline, worker.pidfd):
                 worker.kill()
                 deadline = math.inf
         worker.close()
@@ -101,7 +100,7 @@ class Operation(Generic[T]):
         self._call = call
         self._connect = connect
         self._release = release
-        self.timeout = math.inf if request_timeout is None else request_timeout
+        self._timeout = math.inf if request_timeout is None else request_timeout
         self._grace = grace
         self._deadline: float | None = None
         self._exchange: Exchange[T] | None = None
@@ -109,7 +108,8 @@ class Operation(Generic[T]):
 
     @property
     def _running(self) -> Exchange[T]:
-        assert self._exchange is not None, "enter the block first"
+        if self._exchange is None:
+            raise LocalProtocolError(f"{self._call.name}: enter the block first")
         return self._exchange
 
     @property
@@ -122,23 +122,23 @@ class Operation(Generic[T]):
         return self._running.result()
 
     @property
-    def succeeded(self) -> bool:
+    def _succeeded(self) -> bool:
         """Whether CRIU has answered that it is done."""
         return self._running.succeeded
 
     @property
-    def peer_pid(self) -> int | None:
+    def _peer_pid(self) -> int | None:
         """The pid of the CRIU that works on it, as far as it is known."""
         return self._running.connection.peer_pid
 
     @property
-    def worker(self) -> Worker | None:
+    def _worker(self) -> Worker | None:
         """What the worker became (exec_cmd), after the block."""
         return self._kept
 
     def __enter__(self) -> Self:
         if self._deadline is None:
-            self._deadline = time.monotonic() + self.timeout
+            self._deadline = time.monotonic() + self._timeout
         try:
             self._exchange = Exchange(self._call, self._connect())
         except BaseException:
@@ -158,31 +158,31 @@ class Operation(Generic[T]):
         exchange = self._running
         if exchange.over:
             raise StopIteration
-        self.answer()
+        self._answer()
         notification = exchange.take(self._receive())
         if notification is None:
             raise StopIteration
         return notification
 
-    def set_deadline(self, deadline: float) -> None:
+    def _set_deadline(self, deadline: float) -> None:
         """Say until when (monotonic) the answer has to come."""
         self._deadline = deadline
 
-    def answer(self) -> None:
+    def _answer(self) -> None:
         """Answer the notification at hand without waiting for what comes next."""
         packet = self._running.answer_packet()
         if packet is not None:
             self._send(packet)
 
-    def ask(self, hooks: Hooks | None, notification: Notification) -> None:
+    def _ask(self, hooks: Hooks | None, notification: Notification) -> None:
         """Let the hooks decide on a notification."""
         if hooks is not None:
             notification.external = external_of(invoke(hooks, notification), notification)
 
-    def serve(self, hooks: Hooks | None) -> None:
+    def _serve(self, hooks: Hooks | None) -> None:
         """Answer all notifications, asking the hooks."""
         for notification in self:
-            self.ask(hooks, notification)
+            self._ask(hooks, notification)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -203,29 +203,25 @@ class Operation(Generic[T]):
     def _send(self, packet: bytes) -> None:
         connection = self._running.connection
         while not connection.send_now(packet, self._call.name):
-            if not wait_for(self._until, (connection.fileno(), select.POLLOUT)):
-                raise self._running.timed_out(self.timeout)
+            if not wait_for(self._until, connection.fileno(), select.POLLOUT):
+                raise self._running.timed_out(self._timeout)
 
     def _receive(self) -> Notified | Answer | Ended:
         return self._receive_until(self._until) or self._time_out()
 
     def _time_out(self) -> Ended:
-        raise self._running.timed_out(self.timeout)
+        raise self._running.timed_out(self._timeout)
 
     def _receive_until(self, deadline: float, *, undoing: bool = False) -> Notified | Answer | Ended | None:
         exchange = self._running
         connection = exchange.connection
-        wanted = [(connection.fileno(), select.POLLIN)]
-        if isinstance(connection.worker, Worker):
-            # A child that outlives the worker would keep the socket open.
-            wanted.append((connection.worker.pidfd, select.POLLIN))
         while True:
-            if not wait_for(deadline, *wanted):
+            if not wait_for(deadline, connection.event_fd()):
                 return None
             event = exchange.receive_undone() if undoing else connection.receive_now()
             if isinstance(event, Ended) and isinstance(connection.worker, Worker):
                 # So that the error can say how it ended.
-                wait_for(min(deadline, time.monotonic() + 1), (connection.worker.pidfd, select.POLLIN))
+                wait_for(min(deadline, time.monotonic() + 1), connection.worker.pidfd)
             if event is not None:
                 return event
             if isinstance(connection.worker, Worker) and connection.worker.poll() is not None:
@@ -240,19 +236,24 @@ class Operation(Generic[T]):
         deadline = time.monotonic()
         if exchange.begin_undo():
             deadline += self._grace
-        while not exchange.over:
-            event = self._receive_until(deadline, undoing=True)
-            if event is None:
-                break
-            exchange.take_undone(event)
+        undone = self._see_undone(deadline)
         if isinstance(error, CriuTimeout) and exchange.succeeded and exchange.refusal is None:
             self._finish()
             return True
         exchange.note_undone(error)
-        self._end(deadline if exchange.over else time.monotonic())
+        self._end(deadline if undone else time.monotonic())
         return False
 
-    def kill(self, stop: Callable[[], None]) -> None:
+    def _see_undone(self, deadline: float) -> bool:
+        exchange = self._running
+        while not exchange.over:
+            event = self._receive_until(deadline, undoing=True)
+            if event is None:
+                return False
+            exchange.take_undone(event)
+        return True
+
+    def _kill(self, stop: Callable[[], None]) -> None:
         """Kill CRIU in a phase in which that harms nobody; ``stop`` does it where it is no child of ours."""
         exchange = self._running
         worker = exchange.connection.worker
@@ -261,11 +262,7 @@ class Operation(Generic[T]):
         else:
             stop()
         deadline = time.monotonic() + self._grace
-        while not exchange.over:
-            event = self._receive_until(deadline, undoing=True)
-            if event is None:
-                break
-            exchange.take_undone(event)
+        self._see_undone(deadline)
         self._end(deadline)
 
     def _finish(self) -> None:

@@ -105,15 +105,30 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
         r"[Tt]racking memory is not available|dirty track|BUG at criu/mem\.c",
         NO_DIRTY_TRACKING,
     ),
-    (r"The criu itself is within dumped tree", "CRIU cannot dump its own ancestors: use self_dump(), or socket="),
-    (r"Found a? ?shell job|is a (tty|shell job)|without --shell-job", "a tty from outside: give shell_job=True"),
+    (
+        r"criu itself is within dumped tree",
+        "CRIU cannot dump its own ancestors: self_dump() can, and so can a service (socket=)",
+    ),
+    (r"shell job", "the tasks have a session or terminal of somebody else's: give shell_job=True"),
     (r"Connected TCP socket", "give tcp_established=True, or tcp_close=True to do without the connections"),
-    (r"[Uu]nix (socket|connection).*(external|unlinked|peer)|[Ee]xternal socket", "the other end of a socket is outside the tree: name it with external=[...]"),
-    (r"Some file locks are hold|file locks", "give file_locks=True if no one outside the tree uses these locks"),
-    (r"(Can't|Unable to) connect.*lazy-pages\.socket|lazy-pages\.socket.*(refused|No such)", "a lazy-pages daemon has to listen in the work directory first: lazy_restore() does this in order"),
-    (r"iptables-restore|ip6tables-restore|nft.*failed", "CRIU locks the network with iptables or nft: install it, or give network_lock=\"skip\""),
-    (r"cpu: .*(mismatch|not supported|doesn't|missing)|CPU features? are not", "these images need a CPU with more features than this one has"),
-    (r"uffd|[Uu]serfaultfd", "see what userfaultfd can do here: criupy check"),
+    (
+        r"[Uu]nix (socket|connection).*(external|unlinked|peer)|[Ee]xternal socket",
+        "the other end of a socket is outside of the tree: name it with external=[...]",
+    ),
+    (r"[Ff]ile locks are h", "give file_locks=True, if nobody outside of the tree uses these locks"),
+    (
+        r"lazy-pages\.socket|connect.*lazy",
+        "a lazy-pages daemon has to listen in the work directory before: lazy_restore() starts one",
+    ),
+    (
+        r"ip6?tables-restore|nft.*failed",
+        'CRIU locks the network with iptables or nft: install it, or give network_lock="skip"',
+    ),
+    (
+        r"cpu: .*(mismatch|not supported|missing)",
+        "the images need a CPU with more features than this one has",
+    ),
+    (r"[Uu]ffd|userfaultfd", "see what userfaultfd can do here: criupy check"),
 )
 _PID_IN_USE: Final = "the pid is in use here: end that process, or restore in a new pid namespace"
 
@@ -128,7 +143,7 @@ def hint_for(request: str, code: int | None, text: str) -> str | None:
     if code == errno.ESRCH:
         return "there is no such process, or it has ended"
     if code == errno.EBADRQC:
-        return "CRIU refused the options: they may need a newer CRIU, another kernel or more privileges (criupy check)"
+        return "CRIU refused the options: do they need another CRIU, kernel or privilege? (criupy check)"
     return None
 
 

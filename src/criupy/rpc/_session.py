@@ -161,12 +161,19 @@ class Session:
             message.opts.external.extend(external)
         return message.SerializeToString()
 
-    def receive(self, packet: bytes, descriptors: tuple[int, ...] = ()) -> Notified | Answer:
-        """Take in a packet, and the numbers of the descriptors that came with it."""
+    def receive(
+        self, packet: bytes, descriptors: tuple[int, ...] = (), *, truncated: bool = False
+    ) -> Notified | Answer:
+        """Take in a packet, and the numbers of the descriptors that came with it.
+
+        ``truncated`` tells that there were more than fit.
+        """
         offset = self._received
         self._received += len(packet)
         if self._state is not State.BUSY:
             raise self._fail(f"CRIU sent something unasked ({self._state.value})", offset, packet)
+        if truncated:
+            raise self._fail("more descriptors than CRIU ever sends", offset, packet)
         try:
             response = schema.Response.FromString(packet)
         except DecodeError:
@@ -175,23 +182,27 @@ class Session:
             raise self._fail("expected type and success in every response", offset, packet)
         if response.type == schema.NOTIFY:
             return self._notified(response, descriptors, offset, packet)
-        if descriptors:
-            raise self._fail("a descriptor came with an answer", offset, packet)
-        if response.type not in {_ANSWERED_AS.get(self._request, self._request), schema.EMPTY}:
-            raise self._fail(
-                f"{type_name(self._request)} was answered as {type_name(response.type)}", offset, packet
-            )
-        if response.type == schema.EMPTY and response.success:
-            raise self._fail(f"{type_name(self._request)} was answered with EMPTY, success", offset, packet)
-        payload = _PAYLOAD.get(self._request)
-        if response.success and payload is not None and not response.HasField(payload):
-            raise self._fail(f"the answer to {type_name(self._request)} has no {payload}", offset, packet)
+        self._check_answer(response, descriptors, offset, packet)
         if self._request == schema.PRE_DUMP and response.success:
             self._state = State.PRE_DUMPED
         else:
             self._last = self._request
             self._state = State.IDLE if self._keep_open else State.LAST
         return Answer(self._request, response)
+
+    def _check_answer(
+        self, response: schema.Response, descriptors: tuple[int, ...], offset: int, packet: bytes
+    ) -> None:
+        name = type_name(self._request)
+        payload = _PAYLOAD.get(self._request)
+        if descriptors:
+            raise self._fail("a descriptor came with an answer", offset, packet)
+        if response.type not in {_ANSWERED_AS.get(self._request, self._request), schema.EMPTY}:
+            raise self._fail(f"{name} was answered as {type_name(response.type)}", offset, packet)
+        if response.type == schema.EMPTY and response.success:
+            raise self._fail(f"{name} was answered with EMPTY, success", offset, packet)
+        if response.success and payload is not None and not response.HasField(payload):
+            raise self._fail(f"the answer to {name} has no {payload}", offset, packet)
 
     def receive_end(self) -> bool:
         """Take in that CRIU closed; tell whether it still owed an answer."""

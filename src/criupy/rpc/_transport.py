@@ -31,11 +31,12 @@ class Transport:
 
 def check_seconds(option: str, value: float | None) -> float | None:
     """Return a time in seconds, or refuse what is none."""
-    if value is None:
+    given: object = value
+    if given is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value < 0:
-        raise OptionError(option, f"expected seconds, 0 or more, or None for no limit; got {value!r}")
-    return float(value)
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or math.isnan(given) or given < 0:
+        raise OptionError(option, f"expected seconds, 0 or more, or None for no limit; got {given!r}")
+    return float(given)
 
 
 def make_transport(
@@ -49,12 +50,15 @@ def make_transport(
     grace: float,
 ) -> Transport:
     """Check what a client was given."""
-    given = [name for name, value in (("binary", binary), ("socket", socket), ("fd", fd)) if value is not None]
+    ways = {"binary": binary, "socket": socket, "fd": fd}
+    given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
         raise OptionError(given[1], f"expected one of binary, socket and fd, got {' and '.join(given)}")
-    if fd is not None and (isinstance(fd, bool) or not isinstance(fd, int) or fd < 0):
-        raise OptionError("fd", f"expected the number of a descriptor, got {fd!r}")
-    for name, path in (("binary", binary), ("socket", socket)):
+    number: object = fd
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 0):
+        raise OptionError("fd", f"expected the number of a descriptor, got {number!r}")
+    for name in ("binary", "socket"):
+        path: object = ways[name]
         if path is not None and not (isinstance(path, (str, os.PathLike)) and os.fspath(path)):
             raise OptionError(name, f"expected a path, got {path!r}")
     seconds = check_seconds("grace", grace)

@@ -60,7 +60,7 @@ class Worker:
     def start(
         cls, command: Sequence[str], *, request: str, pass_fds: Sequence[int] = (), capture: bool
     ) -> Worker:
-        """Start a program; what it prints is kept in memory with ``capture``, else it goes where ours goes."""
+        """Start a program; what it prints goes where ours goes, or with ``capture`` is kept in memory."""
         output = Descriptor(os.memfd_create("criupy-output")) if capture else None
         try:
             number = None if output is None else output.fileno()

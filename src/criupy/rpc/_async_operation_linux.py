@@ -1,0 +1,291 @@
+"""On trio: waiting, processes, and one request from start to end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import trio
+
+from criupy.errors import CriuTimeout, LocalProtocolError
+from criupy.rpc._calls_linux import Call
+from criupy.rpc._connection_linux import Connection, Ended
+from criupy.rpc._exchange_linux import Exchange
+from criupy.rpc._notify import AsyncHooks, Notification, external_of, invoke
+from criupy.rpc._session import Answer, Notified
+from criupy.rpc._worker_linux import Orphan, Worker
+
+__all__ = ["AsyncOperation", "AsyncProcess", "end_worker"]
+
+T = TypeVar("T")
+
+_POLL_INTERVAL = 0.01
+
+
+class AsyncProcess:
+    """A process that became our child: the program of ``exec_cmd``, or a lazy-pages daemon."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    @property
+    def pid(self) -> int:
+        """Its pid."""
+        return self._worker.pid
+
+    def poll(self) -> int | None:
+        """Return its exit status, negative for a signal; None while it runs."""
+        return self._worker.poll()
+
+    async def wait(self) -> int:
+        """Wait for its end and return its exit status, negative for a signal."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while (status := self._worker.poll()) is None:
+            await trio.lowlevel.wait_readable(self._worker.pidfd)
+        return status
+
+    def terminate(self) -> None:
+        """Send SIGTERM, unless it has ended."""
+        self._worker.terminate()
+
+    def kill(self) -> None:
+        """Kill it with all that it started, unless it has ended."""
+        self._worker.kill()
+
+
+async def end_worker(worker: Worker | Orphan | None, patience: float) -> None:
+    """Wait until a worker whose socket is closed has ended, killing it after a time, and let go of it.
+
+    Cancellation does not shorten it: what is started has to be ended.
+    """
+    with trio.CancelScope(shield=True):
+        if isinstance(worker, Worker):
+            with trio.move_on_after(patience):
+                await AsyncProcess(worker).wait()
+            worker.kill()
+            await AsyncProcess(worker).wait()
+            worker.close()
+        elif isinstance(worker, Orphan):
+            with trio.move_on_after(patience):
+                while not worker.has_ended:  # noqa: ASYNC110 - no child of ours, and no descriptor may be held
+                    await trio.sleep(_POLL_INTERVAL)
+            worker.kill()
+
+
+class AsyncOperation(Generic[T]):
+    """A request under way: iterate over it for its notifications, each answered when the next is asked for.
+
+    Leaving the block accepts the notifications that are left and waits for the
+    answer; ``result`` has it. An exception in the block is sent to CRIU as a
+    refusal, and raised on when CRIU has undone what it did. Cancellation is
+    such an exception.
+    """
+
+    def __init__(
+        self,
+        call: Call[T],
+        connect: Callable[[], Awaitable[Connection]],
+        release: Callable[[Connection], Awaitable[None]],
+        *,
+        request_timeout: float | None,
+        grace: float,
+    ) -> None:
+        self._call = call
+        self._connect = connect
+        self._release = release
+        self._timeout = math.inf if request_timeout is None else request_timeout
+        self._grace = grace
+        self._deadline: float | None = None
+        self._exchange: Exchange[T] | None = None
+        self._kept: Worker | None = None
+
+    @property
+    def _running(self) -> Exchange[T]:
+        if self._exchange is None:
+            raise LocalProtocolError(f"{self._call.name}: enter the block first")
+        return self._exchange
+
+    @property
+    def _until(self) -> float:
+        return math.inf if self._deadline is None else self._deadline
+
+    @property
+    def result(self) -> T:
+        """What CRIU answered; there after the block."""
+        return self._running.result()
+
+    @property
+    def _succeeded(self) -> bool:
+        """Whether CRIU has answered that it is done."""
+        return self._running.succeeded
+
+    @property
+    def _peer_pid(self) -> int | None:
+        """The pid of the CRIU that works on it, as far as it is known."""
+        return self._running.connection.peer_pid
+
+    @property
+    def _worker(self) -> Worker | None:
+        """What the worker became (exec_cmd), after the block."""
+        return self._kept
+
+    async def __aenter__(self) -> Self:
+        if self._deadline is None:
+            self._deadline = trio.current_time() + self._timeout
+        try:
+            self._exchange = Exchange(self._call, await self._connect())
+        except BaseException:
+            self._call.close()
+            raise
+        try:
+            await self._send(self._exchange.request_packet())
+        except BaseException as error:
+            await self._undo(error)
+            raise
+        return self
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Notification:
+        exchange = self._running
+        if exchange.over:
+            raise StopAsyncIteration
+        await self._answer()
+        notification = exchange.take(await self._receive())
+        if notification is None:
+            raise StopAsyncIteration
+        return notification
+
+    def _set_deadline(self, deadline: float) -> None:
+        """Say until when (trio's clock) the answer has to come."""
+        self._deadline = deadline
+
+    async def _answer(self) -> None:
+        """Answer the notification at hand without waiting for what comes next."""
+        packet = self._running.answer_packet()
+        if packet is not None:
+            await self._send(packet)
+
+    async def _ask(self, hooks: AsyncHooks | None, notification: Notification) -> None:
+        """Let the hooks decide on a notification, within the time of the request."""
+        if hooks is None:
+            return
+        with trio.move_on_at(self._until) as scope:
+            notification.external = external_of(await invoke(hooks, notification), notification)
+        if scope.cancelled_caught:
+            raise self._running.timed_out(self._timeout)
+
+    async def _serve(self, hooks: AsyncHooks | None) -> None:
+        """Answer all notifications, asking the hooks."""
+        async for notification in self:
+            await self._ask(hooks, notification)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                async for _ in self:
+                    pass
+        except BaseException as failed:
+            if not await self._undo(failed):
+                raise
+        else:
+            if error is None:
+                await self._finish()
+            else:
+                await self._undo(error)
+
+    async def _send(self, packet: bytes) -> None:
+        connection = self._running.connection
+        while not connection.send_now(packet, self._call.name):
+            with trio.move_on_at(self._until) as scope:
+                await trio.lowlevel.wait_writable(connection.fileno())
+            if scope.cancelled_caught:
+                raise self._running.timed_out(self._timeout)
+
+    async def _receive(self) -> Notified | Answer | Ended:
+        event = await self._receive_until(self._until)
+        if event is None:
+            raise self._running.timed_out(self._timeout)
+        return event
+
+    async def _receive_until(
+        self, deadline: float, *, undoing: bool = False
+    ) -> Notified | Answer | Ended | None:
+        exchange = self._running
+        connection = exchange.connection
+        with trio.move_on_at(deadline):
+            while True:
+                await trio.lowlevel.wait_readable(connection.event_fd())
+                event = exchange.receive_undone() if undoing else connection.receive_now()
+                if isinstance(event, Ended) and isinstance(connection.worker, Worker):
+                    # So that the error can say how it ended.
+                    with trio.move_on_after(1):
+                        await AsyncProcess(connection.worker).wait()
+                if event is not None:
+                    return event
+                if isinstance(connection.worker, Worker) and connection.worker.poll() is not None:
+                    return connection.receive_now() or Ended()
+        return None
+
+    async def _undo(self, error: BaseException) -> bool:
+        """End a request that failed on our side; True if CRIU had done it nevertheless, in time."""
+        with trio.CancelScope(shield=True):
+            return await self._undo_all(error)
+        raise AssertionError  # a shield without a deadline swallows nothing
+
+    async def _undo_all(self, error: BaseException) -> bool:
+        exchange = self._running
+        if exchange.over:
+            await self._finish()
+            return False
+        patience = self._grace if exchange.begin_undo() else 0.0
+        undone = await self._see_undone(trio.current_time() + patience)
+        if isinstance(error, CriuTimeout) and exchange.succeeded and exchange.refusal is None:
+            await self._finish()
+            return True
+        exchange.note_undone(error)
+        await self._end(patience if undone else 0.0)
+        return False
+
+    async def _see_undone(self, deadline: float) -> bool:
+        exchange = self._running
+        while not exchange.over:
+            event = await self._receive_until(deadline, undoing=True)
+            if event is None:
+                return False
+            exchange.take_undone(event)
+        return True
+
+    async def _kill(self, stop: Callable[[], None]) -> None:
+        """Kill CRIU in a phase in which that harms nobody; ``stop`` does it where it is no child of ours."""
+        worker = self._running.connection.worker
+        with trio.CancelScope(shield=True):
+            if worker is not None:
+                worker.kill()
+            else:
+                stop()
+            await self._see_undone(trio.current_time() + self._grace)
+            await self._end(self._grace)
+
+    async def _finish(self) -> None:
+        """Let go of the connection after the answer."""
+        exchange = self._running
+        connection = exchange.connection
+        if connection.usable:
+            self._call.close()
+            await self._release(connection)
+            return
+        if self._call.exec_cmd and exchange.succeeded and isinstance(connection.worker, Worker):
+            self._kept, connection.worker = connection.worker, None
+        await self._end(self._grace)
+
+    async def _end(self, patience: float) -> None:
+        connection = self._running.connection
+        self._call.close()
+        connection.close_socket()
+        await end_worker(connection.worker, patience)
