@@ -11,6 +11,7 @@ import ipaddress
 import stat
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeAlias
 
 from criupy.rpc import _schema_pb2 as schema
@@ -239,13 +240,13 @@ def extra(draft: Draft, option: str, value: object) -> None:
         if number in known:
             refuse(option, f"a field that is not known: {number} is {known[number].name}", number)
         if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
-            raw = b"".join(each(option, content, lambda name, item, n=number: _raw(name, n, item)))  # type: ignore[misc]
+            raw = b"".join(each(option, content, partial(_raw, number)))
         else:
-            raw = _raw(option, number, content)
+            raw = _raw(number, option, content)
         draft.message.MergeFromString(raw)
 
 
-def _raw(option: str, number: int, value: object) -> bytes:
+def _raw(number: int, option: str, value: object) -> bytes:
     """Encode one field as protobuf does: int and bool as a varint, str and bytes with their length."""
     if isinstance(value, int):
         if not -(1 << 63) <= value < 1 << 64:

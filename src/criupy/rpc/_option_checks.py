@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final, NoReturn, TypeVar
 
 from criupy.errors import OptionError
@@ -98,14 +99,14 @@ def absolute(option: str, value: object) -> str:
 
 def host_path(option: str, value: object) -> str:
     """Make a path absolute, because CRIU opens it after it has gone to its work directory."""
-    return path(option, os.path.abspath(path(option, value)))  # noqa: PTH100 (resolve() would follow links)
+    return path(option, str(Path(path(option, value)).absolute()))
 
 
 def host_file(option: str, value: object) -> str:
     """Check for a regular file that exists; make its path absolute."""
     found = host_path(option, value)
     try:
-        mode = os.stat(found).st_mode  # noqa: PTH116 (errors of a str path, as elsewhere here)
+        mode = Path(found).stat().st_mode
     except OSError as error:
         raise OptionError(option, f"expected a file, got {found}: {error.strerror}") from error
     if not stat.S_ISREG(mode):
@@ -116,7 +117,7 @@ def host_file(option: str, value: object) -> str:
 def host_directory(option: str, value: object) -> str:
     """Make the path of a directory absolute; CRIU may see one where this process sees nothing."""
     found = host_path(option, value)
-    if os.path.exists(found) and not os.path.isdir(found):  # noqa: PTH110, PTH112 (as above)
+    if Path(found).exists() and not Path(found).is_dir():
         refuse(option, "a directory", found)
     return found
 
@@ -156,7 +157,7 @@ def directory(option: str, value: object) -> Directory:
     if isinstance(value, (str, os.PathLike)):
         found = path(option, value)
         try:
-            mode = os.stat(found).st_mode  # noqa: PTH116 (as above)
+            mode = Path(found).stat().st_mode
         except OSError as error:
             raise OptionError(option, f"expected a directory, got {found}: {error.strerror}") from error
         if not stat.S_ISDIR(mode):

@@ -144,7 +144,7 @@ def _page_server(draft: Draft, given: Mapping[str, object]) -> Iterator[tuple[st
         return
     if "page_server" in given:
         yield "ps_socket", "expected without page_server: one connection carries the pages"
-    # A dump begins TLS where it connects, so on this socket it would write without a session.
+    # A dump begins TLS where it connects. On this socket it has no session, and CRIU segfaults.
     if given.get("tls") and draft.request != "page_server":
         yield "ps_socket", f"expected without tls: in {draft.request} CRIU encrypts only its own connections"
 

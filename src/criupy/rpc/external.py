@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 from typing import Final
 
 from criupy.errors import OptionError
@@ -84,7 +85,8 @@ def restore_dev(name: str, path: StrPath) -> str:
 def file(mnt_id: int, inode: int) -> str:
     """Dump an open file of a mount outside of the tree, and its key for the restore.
 
-    ``mnt_id`` is what ``/proc/PID/fdinfo/N`` says, ``inode`` is st_ino.
+    ``mnt_id`` is what ``/proc/PID/fdinfo/N`` says, ``inode`` is st_ino. The
+    file that takes its place must have the same size.
     """
     return f"file[{_number(_OPTION, mnt_id):x}:{_wide_number(_OPTION, inode):x}]"
 
@@ -133,21 +135,23 @@ def _id(text: str) -> str:
 def key_of(fd: int | HasFileno) -> str:
     """Tell how CRIU's images call what is open here, for ``inherit_fd``. On Linux only.
 
-    A pipe is ``pipe:[INODE]``, a Unix socket ``socket:[INODE]``, and either end
-    of a pipe has the same inode. A terminal is ``tty[RDEV:DEV]`` and anything
+    A pipe is ``pipe:[INODE]`` at either end, a Unix socket ``socket:[INODE]``,
+    a memfd ``/memfd:NAME``. A terminal is ``tty[RDEV:DEV]`` and anything
     in a file system ``file[MNT_ID:INODE]``, if it was dumped with these very
     strings in ``external``; the images know other files by path.
     """
     number, status = check.descriptor("inherit_fd", fd)
     mode = status.st_mode
-    link = os.readlink(f"/proc/self/fd/{number}")
+    link = os.readlink(f"/proc/self/fd/{number}")  # noqa: PTH115 (it is not a path)
     if stat.S_ISFIFO(mode) and link.startswith("pipe:["):
         return f"pipe:[{status.st_ino}]"
     if stat.S_ISSOCK(mode):
         return _socket_key(number, status)
     if stat.S_ISCHR(mode) and os.isatty(number):
         return tty(status.st_rdev, status.st_dev)
-    if not link.startswith("/") or link.startswith("/memfd:"):
+    if link.startswith("/memfd:"):
+        return link.removesuffix(" (deleted)")
+    if not link.startswith("/"):
         raise OptionError(
             "inherit_fd",
             f"expected a pipe, a Unix socket, a terminal or a file, got {link}"
@@ -164,13 +168,13 @@ def _socket_key(number: int, status: os.stat_result) -> str:
     if family != socket.AF_UNIX:
         raise OptionError(
             "inherit_fd",
-            f"expected a Unix socket (CRIU inherits no others), got one of {socket.AddressFamily(family).name}",
+            f"expected a Unix socket (CRIU inherits no others), got one of family {family!r}",
         )
     return f"socket:[{status.st_ino}]"
 
 
 def _mnt_id(number: int) -> int:
-    with open(f"/proc/self/fdinfo/{number}", encoding="ascii") as lines:  # noqa: PTH123
+    with Path(f"/proc/self/fdinfo/{number}").open(encoding="ascii") as lines:
         for line in lines:
             name, _, value = line.partition(":")
             if name == "mnt_id":
