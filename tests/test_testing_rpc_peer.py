@@ -20,6 +20,7 @@ import pytest
 from criupy.rpc import _schema_pb2 as schema
 from criupy.testing import _rpc_peer_program
 from criupy.testing._rpc_peer_program import integers, start_time
+from criupy.testing.criu_linux import Criu
 from criupy.testing.rpc_peer_linux import (
     Close,
     DoNotRead,
@@ -54,7 +55,7 @@ ASK_VERSION = schema.Request(type=schema.VERSION, keep_open=True)
 class Client:
     """What any client does: it starts a worker on a socket pair, and sends and reads packets."""
 
-    def __init__(self, peer: Peer, *options: str, pass_fds: Sequence[int] = ()) -> None:
+    def __init__(self, peer: Peer | Criu, *options: str, pass_fds: Sequence[int] = ()) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(20)
         with theirs:
@@ -81,9 +82,9 @@ class Client:
     def answer(self, *, success: bool = True) -> None:
         self.say(schema.Request(type=schema.NOTIFY, notify_success=success))
 
-    def sees_the_end(self) -> bool:
+    def sees_the_end(self, *, peek: bool = False) -> bool:
         try:
-            return self.socket.recv(1 << 20) == b""
+            return self.socket.recv(1, socket.MSG_PEEK if peek else 0) == b""
         except ConnectionResetError:  # it left something unread
             return True
 
@@ -92,7 +93,7 @@ class Client:
 
 
 @contextlib.contextmanager
-def client_of(peer: Peer, *options: str, pass_fds: Sequence[int] = ()) -> Iterator[Client]:
+def client_of(peer: Peer | Criu, *options: str, pass_fds: Sequence[int] = ()) -> Iterator[Client]:
     client = Client(peer, *options, pass_fds=pass_fds)
     try:
         yield client
@@ -174,7 +175,7 @@ def test_version_takes_no_script(tmp_path: Path) -> None:
                     assert (answer.version.major_number, answer.version.minor_number) == (3, 19)
                     assert not answer.version.HasField("sublevel")
                 client.socket.close()
-                assert client.wait() == 1
+                assert client.wait() == 255
         with client_of(peer) as client:  # without keep_open it is the last one
             assert client.ask(schema.Request(type=schema.VERSION)).success
             assert client.sees_the_end()
@@ -219,7 +220,7 @@ def test_last_script_repeats_when_told_so(tmp_path: Path) -> None:
         pytest.raises(ScriptError, match=r"connection 2 .*has no script"),
         scripted_criu(tmp_path, scripts) as peer,
     ):
-        assert list(statuses(peer)) == [5, 6, 1]
+        assert list(statuses(peer)) == [5, 6, 255]
 
 
 @pytest.mark.parametrize("size", [0, 1, 180_000, 400_000])
@@ -399,7 +400,7 @@ def test_flood(tmp_path: Path) -> None:
             assert len(client.socket.recv(1 << 20)) == 50_000
         assert peer.running == [client.process.pid]
         client.socket.close()
-        assert client.wait() == 1
+        assert client.wait() == 255
         assert peer.connections[0].hung_up
     with talking(tmp_path, [Expect(), flood]) as (_, client):
         client.say(DUMP)
@@ -453,9 +454,9 @@ def test_client_that_dies(tmp_path: Path, early: bool) -> None:
             "expected CHECK, got a packet without a type",
         ),
         ([Expect(), Notify("pre-dump")], [DUMP, DUMP], "expected NOTIFY, got DUMP"),
+        ([Expect()], [schema.Request(type=schema.DUMP, keep_open=True)], "got DUMP with keep_open"),
         ([Expect()], [DUMP, DUMP], "got DUMP after the end"),
         ([], [DUMP], "got DUMP after the end"),
-        ([Expect(), Reply(DONE, ["/nowhere"])], [DUMP], "broken: FileNotFoundError"),
     ],
 )
 def test_departing_from_the_script(
@@ -464,7 +465,7 @@ def test_departing_from_the_script(
     with pytest.raises(ScriptError, match=problem), talking(tmp_path, script) as (peer, client):
         for request in says:
             client.say(request)
-        assert client.wait() == 1
+        assert client.wait() == 255
         assert len(peer.problems) == 1
     with pytest.raises(ZeroDivisionError) as caught, talking(tmp_path, script) as (peer, client):
         for request in says:
@@ -472,6 +473,15 @@ def test_departing_from_the_script(
         client.wait()
         raise ZeroDivisionError
     assert [problem in note for note in caught.value.__notes__] == [True]
+
+
+def test_a_script_that_cannot_be_performed(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ScriptError, match="broken: FileNotFoundError"),
+        talking(tmp_path, [Expect(), Reply(DONE, ["/nowhere"])]) as (_, client),
+    ):
+        client.say(DUMP)
+        assert client.wait() == 1
 
 
 def test_what_crius_worker_cannot_use(tmp_path: Path) -> None:
@@ -485,11 +495,49 @@ def test_what_crius_worker_cannot_use(tmp_path: Path) -> None:
                 theirs.setblocking(blocking)
                 number = theirs.fileno()
                 done = subprocess.run([peer.path, "swrk", str(number)], pass_fds=[number], check=False)
-            assert done.returncode == 1
+            assert done.returncode == 255
     with pytest.raises(ScriptError, match="not `swrk FD`"), scripted_criu(tmp_path, [[]]) as peer:
         done = subprocess.run([peer.path, "check"], check=False, capture_output=True)
         assert (done.returncode, done.stdout) == (1, b"")
         assert b"swrk" in done.stderr
+
+
+def conversation(peer: Peer | Criu, packets: Sequence[bytes]) -> tuple[list[bytes], int]:
+    """Send packets, each once the one before is answered; return the answers and the exit status."""
+    heard = []
+    with client_of(peer, "--no-default-config") as client:
+        for packet in packets:
+            client.socket.send(packet)
+            heard.append(b"" if client.sees_the_end(peek=True) else client.socket.recv(1 << 20))
+        client.socket.close()
+        return heard, client.wait()
+
+
+@pytest.mark.parametrize(
+    ("packets", "script", "departs"),
+    [
+        ([], [], False),
+        ([ASK_VERSION] * 2, [], False),
+        ([ASK_VERSION, schema.Request(type=schema.VERSION)], [], False),
+        ([b"\xff" * 20], [Expect(schema.DUMP)], True),
+        ([b""], [Expect()], False),
+        ([schema.Request(type=schema.DUMP, keep_open=True)], [Expect()], True),
+        (
+            [schema.Request(type=schema.EMPTY)],
+            [Expect(), Reply(schema.Response(type=schema.EMPTY, success=False)), Exit(255)],
+            False,
+        ),
+    ],
+)
+def test_like_criu(
+    tmp_path: Path, criu: Criu, packets: list[schema.Request | bytes], script: Script, departs: bool
+) -> None:
+    said = [packet if isinstance(packet, bytes) else packet.SerializeToString() for packet in packets]
+    with contextlib.ExitStack() as stack:
+        if departs:
+            stack.enter_context(pytest.raises(ScriptError))
+        peer = stack.enter_context(scripted_criu(tmp_path, [script], version=criu.version))
+        assert conversation(peer, said) == conversation(criu, said)
 
 
 def test_leaked_descriptors_show(tmp_path: Path) -> None:

@@ -36,6 +36,12 @@ KEEP_OPEN = 4
 NOTIFY = 6
 VERSION = 10
 
+MAY_KEEP_OPEN = frozenset({5, 7, 8, 9, 10, 12})
+"""To any other type with keep_open CRIU gives no answer (chk_keepopen_req in criu/cr-service.c)."""
+
+FAILED = 255
+"""The exit status of CRIU's worker whenever it hangs up, and when the client does."""
+
 PAUSE = 5
 """Milliseconds between attempts to send to a client that does not read."""
 
@@ -267,9 +273,12 @@ class _Worker:
         match step:
             case ("expect", expected):
                 self.next_request()
-                found = self.receive("request").get(TYPE)
+                fields = self.receive("request")
+                found = fields.get(TYPE)
                 if expected not in {None, found}:
                     raise _Wrong("expected", expected, found)
+                if fields.get(KEEP_OPEN) and found not in MAY_KEEP_OPEN:
+                    raise _Wrong("keep_open", found)
             case ("send", bytes(packet), tuple(paths)):
                 self.send(packet, paths)
             case ("notify", bytes(packet), tuple(paths), refused):
@@ -345,10 +354,10 @@ def work(room: _Room, connection: _socket.socket, arguments: list[str], given: V
         worker.run()
     except (_Gone, BrokenPipeError, ConnectionResetError):
         room.record("gone")
-        return 0 if worker.finished else 1
+        return 0 if worker.finished else FAILED
     except _Wrong as wrong:
         room.record("wrong", *wrong.args)
-        return 1
+        return FAILED
     except Exception as error:
         room.record("wrong", "broken", repr(error))
         raise

@@ -11,9 +11,10 @@ processes behind or talks out of turn is to be seen without CRIU and without roo
 
 Each connection of a client is a process that takes the next script. VERSION is asked by many clients before
 anything else and on connections of its own: with a `version`, it is answered wherever it comes and takes no
-script. To a client that departs from the script a peer hangs up, as CRIU does: its worker exits with status
-1, and `Peer.problems` says why. Leaving the context raises ScriptError for that, or adds it to the error that
-is on its way out.
+script. On a client that departs from the script a peer hangs up, as CRIU does: its worker exits with status
+255, and `Peer.problems` says why. Leaving the context raises ScriptError for that, or adds it to the error
+that is on its way out. At the end of its script a worker waits for the client to hang up, and exits with 0;
+CRIU's hangs up by itself after most answers: that is `Exit()`.
 
 Nothing that a peer started survives the context, nor the death of the test itself.
 """
@@ -105,7 +106,10 @@ Script: TypeAlias = Sequence[Step]
 
 @dataclass(frozen=True, slots=True)
 class Expect(Step):
-    """Read one request; of any type when `type` is None."""
+    """Read one request; of any type when `type` is None.
+
+    One with keep_open where CRIU gives no answer to that departs from the script.
+    """
 
     type: schema.RequestType | None = None
 
@@ -276,6 +280,8 @@ def _problem(words: tuple[object, ...]) -> str:
             return f"expected {_type_name(expected)}, got {_type_name(found)}"
         case ("after the script", found):
             return f"got {_type_name(found)} after the end of the script"
+        case ("keep_open", found):
+            return f"got {_type_name(found)} with keep_open, to which CRIU gives no answer"
         case ("no script", number):
             return f"connection {number} has no script"
         case ("too large", size):
