@@ -540,6 +540,21 @@ def test_like_criu(
         assert conversation(peer, said) == conversation(criu, said)
 
 
+def test_closed_standard_streams(tmp_path: Path) -> None:
+    """Some clients close them, and what is printed then must not go where the records go."""
+    script = [Expect(), Print("out"), Print("err", to="stderr"), Reply(DONE)]
+    with scripted_criu(tmp_path, [script]) as peer:
+        shell = tmp_path / "closing"
+        shell.write_text(f'#!/bin/sh\nexec "{peer.path}" "$@" <&- >&- 2>&-\n')
+        shell.chmod(0o755)
+        with client_of(Criu(shell, (4, 2, 1))) as client:
+            assert client.ask(DUMP) == DONE
+            client.socket.close()
+            assert client.wait() == 0
+        assert peer.connections[0].finished
+        assert list(peer.connections[0].descriptors) == [int(peer.connections[0].arguments[-1])]
+
+
 def test_leaked_descriptors_show(tmp_path: Path) -> None:
     with scripted_criu(tmp_path, [[Expect()]]) as peer, Path(os.devnull).open("rb") as leak:
         for pass_fds in ((), (leak.fileno(),)):

@@ -383,6 +383,10 @@ def serve(room: _Room, descriptor: int, arguments: list[str]) -> NoReturn:
 def main() -> int:
     """Be `criu [OPTION...] swrk FD`, or a service on a listening descriptor."""
     given = inherited()
+    # a client may have closed some of the first three, and nothing of ours shall take their place
+    while (spare := os.open("/dev/null", os.O_RDWR)) <= 2:
+        pass
+    os.close(spare)
     _, directory, *arguments = sys.argv
     room = _Room(directory)
     match arguments:

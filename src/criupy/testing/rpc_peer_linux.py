@@ -472,7 +472,8 @@ def _peer(
 ) -> Iterator[Peer]:
     """Make the directory that the program needs; in the end, see everything end."""
     _check(scripts, version)
-    room = Path(tempfile.mkdtemp(prefix="criu-", dir=directory))
+    # absolute: a client may have gone elsewhere
+    room = Path(tempfile.mkdtemp(prefix="criu-", dir=Path(directory).absolute()))
     answer = None if version is None else _encoded(version_answer(version).packet)
     plan = (answer, tuple(map(_encoded_script, scripts)), repeat_last and bool(scripts))
     (room / "plan").write_bytes(marshal.dumps(plan))
@@ -532,7 +533,7 @@ def scripted_service(
     """Listen like `criu service`; a worker process serves each connection. Arguments are scripted_criu's."""
     with _peer(directory, scripts, version, repeat_last=repeat_last) as peer:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            path = peer._directory / "criu_service.socket"
+            path = peer._directory / "criu.socket"
             listener.bind(str(path))
             listener.listen()
             _start(peer, "service", listener)
