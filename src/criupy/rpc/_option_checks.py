@@ -235,7 +235,7 @@ def each(option: str, value: object, check: Callable[[str, object], _T]) -> list
         try:
             found.append(check(option, item))
         except OptionError as error:
-            raise OptionError(option, f"item {index}: {error.expected}") from error
+            raise OptionError(option, f"item {index}: {error.expected}") from None
     return found
 
 
