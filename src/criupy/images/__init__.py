@@ -1,8 +1,8 @@
 """CRIU's checkpoint images, read and checked.
 
-Every function takes the images directory, reads one file of it and raises
-ImageError with path, offset and expectation when that file is not what CRIU
-writes. Works on any system; needs no CRIU.
+Every function takes the images directory (of statistics, CRIU's work
+directory), reads what its name says and raises ImageError with path, offset
+and expectation when a file is not what CRIU writes. Works on any system; needs no CRIU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ from criupy.images._pagemap import (
     present_pages,
     read_pagemap,
     read_pagemap_style,
+)
+from criupy.images._stats import (
+    DUMP_STATS,
+    RESTORE_STATS,
+    DumpStats,
+    RestoreStats,
+    read_dump_stats,
+    read_restore_stats,
 )
 from criupy.images._tasks import (
     PAGE_SIZE,
@@ -35,8 +43,11 @@ from criupy.images._tasks import (
 )
 
 __all__ = [
+    "DUMP_STATS",
     "NO_PAGE_INDEX",
     "PAGE_SIZE",
+    "RESTORE_STATS",
+    "DumpStats",
     "FrameSize",
     "Inventory",
     "LazyExtents",
@@ -46,6 +57,7 @@ __all__ = [
     "Pagemap",
     "PagemapStyle",
     "PstreeEntry",
+    "RestoreStats",
     "TaskState",
     "Vma",
     "VmaStatus",
@@ -55,10 +67,12 @@ __all__ = [
     "lazy_extents",
     "pages_path",
     "present_pages",
+    "read_dump_stats",
     "read_inventory",
     "read_mm",
     "read_pagemap",
     "read_pagemap_style",
     "read_pstree",
+    "read_restore_stats",
     "read_task_state",
 ]

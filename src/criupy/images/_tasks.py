@@ -26,10 +26,15 @@ _M = TypeVar("_M", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What the dump says of itself; ``run_id`` names the run of criu dump (from CRIU 4.0 on)."""
+    """What the dump says of itself.
+
+    ``run_id`` names the run of criu dump (from CRIU 4.1 on). A pre-dump
+    (``is_pre_dump``; CRIU says so from 3.14 on) has memory only, no processes.
+    """
 
     version: int
     run_id: str | None
+    is_pre_dump: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +139,10 @@ def read_inventory(images_dir: StrPath) -> Inventory:
             raise image.error(
                 offset, f"expected image version 2, found {message.img_version}: written by another CRIU era"
             )
-        return Inventory(
-            message.img_version, message.dump_criu_run_id if message.HasField("dump_criu_run_id") else None
-        )
+        run_id = None
+        if message.HasField("dump_criu_run_id"):
+            run_id = message.dump_criu_run_id.decode("utf-8", "backslashreplace")
+        return Inventory(message.img_version, run_id, message.HasField("pre_dump_mode"))
 
 
 def read_pstree(images_dir: StrPath) -> tuple[PstreeEntry, ...]:
