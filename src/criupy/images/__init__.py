@@ -41,6 +41,7 @@ from criupy.images._tasks import (
     read_pstree,
     read_task_state,
 )
+from criupy.images._tree import Task, Thread, read_tasks
 
 __all__ = [
     "DUMP_STATS",
@@ -58,7 +59,9 @@ __all__ = [
     "PagemapStyle",
     "PstreeEntry",
     "RestoreStats",
+    "Task",
     "TaskState",
+    "Thread",
     "Vma",
     "VmaStatus",
     "check_pages",
@@ -75,4 +78,5 @@ __all__ = [
     "read_pstree",
     "read_restore_stats",
     "read_task_state",
+    "read_tasks",
 ]
