@@ -372,7 +372,7 @@ async def test_errors_help(open_criu: Open, criu: Criu, images: Path, tmp_path: 
             await client.call("dump", victim.pid, images_dir=images, leave_running=True)
             with pytest.raises(criupy.CriuError) as caught:
                 await client.call("restore", images_dir=images)
-            assert "the pid is in use" in (caught.value.hint or ""), caught.value
+            assert "is in use here" in (caught.value.hint or ""), caught.value
             victim.assert_running()
 
         with pytest.raises(criupy.CriuError) as caught:

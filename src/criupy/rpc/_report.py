@@ -131,7 +131,10 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (r"[Uu]ffd|userfaultfd", "see what userfaultfd can do here: criupy check"),
 )
-_PID_IN_USE: Final = "the pid is in use here: end that process, or restore in a new pid namespace"
+_PID_IN_USE: Final = (
+    "the pid, or the number of its session or group, is in use here (a zombie's, too): "
+    "reap or end that process, or restore in a new pid namespace"
+)
 
 
 def hint_for(request: str, code: int | None, text: str) -> str | None:
