@@ -240,6 +240,37 @@ async def test_every_notification_of_a_container(criu: Criu, kind: str, images: 
             until(lambda: state_of(result.pid) in {None, "Z"}, "it does not die")
 
 
+async def test_master_that_nobody_takes(criu: Criu, kind: str, images: Path) -> None:
+    """It would hang up the session as soon as it runs."""
+    async with open_client(kind, binary=criu.path) as client:
+        with container() as victim:
+            await client.call(
+                "dump",
+                victim.pid,
+                images_dir=images,
+                external=external.mnt_auto(masters=True, sharing=True),
+                orphan_pts_master=True,
+                manage_cgroups_mode="ignore",
+            )
+        with pytest.raises(criupy.rpc.Refused, match="nobody took the terminal's master"):
+            await client.call(
+                "restore",
+                images_dir=images,
+                external=["mnt[]"],
+                root="/",
+                orphan_pts_master=True,
+                manage_cgroups_mode="ignore",
+            )
+
+
+async def test_pidfd_store(open_criu: Open, images: Path, tmp_path: Path) -> None:
+    """CRIU takes the socket from us, and keeps the pidfds of the tasks in it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as store, counter(tmp_path) as victim:
+        async with open_criu() as client:
+            await client.call("dump", victim.pid, images_dir=images, leave_running=True, pidfd_store_sk=store)
+        assert store.getsockname().startswith(b"\0/criu-pidfd-store-")
+
+
 async def test_external_files_are_asked_for(criu: Criu, kind: str, images: Path, tmp_path: Path) -> None:
     """A hook names external resources while the tasks are frozen."""
     recorder = Recorder(external=["net[4026530000]:elsewhere"])

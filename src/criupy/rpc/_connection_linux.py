@@ -235,6 +235,4 @@ def adopt(fd: int) -> Connection:
     except OSError:
         sock.close()
         raise OptionError("fd", f"expected a socket connected to CRIU, {fd} is not connected") from None
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return Connection(sock)
