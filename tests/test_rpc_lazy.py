@@ -25,7 +25,7 @@ from criupy.testing.spec import WorkloadSpec
 from criupy.testing.wait import until
 from criupy.testing.workload_linux import Workload, find_workload, start_workload
 from rpc_clients import Recorder, open_client
-from rpc_victims import counter, subreaper, until_reaped
+from rpc_victims import counter, state_of, subreaper, until_reaped
 from test_rpc_criu import service
 
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
@@ -257,6 +257,7 @@ async def test_process_that_dies_while_it_is_served(criu: Criu, kind: str, room:
             with pytest.raises(criupy.CriuError):
                 async with client.block("lazy_dump", victim.pid, images_dir=images) as source:
                     victim.process.kill()
+                    await until(lambda: state_of(victim.pid) in {None, "Z"})
                     reset(source.address, source.port)
             assert source.outcome is SourceOutcome.LOST
 
