@@ -91,7 +91,7 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (
         r"Can't get 1:(16|34) opt",  # SO_PASSCRED, SO_PASSSEC of SOL_SOCKET
-        "this CRIU cannot dump sockets on a kernel from 6.16 on: use CRIU 4.2 or newer",
+        "on kernels from 6.16 on this CRIU can dump Unix sockets only: use CRIU 4.2 or newer",
     ),
     (
         r"Can't get rlimit|Can't (set|get|dump).{0,12}rlimit|prlimit",
