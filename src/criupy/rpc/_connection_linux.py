@@ -100,8 +100,9 @@ class Connection:
         except BlockingIOError:
             return None
         except ConnectionError:
-            # A worker that ends with a request unread resets the connection.
-            return Ended()
+            # A worker that ended with something unread has reset the connection. The kernel tells that once,
+            # before what came earlier.
+            return self.receive_now()
         descriptors = self._unpack(ancillary)
         try:
             return self._take(packet, descriptors, truncated=bool(flags & _CTRUNC))
@@ -113,9 +114,15 @@ class Connection:
     def _take(
         self, packet: bytes, descriptors: tuple[int, ...], *, truncated: bool
     ) -> Notified | Answer | Ended:
-        if not packet and not descriptors:
+        if not packet and not descriptors and self._is_ended():
             return Ended()
         return self.session.receive(packet, descriptors, truncated=truncated)
+
+    def _is_ended(self) -> bool:
+        # What an empty packet is not: recv(2) returns 0 for both.
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def _unpack(self, ancillary: Sequence[tuple[int, int, bytes]]) -> tuple[int, ...]:
         descriptors = array.array("i")
@@ -221,12 +228,15 @@ def connect(path: str, *, request: str) -> Connection:
 
 def adopt(fd: int) -> Connection:
     """Use a connected socket that the caller owns; a duplicate of it is used, and closed."""
+    duplicate = Descriptor(-1)
     try:
-        sock = socket.socket(fileno=os.dup(fd))
-    except OSError as error:
-        raise OptionError(
-            "fd", f"expected a socket connected to CRIU, {fd} is none ({error.strerror})"
-        ) from error
+        duplicate = Descriptor(os.dup(fd))
+        sock = socket.socket(fileno=duplicate.fileno())
+        duplicate.detach()
+    except (OSError, OverflowError) as error:
+        duplicate.close()
+        why = error.strerror if isinstance(error, OSError) else "no descriptor has such a number"
+        raise OptionError("fd", f"expected a socket connected to CRIU, {fd} is none ({why})") from error
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_SEQPACKET:
         sock.close()
         raise OptionError("fd", f"expected an AF_UNIX socket of type SOCK_SEQPACKET, {fd} is none")
