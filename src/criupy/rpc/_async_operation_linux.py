@@ -17,7 +17,7 @@ from criupy.rpc._notify import AsyncHooks, Notification, external_of, invoke
 from criupy.rpc._session import Answer, Notified
 from criupy.rpc._worker_linux import Orphan, Worker
 
-__all__ = ["AsyncOperation", "AsyncProcess", "end_worker"]
+__all__ = ["AsyncOperation", "AsyncProcess", "end_worker", "wait_ended"]
 
 T = TypeVar("T")
 
@@ -27,8 +27,9 @@ _POLL_INTERVAL = 0.01
 class AsyncProcess:
     """A process that became our child: the program of ``exec_cmd``, or a lazy-pages daemon."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, owns: bool = True) -> None:
         self._worker = worker
+        self._owns = owns
 
     @property
     def pid(self) -> int:
@@ -38,15 +39,14 @@ class AsyncProcess:
     def poll(self) -> int | None:
         """Return its exit status, negative for a signal; None while it runs."""
         status = self._worker.poll()
-        if status is not None:
+        if status is not None and self._owns:
             self._worker.close()
         return status
 
     async def wait(self) -> int:
         """Wait for its end and return its exit status, negative for a signal."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while (status := self.poll()) is None:
-            await trio.lowlevel.wait_readable(self._worker.pidfd)
+        status = await wait_ended(self._worker)
+        self.poll()  # lets go of it
         return status
 
     def terminate(self) -> None:
@@ -58,6 +58,14 @@ class AsyncProcess:
         self._worker.kill()
 
 
+async def wait_ended(worker: Worker) -> int:
+    """Wait until a worker has ended, and reap it; return its exit status, negative for a signal."""
+    await trio.lowlevel.checkpoint_if_cancelled()
+    while (status := worker.poll()) is None:
+        await trio.lowlevel.wait_readable(worker.pidfd)
+    return status
+
+
 async def end_worker(worker: Worker | Orphan | None, patience: float) -> None:
     """Wait until a worker whose socket is closed has ended, killing it after a time, and let go of it.
 
@@ -66,9 +74,9 @@ async def end_worker(worker: Worker | Orphan | None, patience: float) -> None:
     with trio.CancelScope(shield=True):
         if isinstance(worker, Worker):
             with trio.move_on_after(patience):
-                await AsyncProcess(worker).wait()
+                await wait_ended(worker)
             worker.kill()
-            await AsyncProcess(worker).wait()
+            await wait_ended(worker)
             worker.close()
         elif isinstance(worker, Orphan):
             with trio.move_on_after(patience):
@@ -234,7 +242,7 @@ class AsyncOperation(Generic[T]):
             if isinstance(event, Ended) and isinstance(connection.worker, Worker):
                 # So that the error can say how it ended.
                 with trio.move_on_after(1):
-                    await AsyncProcess(connection.worker).wait()
+                    await wait_ended(connection.worker)
             if event is not None:
                 return event
             if isinstance(connection.worker, Worker) and connection.worker.poll() is not None:
