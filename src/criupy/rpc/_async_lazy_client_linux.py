@@ -54,7 +54,7 @@ class AsyncLazyDump:
         self.images_dir: Path = Path()
 
     async def __aenter__(self) -> Self:
-        self.frame_size = self._plan.check_version(await self._client.version())
+        self.frame_size = self._plan.check_version(await self._client.version(request_timeout=self._timeout))
         call = self._plan.open()
         self.images_dir = call.images_dir or self.images_dir
         try:

@@ -111,6 +111,7 @@ class AsyncOperation(Generic[T]):
         self._deadline: float | None = None
         self._exchange: Exchange[T] | None = None
         self._kept: Worker | None = None
+        self._left = False
 
     @property
     def _running(self) -> Exchange[T]:
@@ -143,10 +144,12 @@ class AsyncOperation(Generic[T]):
         return self._kept
 
     async def __aenter__(self) -> Self:
+        if self._call.closed:
+            raise LocalProtocolError(f"{self._call.name}: the block can be entered once")
         if self._deadline is None:
             self._deadline = trio.current_time() + self._timeout
         try:
-            self._exchange = Exchange(self._call, await self._connect())
+            self._exchange = Exchange(self._call, await self._reach())
         except BaseException:
             self._call.close()
             raise
@@ -157,15 +160,23 @@ class AsyncOperation(Generic[T]):
             raise
         return self
 
+    async def _reach(self) -> Connection:
+        if self._until == math.inf:
+            return await self._connect()
+        with trio.move_on_at(self._until):
+            return await self._connect()
+        raise CriuTimeout(self._call.name, f"CRIU was not reached in {self._timeout:g} s")
+
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Notification:
         exchange = self._running
-        if exchange.over:
-            raise StopAsyncIteration
-        await self._answer()
-        notification = exchange.take(await self._receive())
+        event = None
+        if not (exchange.over or self._left):
+            await self._answer()
+            event = await self._receive()
+        notification = None if event is None else exchange.take(event)
         if notification is None:
             raise StopAsyncIteration
         return notification
@@ -218,10 +229,13 @@ class AsyncOperation(Generic[T]):
             if scope.cancelled_caught:
                 raise self._running.timed_out(self._timeout)
 
-    async def _receive(self) -> Notified | Answer | Ended:
+    async def _receive(self) -> Notified | Answer | Ended | None:
+        """Receive what comes next; None if CRIU was done before it could undo what took too long."""
         event = await self._receive_until(self._until)
         if event is None:
-            raise self._running.timed_out(self._timeout)
+            error = self._running.timed_out(self._timeout)
+            if not await self._undo(error):
+                raise error
         return event
 
     async def _receive_until(
@@ -236,9 +250,10 @@ class AsyncOperation(Generic[T]):
     async def _next_event(self, *, undoing: bool) -> Notified | Answer | Ended:
         exchange = self._running
         connection = exchange.connection
+        receive = exchange.receive_undone if undoing else connection.receive_now
         while True:
             await trio.lowlevel.wait_readable(connection.event_fd())
-            event = exchange.receive_undone() if undoing else connection.receive_now()
+            event = receive()
             if isinstance(event, Ended) and isinstance(connection.worker, Worker):
                 # So that the error can say how it ended.
                 with trio.move_on_after(1):
@@ -246,7 +261,7 @@ class AsyncOperation(Generic[T]):
             if event is not None:
                 return event
             if isinstance(connection.worker, Worker) and connection.worker.poll() is not None:
-                return connection.receive_now() or Ended()
+                return receive() or Ended()
 
     async def _undo(self, error: BaseException) -> bool:
         """End a request that failed on our side; True if CRIU had done it nevertheless, in time."""
@@ -256,7 +271,7 @@ class AsyncOperation(Generic[T]):
 
     async def _undo_all(self, error: BaseException) -> bool:
         exchange = self._running
-        if exchange.over:
+        if exchange.over or self._left:
             await self._finish()
             return False
         patience = self._grace if exchange.begin_undo() else 0.0
@@ -292,7 +307,10 @@ class AsyncOperation(Generic[T]):
         """Let go of the connection after the answer."""
         exchange = self._running
         connection = exchange.connection
+        if self._left:
+            return
         if connection.usable:
+            self._left = True
             self._call.close()
             await self._release(connection)
             return
@@ -302,6 +320,7 @@ class AsyncOperation(Generic[T]):
 
     async def _end(self, patience: float) -> None:
         connection = self._running.connection
+        self._left = True
         self._call.close()
         connection.close_socket()
         await end_worker(connection.worker, patience)
