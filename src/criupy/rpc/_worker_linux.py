@@ -134,6 +134,8 @@ class Orphan:
                     ["/bin/sh", "-c", f'"$@" <&0 {writing}>&- & echo $! >&{writing}', "sh", *command],
                     request,
                     pass_fds=(writing, *pass_fds),
+                    # In our session, a worker not yet reaped would keep its id in use: EEXIST at a restore.
+                    start_new_session=True,
                 )
             finally:
                 os.close(writing)
