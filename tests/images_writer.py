@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 COMMON = 0x54564319
+SERVICE = 0x55105940
 MAGICS = {
     "inventory": 0x58313116,
     "pstree": 0x50273030,
     "core": 0x55053847,
     "mm": 0x57492820,
     "pagemap": 0x56084025,
+    "statistics": 0x57093306,
 }
 
 
@@ -39,7 +41,8 @@ def record(body: bytes) -> bytes:
 
 
 def head(kind: str) -> bytes:
-    words = (MAGICS[kind],) if kind == "inventory" else (COMMON, MAGICS[kind])
+    first = SERVICE if kind == "statistics" else COMMON
+    words = (MAGICS[kind],) if kind == "inventory" else (first, MAGICS[kind])
     return struct.pack(f"<{len(words)}I", *words)
 
 
@@ -97,13 +100,30 @@ def pstree(tasks: Sequence[tuple[int, int]]) -> bytes:
     return image("pstree", bodies)
 
 
-def core(state: int = 1) -> bytes:
-    task = number(1, state) + number(2, 0) + number(3, 0) + number(4, 0) + number(5, 0) + nested(6, b"name")
+def core(state: int = 1, name: bytes | None = b"name", exit_code: int = 0) -> bytes:
+    task = number(1, state) + number(2, exit_code) + number(3, 0) + number(4, 0) + number(5, 0)
+    task += b"" if name is None else nested(6, name)
     return image("core", [number(1, 1) + nested(2, b"") + nested(3, task)])
 
 
-def inventory(version: int = 2, run_id: bytes | None = b"run") -> bytes:
-    return image("inventory", [number(1, version) + number(2, 1) + (nested(13, run_id) if run_id else b"")])
+def thread_core(name: bytes | None = b"thread") -> bytes:
+    thread = number(1, 0) + number(2, 0) + (b"" if name is None else nested(13, name))
+    return image("core", [number(1, 1) + nested(2, b"") + nested(5, thread)])
+
+
+def inventory(version: int = 2, run_id: bytes | None = b"run", *, pre_dump: bool = False) -> bytes:
+    body = number(1, version) + number(2, 1) + (number(9, 1) if pre_dump else b"")
+    return image("inventory", [body + (nested(13, run_id) if run_id else b"")])
+
+
+def dump_stats(values: Mapping[int, int]) -> bytes:
+    """Write ``stats-dump`` from values by field number."""
+    return image("statistics", [nested(1, b"".join(number(*item) for item in values.items()))])
+
+
+def restore_stats(values: Mapping[int, int]) -> bytes:
+    """Write ``stats-restore`` from values by field number."""
+    return image("statistics", [nested(2, b"".join(number(*item) for item in values.items()))])
 
 
 def write_dump(

@@ -26,6 +26,15 @@ def test_inventory(tmp_path: Path) -> None:
     assert (inventory.version, inventory.run_id) == (2, "run")
     (tmp_path / "inventory.img").write_bytes(w.inventory(run_id=None))
     assert read_inventory(tmp_path).run_id is None
+    (tmp_path / "inventory.img").write_bytes(w.inventory(run_id=b"\xffid"))
+    assert read_inventory(tmp_path).run_id == "\\xffid"
+
+
+def test_inventory_of_a_pre_dump(tmp_path: Path) -> None:
+    (tmp_path / "inventory.img").write_bytes(w.inventory())
+    assert not read_inventory(tmp_path).is_pre_dump
+    (tmp_path / "inventory.img").write_bytes(w.inventory(pre_dump=True))
+    assert read_inventory(tmp_path).is_pre_dump
 
 
 @pytest.mark.parametrize("version", [0, 1, 3])

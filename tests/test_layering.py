@@ -27,9 +27,22 @@ MAY_IMPORT = {
         {"errors", "images", "wire", "_uffd", "policy", "trace", "_descriptor", "_kill_linux"}
     ),
     "page_server": frozenset({"errors", "images", "wire", "_uffd", "policy", "trace"}),
+    "commands": frozenset({"errors", "images", "rpc", "_uffd"}),
+    "__main__": frozenset({"commands"}),
     # Stand-ins and harnesses may use everything; nobody uses them.
     "testing": frozenset(
-        {"errors", "images", "wire", "_uffd", "rpc", "policy", "trace", "lazy_pages", "page_server"}
+        {
+            "errors",
+            "images",
+            "wire",
+            "_uffd",
+            "rpc",
+            "policy",
+            "trace",
+            "lazy_pages",
+            "page_server",
+            "commands",
+        }
     ),
 }
 
@@ -173,6 +186,10 @@ def test_every_package_folder_is_seen() -> None:
         ("lazy_pages/a.py", "import criupy.testing"),
         ("lazy_pages/a.py", "try:\n    import fcntl\nexcept ImportError:\n    raise"),
         ("rpc/a.py", "import criupy.images"),
+        ("commands/a.py", "from criupy.lazy_pages import Config"),
+        ("commands/a.py", "import criupy.testing"),
+        ("commands/a.py", "from criupy import Criu"),
+        ("__main__.py", "import criupy.images"),
         ("errors.py", "import criupy.images"),
         ("__init__.py", "import criupy.lazy_pages"),
         ("attic/a.py", ""),
@@ -187,6 +204,9 @@ def test_rules_refuse(module: str, source: str) -> None:
     [
         ("wire/a.py", "import struct\nfrom criupy.errors import ProtocolError\nfrom criupy.wire import b"),
         ("images/a.py", "from . import _framing\nfrom .. import errors\nfrom ..errors import ImageError"),
+        ("commands/a.py", "from criupy.rpc import Criu\nfrom criupy.images import _tasks"),
+        ("commands/a_linux.py", "import fcntl\nfrom criupy._uffd import pager_linux"),
+        ("__main__.py", "from criupy.commands import main"),
         ("lazy_pages/a_linux.py", "import fcntl, trio\nfrom criupy._uffd import space"),
         ("lazy_pages/a.py", "import sys\nif sys.platform == 'linux':\n    import fcntl"),
         ("lazy_pages/a.py", "def f():\n    import fcntl"),

@@ -1,13 +1,27 @@
 """CRIU's checkpoint images, read and checked.
 
-Every function takes the images directory, reads one file of it and raises
-ImageError with path, offset and expectation when that file is not what CRIU
-writes. Works on any system; needs no CRIU.
+Every function takes the images directory (of statistics, CRIU's work
+directory), reads what its name says and raises ImageError with path, offset
+and expectation when a file is not what CRIU writes. ``read_dump`` reads
+everything but the pages. Works on any system; needs no CRIU.
 """
 
 from __future__ import annotations
 
+from criupy.images._dump import Dump, parent_chain, read_dump
 from criupy.images._lazy import NO_PAGE_INDEX, FrameSize, LazyExtents, frame_size, lazy_extents
+from criupy.images._memory import (
+    AreaTotals,
+    PageTotals,
+    SharedMemory,
+    TaskMemory,
+    VmaKind,
+    area_totals,
+    page_totals,
+    read_shared_memory,
+    read_task_memory,
+    vma_kind,
+)
 from criupy.images._pagemap import (
     PageFlags,
     Pagemap,
@@ -17,6 +31,15 @@ from criupy.images._pagemap import (
     present_pages,
     read_pagemap,
     read_pagemap_style,
+    read_shared_pagemap,
+)
+from criupy.images._stats import (
+    DUMP_STATS,
+    RESTORE_STATS,
+    DumpStats,
+    RestoreStats,
+    read_dump_stats,
+    read_restore_stats,
 )
 from criupy.images._tasks import (
     PAGE_SIZE,
@@ -33,32 +56,56 @@ from criupy.images._tasks import (
     read_pstree,
     read_task_state,
 )
+from criupy.images._tree import Task, Thread, read_tasks
 
 __all__ = [
+    "DUMP_STATS",
     "NO_PAGE_INDEX",
     "PAGE_SIZE",
+    "RESTORE_STATS",
+    "AreaTotals",
+    "Dump",
+    "DumpStats",
     "FrameSize",
     "Inventory",
     "LazyExtents",
     "MadvBits",
     "Mm",
     "PageFlags",
+    "PageTotals",
     "Pagemap",
     "PagemapStyle",
     "PstreeEntry",
+    "RestoreStats",
+    "SharedMemory",
+    "Task",
+    "TaskMemory",
     "TaskState",
+    "Thread",
     "Vma",
+    "VmaKind",
     "VmaStatus",
+    "area_totals",
     "check_pages",
     "frame_size",
     "is_zombie",
     "lazy_extents",
+    "page_totals",
     "pages_path",
+    "parent_chain",
     "present_pages",
+    "read_dump",
+    "read_dump_stats",
     "read_inventory",
     "read_mm",
     "read_pagemap",
     "read_pagemap_style",
     "read_pstree",
+    "read_restore_stats",
+    "read_shared_memory",
+    "read_shared_pagemap",
+    "read_task_memory",
     "read_task_state",
+    "read_tasks",
+    "vma_kind",
 ]

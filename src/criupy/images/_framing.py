@@ -2,7 +2,8 @@
 
 An image is the common magic, the magic of its type, then records of
 ``{u32 size; message}`` in little-endian order until the end of the file. The
-inventory has only its own magic. (CRIU: criu/include/magic.h, criu/image.c,
+inventory has only its own magic, and a service image (statistics) starts with
+another one in the place of the common. (CRIU: criu/include/magic.h, criu/image.c,
 criu/protobuf.c.) No image says how many records it has, so a cut exactly
 between two records can only be noticed by whoever knows what has to be there.
 """
@@ -52,6 +53,7 @@ PSTREE: Final = ImageKind("pstree", 0x50273030, 16 << 20)
 CORE: Final = ImageKind("core", 0x55053847, 16 << 20)
 MM: Final = ImageKind("mm", 0x57492820, 256 << 20)
 PAGEMAP: Final = ImageKind("pagemap", 0x56084025, 64 << 10)
+STATS: Final = ImageKind("statistics", 0x57093306, 64 << 10)
 
 
 @dataclass(slots=True)
@@ -161,7 +163,10 @@ def open_image(images_dir: StrPath, name: str, kind: ImageKind) -> Iterator[Imag
 
 
 def _unreadable(path: Path, what: str, error: OSError) -> ImageError:
-    hint = " (is this the directory that criu dump wrote to?)" if isinstance(error, FileNotFoundError) else ""
+    hint = ""
+    if isinstance(error, FileNotFoundError):
+        does = "had as its work directory" if what == STATS.name else "dump wrote to"
+        hint = f" (is this the directory that criu {does}?)"
     return ImageError(path, None, f"expected a readable {what} image: {error.strerror}{hint}")
 
 
@@ -177,7 +182,10 @@ def regular_file_size(path: Path, what: str) -> int:
 
 
 def _check_magic(image: ImageFile) -> None:
-    magics = (image.kind.magic,) if image.kind is INVENTORY else (COMMON_MAGIC, image.kind.magic)
+    if image.kind is INVENTORY:
+        magics: tuple[int, ...] = (image.kind.magic,)
+    else:
+        magics = (SERVICE_MAGIC if image.kind is STATS else COMMON_MAGIC, image.kind.magic)
     head = image.file.read(4 * len(magics))
     if not head:
         raise image.error(0, f"expected a {image.kind.name} image, the file is empty")
@@ -196,9 +204,11 @@ def _check_magic(image: ImageFile) -> None:
 
 
 def _hint(magic: int) -> str:
+    if magic == COMMON_MAGIC:
+        return ": this is no service image, but one of a dump"
     if magic == SERVICE_MAGIC:
         return ": this is one of CRIU's service images (statistics, irmap cache)"
-    for kind in (INVENTORY, PSTREE, CORE, MM, PAGEMAP):
+    for kind in (INVENTORY, PSTREE, CORE, MM, PAGEMAP, STATS):
         if magic == kind.magic:
             return f": this is the start of a {kind.name} image"
     return ""

@@ -13,7 +13,14 @@ from typing import Final, Literal, TypeAlias
 
 from criupy.errors import ImageError
 from criupy.images._framing import StrPath
-from criupy.images._pagemap import PageFlags, Pagemap, PagemapStyle, entry_offset, read_pagemap_style
+from criupy.images._pagemap import (
+    PageFlags,
+    Pagemap,
+    PagemapStyle,
+    entry_offset,
+    one_style,
+    read_pagemap_style,
+)
 from criupy.images._tasks import PAGE_SHIFT, Mm, TaskState, read_pstree, read_task_state
 
 FrameSize: TypeAlias = Literal[24, 32]
@@ -129,21 +136,14 @@ def frame_size(images_dir: StrPath) -> FrameSize | None:
     --lazy-pages``); ``criu page-server`` speaks its own version's frames
     whatever the images. None when no task has a pagemap entry.
     """
-    found: tuple[PagemapStyle, int] | None = None
-    for task in read_pstree(images_dir):
-        if read_task_state(images_dir, task.pid) is TaskState.DEAD:
-            continue
-        style = read_pagemap_style(images_dir, task.pid)
-        if style is None:
-            continue
-        if found is not None and found[0] is not style:
-            raise ImageError(
-                Path(images_dir, f"pagemap-{task.pid}.img"),
-                None,
-                f"expected {found[0].value} page counts as in pagemap-{found[1]}.img, "
-                f"found {style.value} ones: the images are not of one dump",
-            )
-        found = (style, task.pid)
-    if found is None:
+    style = one_style(_styles(images_dir))
+    if style is None:
         return None
-    return 32 if found[0] is PagemapStyle.NEW else 24
+    return 32 if style is PagemapStyle.NEW else 24
+
+
+def _styles(images_dir: StrPath) -> Iterator[tuple[Path, PagemapStyle | None]]:
+    for task in read_pstree(images_dir):
+        if read_task_state(images_dir, task.pid) is not TaskState.DEAD:
+            path = Path(images_dir, f"pagemap-{task.pid}.img")
+            yield path, read_pagemap_style(images_dir, task.pid)

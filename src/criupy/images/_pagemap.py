@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import enum
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain, repeat
@@ -67,7 +67,7 @@ class PagemapStyle(enum.Enum):
 class Pagemap:
     """The pagemap of one task as parallel arrays, one element an entry, in address order.
 
-    ``starts`` are dump-time addresses (array 'Q'), ``nr_pages`` counts ('Q'),
+    ``starts`` are dump-time addresses (array 'Q'), of shared memory offsets, ``nr_pages`` counts ('Q'),
     ``flags`` PageFlags ('B'). ``style`` is None when there is no entry to
     tell it by.
     """
@@ -86,7 +86,16 @@ class Pagemap:
 def read_pagemap(images_dir: StrPath, pid: int) -> Pagemap:
     """Read ``pagemap-PID.img``; entries must ascend without overlap."""
     check_pid(pid)
-    with open_image(images_dir, f"pagemap-{pid}.img", _framing.PAGEMAP) as image:
+    return _read_entries(images_dir, f"pagemap-{pid}.img")
+
+
+def read_shared_pagemap(images_dir: StrPath, shmid: int) -> Pagemap:
+    """Read ``pagemap-shmem-SHMID.img``, the pagemap of a piece of shared memory."""
+    return _read_entries(images_dir, f"pagemap-shmem-{shmid}.img")
+
+
+def _read_entries(images_dir: StrPath, name: str) -> Pagemap:
+    with open_image(images_dir, name, _framing.PAGEMAP) as image:
         pages_id = _read_head(image)
         starts, nr_pages, flags = array("Q"), array("Q"), array("B")
         style: PagemapStyle | None = None
@@ -110,6 +119,24 @@ def read_pagemap_style(images_dir: StrPath, pid: int) -> PagemapStyle | None:
         _read_head(image)
         record = image.read_record()
         return None if record is None else _decode_entry(image, *record)[3]
+
+
+def one_style(found: Iterable[tuple[Path, PagemapStyle | None]]) -> PagemapStyle | None:
+    """Tell the style that all pagemaps of a dump have, None when none has an entry."""
+    first: tuple[Path, PagemapStyle] | None = None
+    for path, style in found:
+        if style is None:
+            continue
+        if first is None:
+            first = path, style
+        elif first[1] is not style:
+            raise ImageError(
+                path,
+                None,
+                f"expected {first[1].value} page counts as in {first[0].name}, "
+                f"found {style.value} ones: the images are not of one dump",
+            )
+    return None if first is None else first[1]
 
 
 def entry_offset(pagemap: Pagemap, index: int) -> int:

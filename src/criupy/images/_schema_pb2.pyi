@@ -7,12 +7,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Inventory(_message.Message):
-    __slots__ = ("img_version", "dump_criu_run_id")
+    __slots__ = ("img_version", "pre_dump_mode", "dump_criu_run_id")
     IMG_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PRE_DUMP_MODE_FIELD_NUMBER: _ClassVar[int]
     DUMP_CRIU_RUN_ID_FIELD_NUMBER: _ClassVar[int]
     img_version: int
-    dump_criu_run_id: str
-    def __init__(self, img_version: _Optional[int] = ..., dump_criu_run_id: _Optional[str] = ...) -> None: ...
+    pre_dump_mode: int
+    dump_criu_run_id: bytes
+    def __init__(self, img_version: _Optional[int] = ..., pre_dump_mode: _Optional[int] = ..., dump_criu_run_id: _Optional[bytes] = ...) -> None: ...
 
 class PstreeEntry(_message.Message):
     __slots__ = ("pid", "ppid", "pgid", "sid", "threads")
@@ -29,16 +31,28 @@ class PstreeEntry(_message.Message):
     def __init__(self, pid: _Optional[int] = ..., ppid: _Optional[int] = ..., pgid: _Optional[int] = ..., sid: _Optional[int] = ..., threads: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TaskCore(_message.Message):
-    __slots__ = ("task_state",)
+    __slots__ = ("task_state", "exit_code", "comm")
     TASK_STATE_FIELD_NUMBER: _ClassVar[int]
+    EXIT_CODE_FIELD_NUMBER: _ClassVar[int]
+    COMM_FIELD_NUMBER: _ClassVar[int]
     task_state: int
-    def __init__(self, task_state: _Optional[int] = ...) -> None: ...
+    exit_code: int
+    comm: bytes
+    def __init__(self, task_state: _Optional[int] = ..., exit_code: _Optional[int] = ..., comm: _Optional[bytes] = ...) -> None: ...
+
+class ThreadCore(_message.Message):
+    __slots__ = ("comm",)
+    COMM_FIELD_NUMBER: _ClassVar[int]
+    comm: bytes
+    def __init__(self, comm: _Optional[bytes] = ...) -> None: ...
 
 class Core(_message.Message):
-    __slots__ = ("tc",)
+    __slots__ = ("tc", "thread_core")
     TC_FIELD_NUMBER: _ClassVar[int]
+    THREAD_CORE_FIELD_NUMBER: _ClassVar[int]
     tc: TaskCore
-    def __init__(self, tc: _Optional[_Union[TaskCore, _Mapping]] = ...) -> None: ...
+    thread_core: ThreadCore
+    def __init__(self, tc: _Optional[_Union[TaskCore, _Mapping]] = ..., thread_core: _Optional[_Union[ThreadCore, _Mapping]] = ...) -> None: ...
 
 class Vma(_message.Message):
     __slots__ = ("start", "end", "prot", "flags", "status", "madv")
@@ -81,6 +95,60 @@ class PagemapEntry(_message.Message):
     flags: int
     nr_pages: int
     def __init__(self, vaddr: _Optional[int] = ..., compat_nr_pages: _Optional[int] = ..., in_parent: bool = ..., flags: _Optional[int] = ..., nr_pages: _Optional[int] = ...) -> None: ...
+
+class DumpStats(_message.Message):
+    __slots__ = ("freezing_time", "frozen_time", "memdump_time", "memwrite_time", "pages_scanned", "pages_skipped_parent", "pages_written", "irmap_resolve", "pages_lazy", "page_pipes", "page_pipe_bufs", "shpages_scanned", "shpages_skipped_parent", "shpages_written")
+    FREEZING_TIME_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_TIME_FIELD_NUMBER: _ClassVar[int]
+    MEMDUMP_TIME_FIELD_NUMBER: _ClassVar[int]
+    MEMWRITE_TIME_FIELD_NUMBER: _ClassVar[int]
+    PAGES_SCANNED_FIELD_NUMBER: _ClassVar[int]
+    PAGES_SKIPPED_PARENT_FIELD_NUMBER: _ClassVar[int]
+    PAGES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    IRMAP_RESOLVE_FIELD_NUMBER: _ClassVar[int]
+    PAGES_LAZY_FIELD_NUMBER: _ClassVar[int]
+    PAGE_PIPES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_PIPE_BUFS_FIELD_NUMBER: _ClassVar[int]
+    SHPAGES_SCANNED_FIELD_NUMBER: _ClassVar[int]
+    SHPAGES_SKIPPED_PARENT_FIELD_NUMBER: _ClassVar[int]
+    SHPAGES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    freezing_time: int
+    frozen_time: int
+    memdump_time: int
+    memwrite_time: int
+    pages_scanned: int
+    pages_skipped_parent: int
+    pages_written: int
+    irmap_resolve: int
+    pages_lazy: int
+    page_pipes: int
+    page_pipe_bufs: int
+    shpages_scanned: int
+    shpages_skipped_parent: int
+    shpages_written: int
+    def __init__(self, freezing_time: _Optional[int] = ..., frozen_time: _Optional[int] = ..., memdump_time: _Optional[int] = ..., memwrite_time: _Optional[int] = ..., pages_scanned: _Optional[int] = ..., pages_skipped_parent: _Optional[int] = ..., pages_written: _Optional[int] = ..., irmap_resolve: _Optional[int] = ..., pages_lazy: _Optional[int] = ..., page_pipes: _Optional[int] = ..., page_pipe_bufs: _Optional[int] = ..., shpages_scanned: _Optional[int] = ..., shpages_skipped_parent: _Optional[int] = ..., shpages_written: _Optional[int] = ...) -> None: ...
+
+class RestoreStats(_message.Message):
+    __slots__ = ("pages_compared", "pages_skipped_cow", "forking_time", "restore_time", "pages_restored")
+    PAGES_COMPARED_FIELD_NUMBER: _ClassVar[int]
+    PAGES_SKIPPED_COW_FIELD_NUMBER: _ClassVar[int]
+    FORKING_TIME_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_TIME_FIELD_NUMBER: _ClassVar[int]
+    PAGES_RESTORED_FIELD_NUMBER: _ClassVar[int]
+    pages_compared: int
+    pages_skipped_cow: int
+    forking_time: int
+    restore_time: int
+    pages_restored: int
+    def __init__(self, pages_compared: _Optional[int] = ..., pages_skipped_cow: _Optional[int] = ..., forking_time: _Optional[int] = ..., restore_time: _Optional[int] = ..., pages_restored: _Optional[int] = ...) -> None: ...
+
+class Stats(_message.Message):
+    __slots__ = ("dump", "restore")
+    DUMP_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FIELD_NUMBER: _ClassVar[int]
+    dump: DumpStats
+    restore: RestoreStats
+    def __init__(self, dump: _Optional[_Union[DumpStats, _Mapping]] = ..., restore: _Optional[_Union[RestoreStats, _Mapping]] = ...) -> None: ...
 
 class PagemapBatch(_message.Message):
     __slots__ = ("entries",)

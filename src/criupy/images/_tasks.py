@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -26,15 +27,23 @@ _M = TypeVar("_M", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What the dump says of itself; ``run_id`` names the run of criu dump (from CRIU 4.0 on)."""
+    """What the dump says of itself.
+
+    ``run_id`` names the run of criu dump (from CRIU 4.1 on). A pre-dump
+    (``is_pre_dump``; CRIU says so from 3.14 on) has memory only, no processes.
+    """
 
     version: int
     run_id: str | None
+    is_pre_dump: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PstreeEntry:
-    """One process of the tree, zombies included; ids are those of its own pid namespace."""
+    """One process of the tree, zombies included; ids are those of its own pid namespace.
+
+    Of a zombie CRIU writes one thread id, which is whatever was in its memory.
+    """
 
     pid: int
     ppid: int
@@ -71,6 +80,7 @@ class VmaStatus(enum.IntFlag, boundary=enum.KEEP):
     SHSTK = 1 << 15
     GUARD = 1 << 16
     UPROBES = 1 << 17
+    EXT_PLUGIN = 1 << 27
 
 
 class MadvBits(enum.IntFlag, boundary=enum.KEEP):
@@ -134,13 +144,14 @@ def read_inventory(images_dir: StrPath) -> Inventory:
             raise image.error(
                 offset, f"expected image version 2, found {message.img_version}: written by another CRIU era"
             )
-        return Inventory(
-            message.img_version, message.dump_criu_run_id if message.HasField("dump_criu_run_id") else None
-        )
+        run_id = None
+        if message.HasField("dump_criu_run_id"):
+            run_id = message.dump_criu_run_id.decode("utf-8", "backslashreplace")
+        return Inventory(message.img_version, run_id, message.HasField("pre_dump_mode"))
 
 
 def read_pstree(images_dir: StrPath) -> tuple[PstreeEntry, ...]:
-    """Read ``pstree.img``: every process of the dump, the root first."""
+    """Read ``pstree.img``: every process of the dump, the root first, parents before their children."""
     entries: list[PstreeEntry] = []
     seen: set[int] = set()
     with open_image(images_dir, "pstree.img", _framing.PSTREE) as image:
@@ -151,6 +162,13 @@ def read_pstree(images_dir: StrPath) -> tuple[PstreeEntry, ...]:
                 raise image.error(offset, f"expected a pid from 1 to {PID_MAX}, found {message.pid}")
             if message.pid in seen:
                 raise image.error(offset, f"expected every pid once, {message.pid} is here again")
+            if entries and message.ppid not in seen:
+                # As criu restore has it. Whoever follows the parents cannot run in circles then.
+                raise image.error(
+                    offset,
+                    f"expected the parent of process {message.pid} before it, "
+                    f"{message.ppid} is none of the {len(entries)} processes before",
+                )
             seen.add(message.pid)
             entries.append(
                 PstreeEntry(message.pid, message.ppid, message.pgid, message.sid, tuple(message.threads))
@@ -160,22 +178,40 @@ def read_pstree(images_dir: StrPath) -> tuple[PstreeEntry, ...]:
     return tuple(entries)
 
 
+def pstree_offset(images_dir: StrPath, entry: PstreeEntry) -> int:
+    """Find the byte offset of a process's entry by reading the image again; for error messages."""
+    with open_image(images_dir, "pstree.img", _framing.PSTREE) as image:
+        for offset, data in image.records():
+            if parse_message(image, offset, data, _schema_pb2.PstreeEntry).pid == entry.pid:
+                return offset
+        raise image.error(image.position, "expected the entries read before: the image has changed")
+
+
+@contextmanager
+def open_core(images_dir: StrPath, tid: int) -> Iterator[tuple[ImageFile, int, _schema_pb2.Core]]:
+    """Open ``core-TID.img`` as (the image, the offset of its message, the message)."""
+    check_pid(tid)
+    with open_image(images_dir, f"core-{tid}.img", _framing.CORE) as image:
+        offset, data = image.read_only_record()
+        yield image, offset, parse_message(image, offset, data, _schema_pb2.Core)
+
+
+def task_state(image: ImageFile, offset: int, message: _schema_pb2.Core) -> TaskState:
+    """Take the state of a process from its core."""
+    if not message.HasField("tc") or not message.tc.HasField("task_state"):
+        raise image.error(offset, "expected the core of a process with its task_state (a thread has none)")
+    try:
+        return TaskState(message.tc.task_state)
+    except ValueError as error:
+        raise image.error(
+            offset, f"expected task_state alive, dead or stopped, found {message.tc.task_state}"
+        ) from error
+
+
 def read_task_state(images_dir: StrPath, pid: int) -> TaskState:
     """Read the state of a process from ``core-PID.img``."""
-    check_pid(pid)
-    with open_image(images_dir, f"core-{pid}.img", _framing.CORE) as image:
-        offset, data = image.read_only_record()
-        message = parse_message(image, offset, data, _schema_pb2.Core)
-        if not message.HasField("tc") or not message.tc.HasField("task_state"):
-            raise image.error(
-                offset, "expected the core of a process with its task_state (a thread has none)"
-            )
-        try:
-            return TaskState(message.tc.task_state)
-        except ValueError as error:
-            raise image.error(
-                offset, f"expected task_state alive, dead or stopped, found {message.tc.task_state}"
-            ) from error
+    with open_core(images_dir, pid) as core:
+        return task_state(*core)
 
 
 def is_zombie(images_dir: StrPath, pid: int) -> bool:

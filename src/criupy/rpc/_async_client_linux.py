@@ -337,7 +337,12 @@ class AsyncCriu:
         async def hold(connection: Connection) -> None:
             held.append(connection)
 
-        pid, port = await self._run(call, request_timeout, release=hold)
+        try:
+            pid, port = await self._run(call, request_timeout, release=hold)
+        except BaseException:
+            for connection in held:
+                await self._keep(connection)
+            raise
         child = self._children[pid] = AsyncPageServerChild(self, held[0], pid, port)
         return child
 

@@ -37,12 +37,15 @@ class AsyncProcess:
 
     def poll(self) -> int | None:
         """Return its exit status, negative for a signal; None while it runs."""
-        return self._worker.poll()
+        status = self._worker.poll()
+        if status is not None:
+            self._worker.close()
+        return status
 
     async def wait(self) -> int:
         """Wait for its end and return its exit status, negative for a signal."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        while (status := self._worker.poll()) is None:
+        while (status := self.poll()) is None:
             await trio.lowlevel.wait_readable(self._worker.pidfd)
         return status
 

@@ -325,7 +325,12 @@ class Criu:
         """Start CRIU's page server as a child of the worker, so that its end can be waited for."""
         held: list[Connection] = []
         call = calls.page_server_child(images_dir, options)
-        pid, port = self._run(call, request_timeout, release=held.append)
+        try:
+            pid, port = self._run(call, request_timeout, release=held.append)
+        except BaseException:
+            for connection in held:
+                self._keep(connection)
+            raise
         child = self._children[pid] = PageServerChild(self, held[0], pid, port)
         return child
 

@@ -44,7 +44,10 @@ class Process:
 
     def poll(self) -> int | None:
         """Return its exit status, negative for a signal; None while it runs."""
-        return self._worker.poll()
+        status = self._worker.poll()
+        if status is not None:
+            self._worker.close()
+        return status
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end and return its exit status, negative for a signal.
@@ -52,7 +55,7 @@ class Process:
         Raise TimeoutError after ``timeout`` seconds.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while (status := self._worker.poll()) is None:
+        while (status := self.poll()) is None:
             if not wait_for(deadline, self._worker.pidfd):
                 raise TimeoutError(f"process {self.pid} still runs after {timeout:g} s")
         return status

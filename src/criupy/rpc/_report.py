@@ -90,7 +90,7 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
         "run it as root, or give it CAP_CHECKPOINT_RESTORE and the option unprivileged=True",
     ),
     (
-        r"SO_PASSCRED|SO_PASSSEC|option 1:16\b|option 1:34\b",
+        r"Can't get 1:(16|34) opt",  # SO_PASSCRED, SO_PASSSEC of SOL_SOCKET
         "this CRIU cannot dump sockets on a kernel from 6.16 on: use CRIU 4.2 or newer",
     ),
     (
@@ -109,6 +109,7 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
         r"criu itself is within dumped tree",
         "CRIU cannot dump its own ancestors: self_dump() can, and so can a service (socket=)",
     ),
+    (r"empty-image|Can't open inventory", "are the images of a dump in there? criupy images DIR tells"),
     (r"shell job", "the tasks have a session or terminal of somebody else's: give shell_job=True"),
     (r"Connected TCP socket", "give tcp_established=True, or tcp_close=True to do without the connections"),
     (

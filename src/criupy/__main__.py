@@ -1,0 +1,9 @@
+"""``python -m criupy``: the command criupy."""
+
+from __future__ import annotations
+
+import sys
+
+from criupy.commands import main
+
+sys.exit(main())
