@@ -96,6 +96,12 @@ def images(tmp_path: Path) -> Path:
     return path
 
 
+def dumps_sockets(criu: Criu) -> bool:
+    """Tell whether this CRIU can dump sockets that are not Unix sockets on this kernel."""
+    kernel = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
+    return criu.version >= (4, 2) or kernel < (6, 16)
+
+
 def is_known(images: Path) -> bool:
     return (images / "inventory.img").exists() and (images / "pstree.img").exists()
 
@@ -234,10 +240,54 @@ async def test_every_notification_of_a_container(criu: Criu, kind: str, images: 
             until(lambda: state_of(result.pid) in {None, "Z"}, "it does not die")
 
 
+async def test_master_that_nobody_takes(criu: Criu, kind: str, images: Path) -> None:
+    """It would hang up the session as soon as it runs."""
+    async with open_client(kind, binary=criu.path) as client:
+        with container() as victim:
+            await client.call(
+                "dump",
+                victim.pid,
+                images_dir=images,
+                external=external.mnt_auto(masters=True, sharing=True),
+                orphan_pts_master=True,
+                manage_cgroups_mode="ignore",
+            )
+        with pytest.raises(criupy.rpc.Refused, match="nobody took the terminal's master"):
+            await client.call(
+                "restore",
+                images_dir=images,
+                external=["mnt[]"],
+                root="/",
+                orphan_pts_master=True,
+                manage_cgroups_mode="ignore",
+            )
+
+
+async def test_pidfd_store(open_criu: Open, images: Path, tmp_path: Path) -> None:
+    """CRIU takes the socket from us, and keeps the pidfds of the tasks in it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as store, counter(tmp_path) as victim:
+        async with open_criu() as client:
+            await client.call("dump", victim.pid, images_dir=images, leave_running=True, pidfd_store_sk=store)
+        assert store.getsockname().startswith(b"\0/criu-pidfd-store-")
+
+
 async def test_external_files_are_asked_for(criu: Criu, kind: str, images: Path, tmp_path: Path) -> None:
-    """The other end of a socket pair, named by a hook while the tasks are frozen."""
-    if criu.version < (4, 2):
-        pytest.skip("CRIU before 4.2 cannot dump sockets on kernels from 6.16 on")
+    """A hook names external resources while the tasks are frozen."""
+    recorder = Recorder(external=["net[4026530000]:elsewhere"])
+    async with open_client(kind, binary=criu.path) as client:
+        with counter(tmp_path) as victim:
+            await client.call(
+                "dump", victim.pid, images_dir=images, leave_running=True, hooks=recorder, log_level=4
+            )
+            assert recorder.scripts == DUMPED
+            assert "Adding external object: net[4026530000]:elsewhere" in (images / "criu.log").read_text()
+            victim.assert_running()
+
+
+async def test_external_socket_is_named_by_a_hook(
+    criu: Criu, kind: str, images: Path, tmp_path: Path
+) -> None:
+    """The other end of a socket pair."""
     ours, theirs = socket.socketpair()
     theirs.set_inheritable(True)
     with ours, theirs:
@@ -246,8 +296,8 @@ async def test_external_files_are_asked_for(criu: Criu, kind: str, images: Path,
             with counter(tmp_path, stdout=theirs.fileno()) as victim:
                 with pytest.raises(criupy.CriuError) as caught:
                     await client.call("dump", victim.pid, images_dir=images, leave_running=True)
-                assert "external=" in (caught.value.hint or ""), caught.value
                 victim.assert_running()
+                assert "external=" in (caught.value.hint or ""), caught.value
                 await client.call("dump", victim.pid, images_dir=images, leave_running=True, hooks=recorder)
                 assert recorder.scripts == DUMPED
                 victim.assert_running()
@@ -350,7 +400,7 @@ async def test_errors_help(open_criu: Open, criu: Criu, images: Path, tmp_path: 
             await client.call("dump", victim.pid, images_dir=images, leave_running=True)
             with pytest.raises(criupy.CriuError) as caught:
                 await client.call("restore", images_dir=images)
-            assert "the pid is in use" in (caught.value.hint or ""), caught.value
+            assert "is in use here" in (caught.value.hint or ""), caught.value
             victim.assert_running()
 
         with pytest.raises(criupy.CriuError) as caught:
@@ -376,8 +426,7 @@ async def test_sockets_on_new_kernels(criu: Criu, kind: str, images: Path, tmp_p
     open_socket = "import socket\nkept = socket.socket()\n"
     with counter(tmp_path, prefix=open_socket) as victim:
         async with open_client(kind, binary=criu.path) as client:
-            kernel = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
-            if criu.version < (4, 2) and kernel >= (6, 16):
+            if not dumps_sockets(criu):
                 with pytest.raises(criupy.CriuError) as caught:
                     await client.call("dump", victim.pid, images_dir=images)
                 assert "CRIU 4.2" in (caught.value.hint or ""), caught.value

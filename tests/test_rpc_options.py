@@ -245,7 +245,6 @@ def test_since_depends_on_the_value() -> None:
     assert encode("restore", {"join_ns": [JoinNs("time", "1")]}).since == {"join_ns": (3, 14)}
     assert encode("dump", {"external": ["net[1]:a"]}).since == {"external": (3, 11)}
     assert encode("dump", {"external": ["pid[1]:a", "net[1]:a"]}).since == {"external": (3, 15)}
-    assert encode("dump", {"work_dir": CriuPath("/w")}).since == {"work_dir": (3, 19)}
     assert encode("dump", {"tls": False, "leave_stopped": False}).since == {}
 
 
@@ -283,7 +282,6 @@ def test_missing_files(tmp_path: Path) -> None:
 
 def test_work_dir(tmp_path: Path, pipe: tuple[int, int]) -> None:
     assert encode("dump", {"work_dir": tmp_path}).work_dir == str(tmp_path)
-    assert encode("dump", {"work_dir": CriuPath("/w")}).work_dir == CriuPath("/w")
     assert not encode("dump", {"work_dir": tmp_path}).message.HasField("work_dir_fd")
     number = os.open(tmp_path, os.O_RDONLY)
     try:
@@ -295,7 +293,7 @@ def test_work_dir(tmp_path: Path, pipe: tuple[int, int]) -> None:
         "Bad file descriptor"
     )
     assert "expected a descriptor of a directory" in refusal("dump", {"work_dir": pipe[0]})
-    assert "expected an absolute path" in refusal("dump", {"work_dir": CriuPath("w")})
+    assert "expected a path or a descriptor" in refusal("dump", {"work_dir": CriuPath("/w")})
 
 
 def test_descriptors(sockets: tuple[socket.socket, socket.socket], pipe: tuple[int, int]) -> None:

@@ -127,7 +127,7 @@ class ImageError(CriupyError, ValueError):
     """
 
     def __init__(self, path: str | os.PathLike[str], offset: int | None, expected: str) -> None:
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         self.offset = offset
         self.expected = expected
         where = self.path if offset is None else f"{self.path}, byte {offset}"

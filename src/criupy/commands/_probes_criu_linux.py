@@ -105,8 +105,8 @@ def traps(version: Version, kernel: Kernel) -> Iterator[Finding]:
     if kernel.at_least(6, 16) and not version.at_least(4, 2):
         yield CRIU.lack(
             "sockets",
-            f"CRIU {version} asks each socket for SO_PASSCRED and SO_PASSSEC, which Linux 6.16 refuses",
-            "processes that have sockets cannot be dumped",
+            f"CRIU {version} asks all for SO_PASSCRED, which since 6.16 only Unix sockets have",
+            "processes that have other than Unix sockets cannot be dumped",
             "use CRIU 4.2 or newer",
         )
     else:

@@ -481,7 +481,14 @@ class AsyncCriu:
 
     async def _take_kept(self) -> Connection | None:
         connection, self._kept = self._kept, None
-        if connection is None or connection.is_alive():
+        if connection is None:
+            return None
+        try:
+            alive = connection.is_alive()
+        except BaseException:
+            await self._end(connection)
+            raise
+        if alive:
             return connection
         await self._end(connection)
         return None

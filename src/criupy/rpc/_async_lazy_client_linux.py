@@ -48,10 +48,10 @@ class AsyncLazyDump:
         self._timeout = timeout
         self._operation: AsyncOperation[None] | None = None
         self.outcome: SourceOutcome | None = None
-        self.address = ""
-        self.port = 0
+        self.address: str = ""
+        self.port: int = 0
         self.frame_size: Literal[24, 32] = 32
-        self.images_dir = Path()
+        self.images_dir: Path = Path()
 
     async def __aenter__(self) -> Self:
         self.frame_size = self._plan.check_version(await self._client.version())
@@ -170,7 +170,7 @@ class AsyncLazyRestore:
         self._work_dir = call.work_dir or Path()
         self._timeout = timeout
         self._worker: Worker | None = None
-        self.pid = 0
+        self.pid: int = 0
         self.command: AsyncProcess | None = None
         self.daemon: AsyncProcess | None = None
 

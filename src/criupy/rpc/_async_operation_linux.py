@@ -220,21 +220,26 @@ class AsyncOperation(Generic[T]):
     async def _receive_until(
         self, deadline: float, *, undoing: bool = False
     ) -> Notified | Answer | Ended | None:
+        if deadline == math.inf:  # a cancel scope costs as much as the rest of a short request
+            return await self._next_event(undoing=undoing)
+        with trio.move_on_at(deadline):
+            return await self._next_event(undoing=undoing)
+        return None
+
+    async def _next_event(self, *, undoing: bool) -> Notified | Answer | Ended:
         exchange = self._running
         connection = exchange.connection
-        with trio.move_on_at(deadline):
-            while True:
-                await trio.lowlevel.wait_readable(connection.event_fd())
-                event = exchange.receive_undone() if undoing else connection.receive_now()
-                if isinstance(event, Ended) and isinstance(connection.worker, Worker):
-                    # So that the error can say how it ended.
-                    with trio.move_on_after(1):
-                        await AsyncProcess(connection.worker).wait()
-                if event is not None:
-                    return event
-                if isinstance(connection.worker, Worker) and connection.worker.poll() is not None:
-                    return connection.receive_now() or Ended()
-        return None
+        while True:
+            await trio.lowlevel.wait_readable(connection.event_fd())
+            event = exchange.receive_undone() if undoing else connection.receive_now()
+            if isinstance(event, Ended) and isinstance(connection.worker, Worker):
+                # So that the error can say how it ended.
+                with trio.move_on_after(1):
+                    await AsyncProcess(connection.worker).wait()
+            if event is not None:
+                return event
+            if isinstance(connection.worker, Worker) and connection.worker.poll() is not None:
+                return connection.receive_now() or Ended()
 
     async def _undo(self, error: BaseException) -> bool:
         """End a request that failed on our side; True if CRIU had done it nevertheless, in time."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Final, Generic, TypeVar
 from criupy._descriptor import Descriptor
 from criupy.errors import CriuError, OptionError
 from criupy.rpc import _schema_pb2 as schema
+from criupy.rpc._option_checks import directory, integer
 from criupy.rpc._option_encoding import encode
 from criupy.rpc._option_types import CriuPath, Directory
 from criupy.rpc._report import LogWatch
@@ -85,37 +85,23 @@ def _none(_: schema.Response) -> None:
     return None
 
 
-def _check_pid(option: str, pid: int) -> int:
-    if isinstance(pid, bool) or not isinstance(pid, int):
-        raise OptionError(option, f"expected a process id, got {pid!r}")
-    if not 0 < pid <= 1 << 22:  # PID_MAX_LIMIT, include/linux/threads.h
-        raise OptionError(option, f"expected a process id from 1 to {1 << 22}, got {pid}")
-    return pid
+_pid = integer(1, 1 << 22)  # PID_MAX_LIMIT, include/linux/threads.h
 
 
 def _open_directory(option: str, value: Directory, stack: contextlib.ExitStack) -> tuple[int, Path]:
     """Return a descriptor of a directory that CRIU can open through us, and a path by which we reach it."""
-    if isinstance(value, CriuPath):
+    found = directory(option, value)
+    if isinstance(found, CriuPath):
         raise OptionError(option, "expected a path or a descriptor: CRIU takes it by descriptor only")
-    if isinstance(value, (str, os.PathLike)):
-        path = Path(os.fsdecode(value))
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except ValueError as error:  # a NUL byte
-            raise OptionError(option, f"expected a directory, got {value!r}: {error}") from error
-        except OSError as error:
-            raise OptionError(option, f"expected a directory, {path}: {error.strerror}") from error
-        stack.enter_context(Descriptor(fd))
-        return fd, path.absolute()
-    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "fileno")):
-        raise OptionError(option, f"expected a path or a descriptor of a directory, got {value!r}")
-    fd = value if isinstance(value, int) else value.fileno()
+    if isinstance(found, int):
+        return found, Path(f"/proc/self/fd/{found}").readlink()
+    path = Path(found)
     try:
-        if not stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OptionError(option, f"expected a directory, descriptor {fd} is none")
-        return fd, Path(f"/proc/self/fd/{fd}").readlink()
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise OptionError(option, f"expected a directory, descriptor {fd}: {error.strerror}") from error
+        raise OptionError(option, f"expected a directory, got {path}: {error.strerror}") from error
+    stack.enter_context(Descriptor(fd))
+    return fd, path.absolute()
 
 
 def _call(
@@ -140,6 +126,7 @@ def _call(
     message.images_dir_fd = -1
     try:
         if isinstance(images_dir, CriuPath):
+            directory("images_dir", images_dir)
             message.images_dir = images_dir.path
             call.images_dir = Path(images_dir.path)
             call.since = {**call.since, "images_dir": (3, 19)}
@@ -218,7 +205,7 @@ def dump(
     port: int = 0,
 ) -> Call[None]:
     """Dump a tree; a lazy dump goes on until the last page has gone."""
-    _check_pid("pid", pid)
+    _pid("pid", pid)
     if pid == os.getpid():
         raise OptionError("pid", "expected another process: to dump this one use self_dump()")
     name = "lazy_dump" if lazy else "dump"
@@ -246,7 +233,7 @@ def self_dump(images_dir: Directory, options: Mapping[str, object]) -> Call[bool
 
 def pre_dump(pid: int, images_dir: Directory, options: Mapping[str, object], *, single: bool) -> Call[None]:
     """Write the memory that changed, and let the tasks go on."""
-    _check_pid("pid", pid)
+    _pid("pid", pid)
     kind = schema.SINGLE_PRE_DUMP if single else schema.PRE_DUMP
     call = _call("pre_dump", kind, _none, options, images_dir=images_dir)
     call.request.opts.pid = pid
@@ -309,7 +296,7 @@ def _port(response: schema.Response, name: str) -> int:
 
 def wait_pid(pid: int) -> Call[int]:
     """Wait for a child of the worker; the answer is its exit status, negative for a signal."""
-    _check_pid("pid", pid)
+    _pid("pid", pid)
 
     def result(response: schema.Response) -> int:
         return os.waitstatus_to_exitcode(response.status)

@@ -462,7 +462,14 @@ class Criu:
 
     def _take_kept(self) -> Connection | None:
         connection, self._kept = self._kept, None
-        if connection is None or connection.is_alive():
+        if connection is None:
+            return None
+        try:
+            alive = connection.is_alive()
+        except BaseException:
+            self._end(connection)
+            raise
+        if alive:
             return connection
         self._end(connection)
         return None

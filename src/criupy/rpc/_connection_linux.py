@@ -26,6 +26,12 @@ __all__ = ["Connection", "Ended", "adopt", "connect", "start_detached_worker", "
 _UCRED: Final = struct.Struct("=iII")
 # One is all that CRIU ever sends; more are an error to be seen, not truncated.
 _MAX_DESCRIPTORS: Final = 4
+# As plain numbers: or-ing Python's flag enumerations costs more than the system call.
+_SEND: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_PEEK: Final = int(socket.MSG_PEEK | socket.MSG_TRUNC | socket.MSG_DONTWAIT)
+_RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_CTRUNC: Final = int(socket.MSG_CTRUNC)
+_USABLE: Final = (State.IDLE, State.PRE_DUMPED)
 _ANCILLARY: Final = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4) + socket.CMSG_SPACE(_UCRED.size)
 
 
@@ -69,12 +75,12 @@ class Connection:
     @property
     def usable(self) -> bool:
         """Whether another request can be sent."""
-        return self.fileno() >= 0 and self.session.state in {State.IDLE, State.PRE_DUMPED}
+        return self.fileno() >= 0 and self.session.state in _USABLE
 
     def send_now(self, packet: bytes, request: str) -> bool:
         """Send a packet; False if that would block. That CRIU has closed shows at the next receive."""
         try:
-            self._socket.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._socket.send(packet, _SEND)
         except BlockingIOError:
             return False
         except (BrokenPipeError, ConnectionError):
@@ -89,12 +95,8 @@ class Connection:
     def receive_now(self) -> Notified | Answer | Ended | None:
         """Receive what has come; None if nothing has. Descriptors in it are the caller's to close."""
         try:
-            size = self._socket.recv_into(
-                self._length, 1, socket.MSG_PEEK | socket.MSG_TRUNC | socket.MSG_DONTWAIT
-            )
-            packet, ancillary, flags, _ = self._socket.recvmsg(
-                size, _ANCILLARY, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-            )
+            size = self._socket.recv_into(self._length, 1, _PEEK)
+            packet, ancillary, flags, _ = self._socket.recvmsg(size, _ANCILLARY, _RECEIVE)
         except BlockingIOError:
             return None
         except ConnectionError:
@@ -102,7 +104,7 @@ class Connection:
             return Ended()
         descriptors = self._unpack(ancillary)
         try:
-            return self._take(packet, descriptors, truncated=bool(flags & socket.MSG_CTRUNC))
+            return self._take(packet, descriptors, truncated=bool(flags & _CTRUNC))
         except BaseException:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -233,6 +235,4 @@ def adopt(fd: int) -> Connection:
     except OSError:
         sock.close()
         raise OptionError("fd", f"expected a socket connected to CRIU, {fd} is not connected") from None
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return Connection(sock)

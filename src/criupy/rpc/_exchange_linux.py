@@ -59,8 +59,11 @@ class Exchange(Generic[T]):
         notification, self.pending = self.pending, None
         if notification is None:
             return None
-        if notification.descriptor is not None:
+        if notification.descriptor is not None and notification.descriptor.fileno() >= 0:
+            # The end of a master hangs up the session: better not restored than ended at once.
             notification.descriptor.close()
+            if notification.refusal is None:
+                notification.refuse("nobody took the terminal's master (detach the descriptor to keep it)")
         self.refusal = self.refusal or notification.refusal
         accept = notification.refusal is None
         external = notification.external if accept and notification.script == Script.QUERY_EXT_FILES else ()

@@ -95,9 +95,9 @@ def many(check: Callable[[str, object], object]) -> Put:
 
 
 def work_dir(draft: Draft, option: str, value: object) -> None:
+    if isinstance(value, CriuPath):
+        refuse(option, "a path or a descriptor, by which CRIU takes it", value)
     draft.work_dir = directory(option, value)
-    if isinstance(draft.work_dir, CriuPath):
-        draft.need(option, (3, 19))
 
 
 def externals(draft: Draft, option: str, value: object) -> None:

@@ -45,10 +45,10 @@ class LazyDump:
         self._timeout = timeout
         self._operation: Operation[None] | None = None
         self.outcome: SourceOutcome | None = None
-        self.address = ""
-        self.port = 0
+        self.address: str = ""
+        self.port: int = 0
         self.frame_size: Literal[24, 32] = 32
-        self.images_dir = Path()
+        self.images_dir: Path = Path()
 
     def __enter__(self) -> Self:
         self.frame_size = self._plan.check_version(self._client.version())
@@ -166,7 +166,7 @@ class LazyRestore:
         self._work_dir = call.work_dir or Path()
         self._timeout = timeout
         self._worker: Worker | None = None
-        self.pid = 0
+        self.pid: int = 0
         self.command: Process | None = None
         self.daemon: Process | None = None
 

@@ -55,7 +55,8 @@ class Notification:
     ``script`` is a Script, or a plain string that this version of criupy does
     not know. ``pid`` is the first restored task as the host sees it
     (setup-namespaces and post-restore), ``descriptor`` the master of a pty
-    (orphan-pts-master); it is closed with the answer unless it is detached.
+    (orphan-pts-master): detach it to keep it. One that nobody keeps would hang
+    up the restored session, so then the notification is refused.
     It is answered when the iteration goes on: accepted, unless ``refuse`` was called.
     """
 
@@ -136,7 +137,7 @@ class Hooks:
         """Act when the namespaces are set up."""
 
     def orphan_pts_master(self, descriptor: Descriptor) -> None:
-        """Take the master of a pty whose other end the tasks had open; detach the descriptor to keep it."""
+        """Take the master of a pty that the tasks had open, by detaching it; else the restore is refused."""
 
     def post_restore(self, pid: int) -> None:
         """Act when all tasks are restored and do not run yet; ``pid`` is the first to the host."""
@@ -183,7 +184,7 @@ class AsyncHooks:
         """Act when the namespaces are set up."""
 
     async def orphan_pts_master(self, descriptor: Descriptor) -> None:
-        """Take the master of a pty whose other end the tasks had open; detach the descriptor to keep it."""
+        """Take the master of a pty that the tasks had open, by detaching it; else the restore is refused."""
 
     async def post_restore(self, pid: int) -> None:
         """Act when all tasks are restored and do not run yet; ``pid`` is the first to the host."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NoReturn, TypeVar
 
 from criupy.errors import OptionError
-from criupy.rpc._option_types import CriuPath, Directory, HasFileno, JoinNs
+from criupy.rpc._option_types import CriuPath, HasFileno, JoinNs
 
 UINT32_MAX: Final = (1 << 32) - 1
 PORT_MAX: Final = (1 << 16) - 1
@@ -149,7 +149,7 @@ def inherited(option: str, value: object) -> tuple[int, os.stat_result]:
     return number, status
 
 
-def directory(option: str, value: object) -> Directory:
+def directory(option: str, value: object) -> str | int | CriuPath:
     """Check a directory: a path that exists here, a descriptor of one, or a CriuPath."""
     if isinstance(value, CriuPath):
         absolute(option, value.path)

@@ -91,7 +91,7 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (
         r"Can't get 1:(16|34) opt",  # SO_PASSCRED, SO_PASSSEC of SOL_SOCKET
-        "this CRIU cannot dump sockets on a kernel from 6.16 on: use CRIU 4.2 or newer",
+        "on kernels from 6.16 on this CRIU can dump Unix sockets only: use CRIU 4.2 or newer",
     ),
     (
         r"Can't get rlimit|Can't (set|get|dump).{0,12}rlimit|prlimit",
@@ -132,7 +132,10 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     (r"\(empty-image\)", "an image is missing: is this the directory of a complete dump?"),
     (r"[Uu]ffd|userfaultfd", "see what userfaultfd can do here: criupy check"),
 )
-_PID_IN_USE: Final = "the pid is in use here: end that process, or restore in a new pid namespace"
+_PID_IN_USE: Final = (
+    "the pid, or the number of its session or group, is in use here (a zombie's, too): "
+    "reap or end that process, or restore in a new pid namespace"
+)
 
 
 def hint_for(request: str, code: int | None, text: str) -> str | None:

@@ -193,16 +193,17 @@ class Session:
     def _check_answer(
         self, response: schema.Response, descriptors: tuple[int, ...], offset: int, packet: bytes
     ) -> None:
-        name = type_name(self._request)
         payload = _PAYLOAD.get(self._request)
         if descriptors:
             raise self._fail("a descriptor came with an answer", offset, packet)
-        if response.type not in {_ANSWERED_AS.get(self._request, self._request), schema.EMPTY}:
-            raise self._fail(f"{name} was answered as {type_name(response.type)}", offset, packet)
+        if response.type not in (_ANSWERED_AS.get(self._request, self._request), schema.EMPTY):
+            raise self._fail(
+                f"{type_name(self._request)} was answered as {type_name(response.type)}", offset, packet
+            )
         if response.type == schema.EMPTY and response.success:
-            raise self._fail(f"{name} was answered with EMPTY, success", offset, packet)
+            raise self._fail(f"{type_name(self._request)} was answered with EMPTY, success", offset, packet)
         if response.success and payload is not None and not response.HasField(payload):
-            raise self._fail(f"the answer to {name} has no {payload}", offset, packet)
+            raise self._fail(f"the answer to {type_name(self._request)} has no {payload}", offset, packet)
 
     def receive_end(self) -> bool:
         """Take in that CRIU closed; tell whether it still owed an answer."""

@@ -131,15 +131,15 @@ class Orphan:
             try:
                 shell = _start(
                     # The shell says the pid of what it leaves behind; standard input stays ours.
-                    ["/bin/sh", "-c", f'"$@" <&0 {writing}>&- & echo $! >&{writing}', "sh", *command],
+                    ["/bin/sh", "-c", f'"$@" <&0 & echo $! >/dev/fd/{writing}', "sh", *command],
                     request,
                     pass_fds=(writing, *pass_fds),
-                    # In our session, a worker not yet reaped would keep its id in use: EEXIST at a restore.
+                    # In our session or group, as a zombie, it would keep us from being restored.
                     start_new_session=True,
                 )
             finally:
                 os.close(writing)
-            said = report.read()
+            said = report.readline()
             shell.wait()
         return cls(int(said))
 

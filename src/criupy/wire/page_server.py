@@ -168,10 +168,10 @@ class Incoming:
 
     def __init__(self) -> None:
         self._pieces: deque[memoryview] = deque()
-        self.length = 0
+        self.length: int = 0
         #: Bytes taken so far.
-        self.offset = 0
-        self.eof = False
+        self.offset: int = 0
+        self.eof: bool = False
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Take in what was received by reference; no bytes are the end of the stream."""

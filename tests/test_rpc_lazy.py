@@ -1,0 +1,321 @@
+"""Lazy migrations driven by the RPC clients, with real CRIUs at both ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import criupy
+from criupy import SourceOutcome
+from criupy.rpc._lazy_linux import listeners
+from criupy.testing._keeper_linux import Kept, keep
+from criupy.testing.control_linux import Control
+from criupy.testing.criu_linux import Criu, free_port, lazy_pages_daemon, our_command
+from criupy.testing.spec import WorkloadSpec
+from criupy.testing.wait import until
+from criupy.testing.workload_linux import Workload, find_workload, start_workload
+from rpc_clients import Recorder, open_client
+from rpc_victims import counter, state_of, subreaper, until_reaped
+from test_rpc_criu import service
+
+pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
+
+MIB = 1 << 20
+PROGRAM = Path(__file__).with_name("rpc_destination.py")
+
+
+@pytest.fixture(params=["blocking", "trio"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def images(room: Path) -> Path:
+    (room / "images").mkdir()
+    return room / "images"
+
+
+class Destination:
+    """The destination program in a pid namespace, where the pids of the source are free."""
+
+    def __init__(self, kept: Kept, control: Control) -> None:
+        self.kept = kept
+        self.control = control
+
+    @property
+    def said(self) -> list[str]:
+        return self.kept.output.read_text().splitlines()
+
+    async def ends_well(self, pid: int) -> None:
+        ended = await self.kept.wait()
+        assert (ended.code, self.said) == (0, [str(pid), "complete"])
+
+    async def is_good(self) -> bool:
+        return (await self.control.worker().verify()).is_good
+
+
+@contextlib.asynccontextmanager
+async def destination(
+    kind: str, criu: Criu, room: Path, workload: Workload, where: tuple[str, int] | None, *extra: str
+) -> AsyncIterator[Destination]:
+    control = workload.control.copy(room / "restored.control")
+    host, port = where or ("", 0)
+    words: list[str | Path] = [sys.executable, PROGRAM, kind, criu.path, room / "images", room / "work"]
+    with contextlib.closing(control):
+        async with keep(
+            [*words, host, str(port), *extra],
+            keeper=find_workload(),
+            output=room / "destination.out",
+            namespace=True,
+            binds={workload.control.path: control.path},
+            cwd=room / "work",
+        ) as kept:
+
+            def gone(pid: int) -> str | None:
+                if kept.ended.get(kept.pid) is None or kept.is_alive(pid):
+                    return None
+                return f"process {pid} ended: {kept.output.read_text()}"
+
+            control.gone = gone
+            yield Destination(kept, control)
+
+
+@pytest.mark.parametrize("way", ["swrk", "service"])
+async def test_migration(criu: Criu, kind: str, way: str, room: Path, images: Path) -> None:
+    """A lazy dump and a lazy restore in programs of their own, our daemon between; every byte checked."""
+    recorder = Recorder()
+    async with contextlib.AsyncExitStack() as stack:
+        workload = await stack.enter_async_context(start_workload(WorkloadSpec(size=64 * MIB), room))
+        if way == "service":
+            path = stack.enter_context(service(criu, room))
+            how: dict[str, Any] = {"socket": path}
+            port = free_port()
+        else:
+            how, port = {"binary": criu.path}, 0
+        client = await stack.enter_async_context(open_client(kind, **how))
+        async with client.block(
+            "lazy_dump", workload.pid, images_dir=images, port=port, hooks=recorder, network_lock="skip"
+        ) as source:
+            assert recorder.scripts == ["pre-dump", "query-ext-files", "post-dump", "status-ready"]
+            assert (images / "inventory.img").exists()
+            assert source.address == "127.0.0.1"
+            assert port in {source.port, 0}
+            assert source.frame_size == criu.frame_size
+            assert source.images_dir == images
+            async with destination(kind, criu, room, workload, (source.address, source.port)) as there:
+                await there.ends_well(workload.pid)
+                assert await there.is_good()
+                assert await client.run(source.wait) is SourceOutcome.KILLED
+        assert source.outcome is SourceOutcome.KILLED
+        assert (await workload.wait()).signal == signal.SIGKILL
+
+
+async def test_a_daemon_that_listens_already(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    async with (
+        start_workload(WorkloadSpec(size=16 * MIB), room) as workload,
+        open_client(kind, binary=criu.path) as client,
+    ):
+        async with (
+            client.block("lazy_dump", workload.pid, images_dir=images) as source,
+            lazy_pages_daemon(
+                our_command(), images, room / "work", source=(source.address, source.port)
+            ) as daemon,
+            destination(kind, criu, room, workload, None, "expect") as there,
+        ):
+            await there.ends_well(workload.pid)
+            await daemon.succeed()
+            assert await there.is_good()
+        assert source.outcome is SourceOutcome.KILLED
+
+
+async def test_no_daemon_listens(criu: Criu, kind: str, images: Path) -> None:
+    async with open_client(kind, binary=criu.path) as client:
+        with pytest.raises(criupy.CriuError, match=r"no lazy-pages daemon listens .* start it first"):
+            async with client.block("lazy_restore", images_dir=images, daemon=None):
+                pass
+
+
+async def test_from_images_of_a_full_dump(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    """On one host: the dump has ended, so the pid is free."""
+    async with (
+        start_workload(WorkloadSpec(size=32 * MIB), room) as workload,
+        open_client(kind, binary=criu.path) as client,
+    ):
+        await client.call("dump", workload.pid, images_dir=images)
+        await workload.wait()
+        async with client.block("lazy_restore", images_dir=images, rst_sibling=True) as restored:
+            assert restored.pid == workload.pid
+            workload.control.gone = lambda _: None
+            assert restored.daemon.poll() in {None, 0}
+        try:
+            assert (await workload.worker().verify()).is_good
+        finally:
+            os.kill(restored.pid, signal.SIGKILL)
+            until_reaped(restored.pid)
+
+
+async def test_source_that_nobody_reaches(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    with counter(room) as victim:
+        await_free = free_port()
+        async with open_client(kind, binary=criu.path) as client:
+            await client.call("dump", victim.pid, images_dir=images)
+            victim.assert_killed()
+            with subreaper():
+                with pytest.raises(criupy.CriupyError) as caught:
+                    async with client.block(
+                        "lazy_restore", images_dir=images, page_server=("127.0.0.1", await_free)
+                    ):
+                        pass
+                assert f"127.0.0.1:{await_free}" in str(caught.value) or "refused" in str(caught.value)
+                until_reaped(victim.pid)
+
+
+async def test_images_that_are_none(criu: Criu, kind: str, images: Path) -> None:
+    async with open_client(kind, binary=criu.path) as client:
+        with pytest.raises(criupy.LazyPagesError, match=r"did not become ready: .*inventory"):
+            async with client.block("lazy_restore", images_dir=images):
+                pass
+
+
+# ---- the source alone ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["swrk", "service"])
+async def test_abort_lets_the_process_go_on(
+    criu: Criu, kind: str, way: str, room: Path, images: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        how: dict[str, Any] = {"binary": criu.path}
+        if way == "service":
+            how = {"socket": stack.enter_context(service(criu, room))}
+        victim = stack.enter_context(counter(room))
+        port = 0 if way == "swrk" else free_port()
+        async with open_client(kind, **how) as client:
+            async with client.block("lazy_dump", victim.pid, images_dir=images, port=port) as source:
+                frozen = victim.count()
+                await trio.sleep(0.05)
+                assert victim.count() == frozen
+                assert await client.run(source.abort) is SourceOutcome.RESUMED
+                victim.assert_running()
+            assert source.outcome is SourceOutcome.RESUMED
+
+            with pytest.raises(ZeroDivisionError):
+                async with client.block("lazy_dump", victim.pid, images_dir=images, port=port) as source:
+                    raise ZeroDivisionError
+            assert source.outcome is SourceOutcome.RESUMED
+            victim.assert_running()
+
+
+async def test_destination_that_resets(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    """The migration fails before its time: an error, and the process goes on here."""
+    with counter(room) as victim:
+        async with open_client(kind, binary=criu.path) as client:
+            with pytest.raises(criupy.CriuError, match="lazy_dump: ") as caught:
+                async with client.block("lazy_dump", victim.pid, images_dir=images) as source:
+                    reset(source.address, source.port)
+            assert source.outcome is SourceOutcome.RESUMED
+            assert caught.value.__notes__ == ["the dumped process: resumed"]
+            victim.assert_running()
+
+
+async def test_cancelled_with_a_destination_connected(criu: Criu, room: Path, images: Path) -> None:
+    """Somebody may run the process already, so only the connection's end decides."""
+    with counter(room) as victim:
+        async with criupy.AsyncCriu(criu.path) as client:
+            with trio.CancelScope() as scope:
+                async with client.lazy_dump(victim.pid, images_dir=images) as source:
+                    with socket.create_connection((source.address, source.port)) as sock:
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        worker = source._running._peer_pid
+                        assert worker is not None
+                        await until(lambda: not listeners(worker))
+                        scope.cancel()
+                        frozen = victim.count()
+                        with trio.CancelScope(shield=True):
+                            await trio.sleep(0.2)
+                        assert victim.count() == frozen
+                        assert source.outcome is None
+                    await trio.lowlevel.checkpoint()
+            assert scope.cancelled_caught
+            assert source.outcome is SourceOutcome.RESUMED
+            victim.assert_running()
+
+
+async def test_process_that_dies_while_it_is_served(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    with counter(room) as victim:
+        async with open_client(kind, binary=criu.path) as client:
+            with pytest.raises(criupy.CriuError):
+                async with client.block("lazy_dump", victim.pid, images_dir=images) as source:
+                    victim.process.kill()
+                    await until(lambda: state_of(victim.pid) in {None, "Z"})
+                    reset(source.address, source.port)
+            assert source.outcome is SourceOutcome.LOST
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "0.0.0.0", "::1", None])
+async def test_where_it_listens(criu: Criu, room: Path, images: Path, address: str | None) -> None:
+    """Up to 4.2 CRIU listens on all interfaces, whatever the request says; a configuration file counts."""
+    with counter(room) as victim:
+        async with (
+            criupy.AsyncCriu(criu.path) as client,
+            client.lazy_dump(victim.pid, images_dir=images, address=address) as source,
+        ):
+            worker = source._running._peer_pid
+            assert worker is not None
+            assert listeners(worker) == [(source.address, source.port)]
+            assert source.address == (address or "0.0.0.0")
+            await source.abort()
+
+
+async def test_the_callers_configuration_file_counts(criu: Criu, room: Path, images: Path) -> None:
+    config = room / "criu.conf"
+    config.write_text("log-file from-config.log")
+    with counter(room) as victim:
+        async with (
+            criupy.AsyncCriu(criu.path) as client,
+            client.lazy_dump(victim.pid, images_dir=images, config_file=config) as source,
+        ):
+            assert source.address == "127.0.0.1"
+            await source.abort()
+    assert (images / "from-config.log").exists()
+
+
+async def test_port_in_use(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    with counter(room) as victim, socket.create_server(("127.0.0.1", 0)) as taken:
+        async with open_client(kind, binary=criu.path) as client:
+            with pytest.raises(criupy.CriuError, match="Address already in use"):
+                async with client.block(
+                    "lazy_dump", victim.pid, images_dir=images, port=taken.getsockname()[1]
+                ):
+                    pass
+        victim.assert_running()
+
+
+async def test_what_a_lazy_dump_is_not(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    async with open_client(kind, binary=criu.path) as client:
+        for wrong in ({"leave_running": True}, {"address": "localhost"}, {"port": -1}, {"lazy_pages": True}):
+            with pytest.raises(criupy.OptionError, match=next(iter(wrong))):
+                async with client.block("lazy_dump", 1, images_dir=images, **wrong):
+                    pass
+        with pytest.raises(criupy.OptionError, match=r"lazy_dump\(\) or lazy_restore\(\)"):
+            await client.call("dump", 1, images_dir=images, lazy_pages=True)
+    with service(criu, room) as path:
+        async with open_client(kind, socket=path) as client:
+            with pytest.raises(criupy.OptionError, match="port"):
+                async with client.block("lazy_dump", 1, images_dir=images):
+                    pass
+
+
+def reset(address: str, port: int) -> None:
+    with socket.create_connection((address, port)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
