@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 
 from criupy.testing.criu_linux import Criu
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
 
 #: What each program prints, as a pattern of all of it.
 PRINTS = {
@@ -114,3 +116,55 @@ def test_without_criu_it_says_so(name: str, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert re.fullmatch(r"Error: \w+: .*/criu: there is no such program - .*\n", done.stderr), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def programs(page: str) -> list[str]:
+    """List the programs of a page that dump a process, which is 1234 there, into ckpt."""
+    found: list[str] = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
+    )
+    return [code.replace("/var/ckpt", "ckpt") for code in found if "1234" in code]
+
+
+PROGRAMS = {
+    f"{page} {number}": code
+    for page in ("README.md", "docs/rpc.md")
+    for number, code in enumerate(programs(page))
+}
+
+
+def test_programs_are_found() -> None:
+    assert list(PROGRAMS) == ["README.md 0", "README.md 1", "docs/rpc.md 0", "docs/rpc.md 1", "docs/rpc.md 2"]
+
+
+@pytest.mark.parametrize("name", list(PROGRAMS))
+def test_program_of_a_page(name: str, criu: Criu, tmp_path: Path, nothing_runs_on: None) -> None:
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "criu").symlink_to(criu.path)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(1000)"],
+        env=environment,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        reaper = threading.Thread(target=process.wait)  # at once, or it keeps its pid from being restored
+        reaper.start()
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAMS[name].replace("1234", str(process.pid))],
+            cwd=tmp_path,
+            env={**environment, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)  # as it was, or restored
+        reaper.join()
+    assert (done.returncode, done.stderr) == (0, "")
+    if "restore(" in PROGRAMS[name]:
+        assert str(process.pid) in done.stdout.split()
