@@ -7,7 +7,7 @@ export PATH
 PYTHON3 := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint format build clean
+.PHONY: help demo test unit lint format build docs clean
 
 help:
 	@echo "make demo    migrate a process and watch it happen"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint    check style and types"
 	@echo "make format  let ruff format the sources"
 	@echo "make build   only set up .venv and build"
+	@echo "make docs    make the documentation, in build/docs"
 	@echo "make clean   remove what was built (not the CRIUs in the cache)"
 
 demo:
@@ -42,6 +43,10 @@ format: build
 
 build:
 	@tools/setup build
+
+docs: build
+	$(PYTHON3) -m sphinx -q -W --keep-going -n docs build/docs
+	@echo "docs: build/docs/index.html"
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -187,6 +187,7 @@ class AsyncOperation(Generic[T]):
 
     async def _answer(self) -> None:
         """Answer the notification at hand without waiting for what comes next."""
+        self._running.check_time(self._timeout, is_over=trio.current_time() > self._until)
         packet = self._running.answer_packet()
         if packet is not None:
             await self._send(packet)
@@ -218,8 +219,8 @@ class AsyncOperation(Generic[T]):
         else:
             if error is None:
                 await self._finish()
-            else:
-                await self._undo(error)
+            elif await self._undo(error):
+                self._running.note_undone(error)
 
     async def _send(self, packet: bytes) -> None:
         connection = self._running.connection

@@ -44,7 +44,10 @@ T = TypeVar("T")
 
 
 class PageServerChild:
-    """A page server that is a child of its worker; ``wait`` for it, or ``close`` to end it."""
+    """A page server that is a child of its worker; ``wait`` for it, or ``close`` to end it.
+
+    ``pid`` is its process, ``port`` where it listens.
+    """
 
     def __init__(self, client: Criu, connection: Connection, pid: int, port: int) -> None:
         self._client = client
@@ -401,10 +404,11 @@ class Criu:
     ) -> LazyRestore:
         """Restore a tree whose memory follows, in a block.
 
-        Starts a lazy-pages ``daemon`` that takes pages from ``page_server``
-        (host and port), or from the images themselves; None expects one that
-        listens in the work directory already. The block begins when the tasks
-        run; leaving it waits for the last page.
+        Starts a lazy-pages ``daemon``, given as the words of its command and by
+        default criupy's own, that takes pages from ``page_server`` (host and
+        port), or from the images themselves; None expects one that listens in
+        the work directory already. The block begins when the tasks run; leaving
+        it waits for the last page.
         """
         check_hooks(hooks, Hooks)
         plan = make_plan(daemon, page_server)

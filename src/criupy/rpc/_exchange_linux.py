@@ -49,6 +49,11 @@ class Exchange(Generic[T]):
         """Return the packet with the request."""
         return self.connection.session.send_request(self.call.request)
 
+    def check_time(self, seconds: float, *, is_over: bool) -> None:
+        """Accept no notification when the time is over: CRIU would go on, perhaps to the end."""
+        if is_over and self.pending is not None:
+            raise self.timed_out(seconds)
+
     def answer_packet(self) -> bytes | None:
         """Return the packet that answers the pending notification, if one is; let go of what came with it."""
         notification, self.pending = self.pending, None

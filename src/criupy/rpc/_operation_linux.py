@@ -185,6 +185,7 @@ class Operation(Generic[T]):
 
     def _answer(self) -> None:
         """Answer the notification at hand without waiting for what comes next."""
+        self._running.check_time(self._timeout, is_over=time.monotonic() > self._until)
         packet = self._running.answer_packet()
         if packet is not None:
             self._send(packet)
@@ -212,8 +213,8 @@ class Operation(Generic[T]):
         else:
             if error is None:
                 self._finish()
-            else:
-                self._undo(error)
+            elif self._undo(error):
+                self._running.note_undone(error)
 
     def _send(self, packet: bytes) -> None:
         connection = self._running.connection

@@ -110,7 +110,7 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
         "CRIU cannot dump its own ancestors: self_dump() can, and so can a service (socket=)",
     ),
     (r"empty-image|Can't open inventory", "are the images of a dump in there? criupy images DIR tells"),
-    (r"shell job", "the tasks have a session or terminal of somebody else's: give shell_job=True"),
+    (r"shell[ -]job", "the tasks have a session or terminal of somebody else's: give shell_job=True"),
     (r"Connected TCP socket", "give tcp_established=True, or tcp_close=True to do without the connections"),
     (
         r"[Uu]nix (socket|connection).*(external|unlinked|peer)|[Ee]xternal socket",
@@ -129,6 +129,7 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
         r"cpu: .*(mismatch|not supported|missing)",
         "the images need a CPU with more features than this one has",
     ),
+    (r"\(empty-image\)", "an image is missing: is this the directory of a complete dump?"),
     (r"[Uu]ffd|userfaultfd", "see what userfaultfd can do here: criupy check"),
 )
 _PID_IN_USE: Final = (

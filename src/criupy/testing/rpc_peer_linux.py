@@ -1,7 +1,7 @@
 """A stand-in for `criu swrk FD` and `criu service` that follows a script and can misbehave.
 
 For tests of RPC clients, in any language: what a client does when CRIU dies, hangs, lies, floods it, leaves
-processes behind or talks out of turn is to be seen without CRIU and without root.
+processes behind or talks out of turn is to be seen without CRIU and without root::
 
     script = [Expect(schema.DUMP), Notify("pre-dump"), Kill(signal.SIGKILL)]
     with scripted_criu(tmp_path, [script], version=(4, 2, 1)) as peer:

@@ -1,0 +1,105 @@
+"""The documentation builds without a warning, has every public name and option, and its code type-checks."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from criupy import rpc
+from criupy.rpc import _options
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+#: What the pages' shorter pieces of code take as given.
+GIVEN = """
+import os
+import subprocess
+from typing import Any
+import trio
+import criupy
+pid: int
+process: Any
+def enough_space() -> bool:
+    return True
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation as text, which is what can be searched."""
+    folder = tmp_path_factory.mktemp("docs")
+    make(folder, "text")
+    return folder
+
+
+def make(folder: Path, builder: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", "-b", builder, DOCS, folder],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_html_builds(tmp_path: Path) -> None:
+    make(tmp_path, "html")
+    assert 'id="criupy.rpc.Criu.dump"' in (tmp_path / "reference.html").read_text()
+
+
+@pytest.mark.slow
+def test_every_public_name_is_in_the_reference(built: Path) -> None:
+    text = (built / "reference.txt").read_text()
+    described = set(re.findall(r"^(?:class |exception )?(\w+)(?:\(|$)", text, re.MULTILINE))
+    missing = set(rpc.__all__) - {"external"} - described
+    assert missing == set()
+    for name in rpc.external.__all__:
+        assert re.search(rf"^{name}\(", text, re.MULTILINE), name
+
+
+@pytest.mark.slow
+def test_every_option_is_described_once(built: Path) -> None:
+    text = (built / "reference.txt").read_text()
+    text = text[text.index("\nBy request\n---") : text.index("\nTypes\n---")]
+    for name in {name for group in _options.__all__ for name in getattr(_options, group).__annotations__}:
+        found = re.findall(rf"^   {name}: .+\n\n      \S", text, re.MULTILINE)
+        assert len(found) == 1, (name, found)
+
+
+def pieces(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def as_module(code: str) -> str:
+    """Make a module of a piece: a program as it is, anything shorter in a function that has a client."""
+    if re.search(r"^import criupy|^from criupy", code, re.MULTILINE):
+        return code
+    is_async = re.search(r"\bawait\b|\basync (?:with|for)\b", code)
+    head = "async def piece(criu: criupy.AsyncCriu)" if is_async else "def piece(criu: criupy.Criu)"
+    return f"{GIVEN}\n{head} -> None:\n{textwrap.indent(code, '    ')}"
+
+
+@pytest.mark.slow
+def test_code_type_checks(tmp_path: Path) -> None:
+    for page in PAGES:
+        for number, code in enumerate(pieces(page)):
+            (tmp_path / f"{page.stem.replace('-', '_').lower()}_{number}.py").write_text(as_module(code))
+    modules = sorted(tmp_path.glob("*.py"))
+    assert len(modules) > 10
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, *modules],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
