@@ -219,8 +219,8 @@ class AsyncOperation(Generic[T]):
         else:
             if error is None:
                 await self._finish()
-            elif await self._undo(error):
-                self._running.note_undone(error)
+            else:
+                await self._undo(error)
 
     async def _send(self, packet: bytes) -> None:
         connection = self._running.connection

@@ -213,8 +213,8 @@ class Operation(Generic[T]):
         else:
             if error is None:
                 self._finish()
-            elif self._undo(error):
-                self._running.note_undone(error)
+            else:
+                self._undo(error)
 
     def _send(self, packet: bytes) -> None:
         connection = self._running.connection
