@@ -98,6 +98,12 @@ def room(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(params=["blocking", "trio"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which of the RPC clients a test is about: it runs for each."""
+    return str(request.param)
+
+
 @pytest.fixture
 def nothing_is_left() -> Iterator[None]:
     """No descriptor, thread of the pager or child process outlives the test."""

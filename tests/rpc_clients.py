@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -114,7 +114,7 @@ class Client:
             raise
         await trio.to_thread.run_sync(entered.__exit__, None, None, None)
 
-    async def notifications(self, operation: Any) -> AsyncIterator[Notification]:
+    async def notifications(self, operation: Any) -> AsyncGenerator[Notification, None]:
         """Iterate over an operation of either client."""
         if self.is_async:
             async for notification in operation:

@@ -15,9 +15,16 @@ from criupy.rpc import _calls_linux as calls
 from criupy.rpc._async_lazy_client_linux import AsyncLazyDump, AsyncLazyRestore
 from criupy.rpc._async_operation_linux import AsyncOperation, AsyncProcess, end_worker
 from criupy.rpc._calls_linux import Call, log_directory
-from criupy.rpc._connection_linux import Connection, adopt, connect, start_detached_worker, start_worker
+from criupy.rpc._connection_linux import (
+    BUSY_PAUSE,
+    Connection,
+    adopt,
+    connect,
+    start_detached_worker,
+    start_worker,
+)
 from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, make_plan
-from criupy.rpc._notify import AsyncHooks
+from criupy.rpc._notify import AsyncHooks, check_hooks
 from criupy.rpc._option_types import Directory
 from criupy.rpc._options import (
     CheckOptions,
@@ -74,20 +81,24 @@ class AsyncPreDumpLoop:
         self._pid = pid
         self._timeout = request_timeout
         self._connection: Connection | None = None
+        self._entered = False
 
     async def __aenter__(self) -> Self:
+        self._entered = True
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._entered = False
         connection, self._connection = self._connection, None
         if connection is not None:
             await self._client._end(connection)
 
     async def pre_dump(self, *, images_dir: Directory, **options: Unpack[PreDumpOptions]) -> None:
         """Write the memory that changed since the one before, and let the tasks go on."""
-        await self._client._need_dirty_tracking()
+        self._check_entered()
+        await self._client._need_dirty_tracking(self._timeout)
         call = calls.pre_dump(self._pid, images_dir, options, single=False)
         await self._client._run(call, self._timeout, connect=lambda: self._connect(call), release=self._keep)
 
@@ -95,6 +106,8 @@ class AsyncPreDumpLoop:
         self, *, images_dir: Directory, hooks: AsyncHooks | None = None, **options: Unpack[DumpOptions]
     ) -> None:
         """Dump the tree; the loop is over then."""
+        self._check_entered()
+        check_hooks(hooks, AsyncHooks)
         call = calls.dump(self._pid, images_dir, options)
         async with self._client._operation(
             call, self._timeout, connect=lambda: self._connect(call)
@@ -107,6 +120,10 @@ class AsyncPreDumpLoop:
 
     async def _keep(self, connection: Connection) -> None:
         self._connection = connection
+
+    def _check_entered(self) -> None:
+        if not self._entered:
+            raise LocalProtocolError("pre_dump_loop: enter the block first")
 
 
 class AsyncCriu:
@@ -228,6 +245,7 @@ class AsyncCriu:
         **options: Unpack[DumpOptions],
     ) -> None:
         """Dump the tree whose root is ``pid``; it is killed then unless an option says otherwise."""
+        check_hooks(hooks, AsyncHooks)
         async with self.open_dump(
             pid, images_dir=images_dir, request_timeout=request_timeout, **options
         ) as operation:
@@ -270,7 +288,7 @@ class AsyncCriu:
         **options: Unpack[PreDumpOptions],
     ) -> None:
         """Write the memory that changed since ``parent_img``, and let the tasks go on (CRIU 3.17)."""
-        await self._need_dirty_tracking()
+        await self._need_dirty_tracking(request_timeout)
         await self._run(calls.pre_dump(pid, images_dir, options, single=True), request_timeout)
 
     def pre_dump_loop(self, pid: int, *, request_timeout: float | None = None) -> AsyncPreDumpLoop:
@@ -293,6 +311,7 @@ class AsyncCriu:
         subreaper); of this process with ``rst_sibling``, which then has to
         reap it; or of the program that the worker becomes with ``exec_cmd``.
         """
+        check_hooks(hooks, AsyncHooks)
         async with self.open_restore(
             images_dir=images_dir, request_timeout=request_timeout, **options
         ) as operation:
@@ -378,6 +397,7 @@ class AsyncCriu:
         kernel choose, with a worker of our own. ``request_timeout`` counts until
         then. Leaving the block waits until the destination has all pages.
         """
+        check_hooks(hooks, AsyncHooks)
         plan = LazyDumpPlan(
             pid, images_dir, options, address=address, port=port, is_own=self._transport.is_own
         )
@@ -401,6 +421,7 @@ class AsyncCriu:
         the work directory already. The block begins when the tasks run; leaving
         it waits for the last page.
         """
+        check_hooks(hooks, AsyncHooks)
         plan = make_plan(daemon, page_server)
         call = calls.restore(images_dir, options, lazy=True)
         return AsyncLazyRestore(self, call, hooks, plan, request_timeout)
@@ -415,7 +436,11 @@ class AsyncCriu:
         connect: Callable[[], Awaitable[Connection]] | None = None,
         release: Callable[[Connection], Awaitable[None]] | None = None,
     ) -> AsyncOperation[T]:
-        seconds = check_seconds("request_timeout", request_timeout)
+        try:
+            seconds = check_seconds("request_timeout", request_timeout)
+        except OptionError:
+            call.close()
+            raise
         return AsyncOperation(
             call,
             connect or (lambda: self._connect(call)),
@@ -462,7 +487,11 @@ class AsyncCriu:
                 )
             return kept
         if transport.socket is not None:
-            return connect(transport.socket, request=call.name)
+            while (  # noqa: ASYNC110 - of a full queue no event tells
+                connection := connect(transport.socket, request=call.name)
+            ) is None:
+                await trio.sleep(BUSY_PAUSE)
+            return connection
         binary = transport.binary or "criu"
         if detached:
             await self._close_kept()
@@ -508,9 +537,10 @@ class AsyncCriu:
         if connection is not None:
             await self._end(connection)
 
-    async def _need_dirty_tracking(self) -> None:
+    async def _need_dirty_tracking(self, request_timeout: float | None) -> None:
         # Without it CRIU runs into an assertion of its own, inside the task.
-        if (await self.feature_check("mem_track")).mem_track is False:
+        features = await self.feature_check("mem_track", request_timeout=request_timeout)
+        if features.mem_track is False:
             raise CriuError("pre_dump", "CRIU cannot track changes of memory", hint=NO_DIRTY_TRACKING)
 
     async def _wait_for(self, child: AsyncPageServerChild, request_timeout: float | None) -> int:

@@ -12,7 +12,7 @@ import trio
 
 from criupy._descriptor import Descriptor
 from criupy.errors import CriuError, CriupyError, CriuTimeout, LocalProtocolError
-from criupy.rpc._async_operation_linux import AsyncOperation, AsyncProcess, end_worker
+from criupy.rpc._async_operation_linux import AsyncOperation, AsyncProcess, end_worker, wait_ended
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._lazy_linux import (
     DaemonPlan,
@@ -54,7 +54,7 @@ class AsyncLazyDump:
         self.images_dir: Path = Path()
 
     async def __aenter__(self) -> Self:
-        self.frame_size = self._plan.check_version(await self._client.version())
+        self.frame_size = self._plan.check_version(await self._client.version(request_timeout=self._timeout))
         call = self._plan.open()
         self.images_dir = call.images_dir or self.images_dir
         try:
@@ -202,7 +202,7 @@ class AsyncLazyRestore:
                 pass_fds=(writing.fileno(),),
                 capture=self._client._transport.capture_output,
             )
-            self.daemon = AsyncProcess(self._worker)
+            self.daemon = AsyncProcess(self._worker, owns=False)
             writing.close()
             await self._await_ready(self._worker, reading, deadline)
 
@@ -215,7 +215,7 @@ class AsyncLazyRestore:
             return
         # It has closed the pipe, so it has ended or is about to.
         with trio.move_on_after(1):
-            await AsyncProcess(worker).wait()
+            await wait_ended(worker)
         raise daemon_failure(self._work_dir, worker.output(), worker.poll(), ready=False)
 
     async def _stop(self, error: BaseException) -> None:
@@ -225,7 +225,7 @@ class AsyncLazyRestore:
             return
         with trio.CancelScope(shield=True):
             with trio.move_on_after(1):
-                await AsyncProcess(worker).wait()
+                await wait_ended(worker)
             status = worker.poll()
             if status is None:
                 worker.terminate()
@@ -241,7 +241,7 @@ class AsyncLazyRestore:
         Without a daemon of its own it returns at once.
         """
         if self._worker is not None:
-            await AsyncProcess(self._worker).wait()
+            await wait_ended(self._worker)
             worker, self._worker = self._worker, None
             status, output = worker.poll(), worker.output()
             worker.close()

@@ -17,7 +17,7 @@ from criupy.rpc._notify import AsyncHooks, Notification, external_of, invoke
 from criupy.rpc._session import Answer, Notified
 from criupy.rpc._worker_linux import Orphan, Worker
 
-__all__ = ["AsyncOperation", "AsyncProcess", "end_worker"]
+__all__ = ["AsyncOperation", "AsyncProcess", "end_worker", "wait_ended"]
 
 T = TypeVar("T")
 
@@ -27,8 +27,9 @@ _POLL_INTERVAL = 0.01
 class AsyncProcess:
     """A process that became our child: the program of ``exec_cmd``, or a lazy-pages daemon."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, owns: bool = True) -> None:
         self._worker = worker
+        self._owns = owns
 
     @property
     def pid(self) -> int:
@@ -38,15 +39,14 @@ class AsyncProcess:
     def poll(self) -> int | None:
         """Return its exit status, negative for a signal; None while it runs."""
         status = self._worker.poll()
-        if status is not None:
+        if status is not None and self._owns:
             self._worker.close()
         return status
 
     async def wait(self) -> int:
         """Wait for its end and return its exit status, negative for a signal."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while (status := self.poll()) is None:
-            await trio.lowlevel.wait_readable(self._worker.pidfd)
+        status = await wait_ended(self._worker)
+        self.poll()  # lets go of it
         return status
 
     def terminate(self) -> None:
@@ -58,6 +58,14 @@ class AsyncProcess:
         self._worker.kill()
 
 
+async def wait_ended(worker: Worker) -> int:
+    """Wait until a worker has ended, and reap it; return its exit status, negative for a signal."""
+    await trio.lowlevel.checkpoint_if_cancelled()
+    while (status := worker.poll()) is None:
+        await trio.lowlevel.wait_readable(worker.pidfd)
+    return status
+
+
 async def end_worker(worker: Worker | Orphan | None, patience: float) -> None:
     """Wait until a worker whose socket is closed has ended, killing it after a time, and let go of it.
 
@@ -66,9 +74,9 @@ async def end_worker(worker: Worker | Orphan | None, patience: float) -> None:
     with trio.CancelScope(shield=True):
         if isinstance(worker, Worker):
             with trio.move_on_after(patience):
-                await AsyncProcess(worker).wait()
+                await wait_ended(worker)
             worker.kill()
-            await AsyncProcess(worker).wait()
+            await wait_ended(worker)
             worker.close()
         elif isinstance(worker, Orphan):
             with trio.move_on_after(patience):
@@ -103,6 +111,7 @@ class AsyncOperation(Generic[T]):
         self._deadline: float | None = None
         self._exchange: Exchange[T] | None = None
         self._kept: Worker | None = None
+        self._left = False
 
     @property
     def _running(self) -> Exchange[T]:
@@ -135,10 +144,12 @@ class AsyncOperation(Generic[T]):
         return self._kept
 
     async def __aenter__(self) -> Self:
+        if self._call.closed:
+            raise LocalProtocolError(f"{self._call.name}: the block can be entered once")
         if self._deadline is None:
             self._deadline = trio.current_time() + self._timeout
         try:
-            self._exchange = Exchange(self._call, await self._connect())
+            self._exchange = Exchange(self._call, await self._reach())
         except BaseException:
             self._call.close()
             raise
@@ -149,15 +160,23 @@ class AsyncOperation(Generic[T]):
             raise
         return self
 
+    async def _reach(self) -> Connection:
+        if self._until == math.inf:
+            return await self._connect()
+        with trio.move_on_at(self._until):
+            return await self._connect()
+        raise CriuTimeout(self._call.name, f"CRIU was not reached in {self._timeout:g} s")
+
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Notification:
         exchange = self._running
-        if exchange.over:
-            raise StopAsyncIteration
-        await self._answer()
-        notification = exchange.take(await self._receive())
+        event = None
+        if not (exchange.over or self._left):
+            await self._answer()
+            event = await self._receive()
+        notification = None if event is None else exchange.take(event)
         if notification is None:
             raise StopAsyncIteration
         return notification
@@ -211,10 +230,13 @@ class AsyncOperation(Generic[T]):
             if scope.cancelled_caught:
                 raise self._running.timed_out(self._timeout)
 
-    async def _receive(self) -> Notified | Answer | Ended:
+    async def _receive(self) -> Notified | Answer | Ended | None:
+        """Receive what comes next; None if CRIU was done before it could undo what took too long."""
         event = await self._receive_until(self._until)
         if event is None:
-            raise self._running.timed_out(self._timeout)
+            error = self._running.timed_out(self._timeout)
+            if not await self._undo(error):
+                raise error
         return event
 
     async def _receive_until(
@@ -229,17 +251,18 @@ class AsyncOperation(Generic[T]):
     async def _next_event(self, *, undoing: bool) -> Notified | Answer | Ended:
         exchange = self._running
         connection = exchange.connection
+        receive = exchange.receive_undone if undoing else connection.receive_now
         while True:
             await trio.lowlevel.wait_readable(connection.event_fd())
-            event = exchange.receive_undone() if undoing else connection.receive_now()
+            event = receive()
             if isinstance(event, Ended) and isinstance(connection.worker, Worker):
                 # So that the error can say how it ended.
                 with trio.move_on_after(1):
-                    await AsyncProcess(connection.worker).wait()
+                    await wait_ended(connection.worker)
             if event is not None:
                 return event
             if isinstance(connection.worker, Worker) and connection.worker.poll() is not None:
-                return connection.receive_now() or Ended()
+                return receive() or Ended()
 
     async def _undo(self, error: BaseException) -> bool:
         """End a request that failed on our side; True if CRIU had done it nevertheless, in time."""
@@ -249,7 +272,7 @@ class AsyncOperation(Generic[T]):
 
     async def _undo_all(self, error: BaseException) -> bool:
         exchange = self._running
-        if exchange.over:
+        if exchange.over or self._left:
             await self._finish()
             return False
         patience = self._grace if exchange.begin_undo() else 0.0
@@ -285,7 +308,10 @@ class AsyncOperation(Generic[T]):
         """Let go of the connection after the answer."""
         exchange = self._running
         connection = exchange.connection
+        if self._left:
+            return
         if connection.usable:
+            self._left = True
             self._call.close()
             await self._release(connection)
             return
@@ -295,6 +321,7 @@ class AsyncOperation(Generic[T]):
 
     async def _end(self, patience: float) -> None:
         connection = self._running.connection
+        self._left = True
         self._call.close()
         connection.close_socket()
         await end_worker(connection.worker, patience)

@@ -52,6 +52,7 @@ class Call(Generic[T]):
     work_dir: Path | None = None
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """Holds what CRIU opens through us, until the answer."""
+    closed: bool = False
 
     @property
     def delicate(self) -> bool:
@@ -65,6 +66,7 @@ class Call(Generic[T]):
 
     def close(self) -> None:
         """Close the descriptors that were opened for CRIU."""
+        self.closed = True
         self.stack.close()
 
     @property
@@ -245,11 +247,11 @@ def pre_dump(pid: int, images_dir: Directory, options: Mapping[str, object], *, 
 
 def restore(images_dir: Directory, options: Mapping[str, object], *, lazy: bool = False) -> Call[int]:
     """Restore a tree; the answer is the pid of its first process."""
+    name = "lazy_restore" if lazy else "restore"
 
     def pid(response: schema.Response) -> int:
-        return response.restore.pid
+        return _told_pid(response.restore.pid, name)
 
-    name = "lazy_restore" if lazy else "restore"
     call = _call(name, schema.RESTORE, pid, options, images_dir=images_dir)
     call.request.opts.notify_scripts = True
     if lazy:
@@ -273,7 +275,8 @@ def page_server_child(images_dir: Directory, options: Mapping[str, object]) -> C
     """Start a page server as the worker's child; the answer is its pid and its port."""
 
     def result(response: schema.Response) -> tuple[int, int]:
-        return response.ps.pid, _port(response, "page_server_child")
+        name = "page_server_child"
+        return _told_pid(response.ps.pid, name), _port(response, name)
 
     call = _call(
         "page_server_child",
@@ -285,6 +288,13 @@ def page_server_child(images_dir: Directory, options: Mapping[str, object]) -> C
     )
     call.request.keep_open = True
     return call
+
+
+def _told_pid(pid: int, name: str) -> int:
+    # To kill(2), 0 and less are other processes.
+    if pid <= 0:
+        raise CriuError(name, f"CRIU did not say which process it started (but {pid})")
+    return pid
 
 
 def _port(response: schema.Response, name: str) -> int:
@@ -299,6 +309,11 @@ def wait_pid(pid: int) -> Call[int]:
     _pid("pid", pid)
 
     def result(response: schema.Response) -> int:
-        return os.waitstatus_to_exitcode(response.status)
+        try:
+            return os.waitstatus_to_exitcode(response.status)
+        except ValueError:
+            raise CriuError(
+                "wait_pid", f"CRIU did not say how process {pid} ended (but {response.status:#x})"
+            ) from None
 
     return Call("wait_pid", schema.Request(type=schema.WAIT_PID, pid=pid), result)

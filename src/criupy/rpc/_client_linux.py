@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-from criupy.errors import CriuError, LocalProtocolError, OptionError
+from criupy.errors import CriuError, CriuTimeout, LocalProtocolError, OptionError
 from criupy.rpc import _calls_linux as calls
 from criupy.rpc._calls_linux import Call, log_directory
-from criupy.rpc._connection_linux import Connection, adopt, connect, start_detached_worker, start_worker
+from criupy.rpc._connection_linux import (
+    BUSY_PAUSE,
+    Connection,
+    adopt,
+    connect,
+    start_detached_worker,
+    start_worker,
+)
 from criupy.rpc._lazy_client_linux import LazyDump, LazyRestore
 from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, make_plan
-from criupy.rpc._notify import Hooks
+from criupy.rpc._notify import Hooks, check_hooks
 from criupy.rpc._operation_linux import Operation, Process, end_worker
 from criupy.rpc._option_types import Directory
 from criupy.rpc._options import (
@@ -72,37 +80,47 @@ class PreDumpLoop:
         self._pid = pid
         self._timeout = request_timeout
         self._connection: Connection | None = None
+        self._entered = False
 
     def __enter__(self) -> Self:
+        self._entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._entered = False
         connection, self._connection = self._connection, None
         if connection is not None:
             self._client._end(connection)
 
     def pre_dump(self, *, images_dir: Directory, **options: Unpack[PreDumpOptions]) -> None:
         """Write the memory that changed since the one before, and let the tasks go on."""
-        self._client._need_dirty_tracking()
+        self._check_entered()
+        self._client._need_dirty_tracking(self._timeout)
         call = calls.pre_dump(self._pid, images_dir, options, single=False)
-        self._client._run(call, self._timeout, connect=lambda: self._connect(call), release=self._keep)
+        self._client._run(call, self._timeout, connect=partial(self._connect, call), release=self._keep)
 
     def dump(
         self, *, images_dir: Directory, hooks: Hooks | None = None, **options: Unpack[DumpOptions]
     ) -> None:
         """Dump the tree; the loop is over then."""
+        self._check_entered()
+        check_hooks(hooks, Hooks)
         call = calls.dump(self._pid, images_dir, options)
-        with self._client._operation(call, self._timeout, connect=lambda: self._connect(call)) as operation:
+        with self._client._operation(call, self._timeout, connect=partial(self._connect, call)) as operation:
             operation._serve(hooks)
 
-    def _connect(self, call: Call[None]) -> Connection:
+    def _connect(self, call: Call[None], deadline: float) -> Connection:
         connection, self._connection = self._connection, None
-        return connection or self._client._connect(call)
+        return connection or self._client._connect(call, deadline)
 
     def _keep(self, connection: Connection) -> None:
         self._connection = connection
+
+    def _check_entered(self) -> None:
+        if not self._entered:
+            raise LocalProtocolError("pre_dump_loop: enter the block first")
 
 
 class Criu:
@@ -222,6 +240,7 @@ class Criu:
         **options: Unpack[DumpOptions],
     ) -> None:
         """Dump the tree whose root is ``pid``; it is killed then unless an option says otherwise."""
+        check_hooks(hooks, Hooks)
         with self.open_dump(
             pid, images_dir=images_dir, request_timeout=request_timeout, **options
         ) as operation:
@@ -253,7 +272,7 @@ class Criu:
         # A worker of ours is a child: it would be dumped, and cannot dump itself.
         self._close_kept()
         call = calls.self_dump(images_dir, options)
-        return self._run(call, request_timeout, connect=lambda: self._connect(call, detached=True))
+        return self._run(call, request_timeout, connect=partial(self._connect, call, detached=True))
 
     def pre_dump(
         self,
@@ -264,7 +283,7 @@ class Criu:
         **options: Unpack[PreDumpOptions],
     ) -> None:
         """Write the memory that changed since ``parent_img``, and let the tasks go on (CRIU 3.17)."""
-        self._need_dirty_tracking()
+        self._need_dirty_tracking(request_timeout)
         self._run(calls.pre_dump(pid, images_dir, options, single=True), request_timeout)
 
     def pre_dump_loop(self, pid: int, *, request_timeout: float | None = None) -> PreDumpLoop:
@@ -287,6 +306,7 @@ class Criu:
         subreaper); of this process with ``rst_sibling``, which then has to
         reap it; or of the program that the worker becomes with ``exec_cmd``.
         """
+        check_hooks(hooks, Hooks)
         with self.open_restore(
             images_dir=images_dir, request_timeout=request_timeout, **options
         ) as operation:
@@ -366,6 +386,7 @@ class Criu:
         kernel choose, with a worker of our own. ``request_timeout`` counts until
         then. Leaving the block waits until the destination has all pages.
         """
+        check_hooks(hooks, Hooks)
         plan = LazyDumpPlan(
             pid, images_dir, options, address=address, port=port, is_own=self._transport.is_own
         )
@@ -389,6 +410,7 @@ class Criu:
         the work directory already. The block begins when the tasks run; leaving
         it waits for the last page.
         """
+        check_hooks(hooks, Hooks)
         plan = make_plan(daemon, page_server)
         call = calls.restore(images_dir, options, lazy=True)
         return LazyRestore(self, call, hooks, plan, request_timeout)
@@ -400,13 +422,17 @@ class Criu:
         call: Call[T],
         request_timeout: float | None,
         *,
-        connect: Callable[[], Connection] | None = None,
+        connect: Callable[[float], Connection] | None = None,
         release: Callable[[Connection], None] | None = None,
     ) -> Operation[T]:
-        seconds = check_seconds("request_timeout", request_timeout)
+        try:
+            seconds = check_seconds("request_timeout", request_timeout)
+        except OptionError:
+            call.close()
+            raise
         return Operation(
             call,
-            connect or (lambda: self._connect(call)),
+            connect or partial(self._connect, call),
             release or self._keep,
             request_timeout=self._transport.request_timeout if seconds is None else seconds,
             grace=self._transport.grace,
@@ -417,7 +443,7 @@ class Criu:
         call: Call[T],
         request_timeout: float | None,
         *,
-        connect: Callable[[], Connection] | None = None,
+        connect: Callable[[float], Connection] | None = None,
         release: Callable[[Connection], None] | None = None,
     ) -> T:
         with self._operation(call, request_timeout, connect=connect, release=release) as operation:
@@ -426,9 +452,12 @@ class Criu:
 
     def _query(self, call: Call[T], request_timeout: float | None) -> T:
         """Ask what can be asked many times, on a connection that is kept."""
-        return self._run(call, request_timeout, connect=lambda: self._take_kept() or self._connect(call))
+        return self._run(call, request_timeout, connect=partial(self._reuse, call))
 
-    def _connect(self, call: Call[T], *, detached: bool = False) -> Connection:
+    def _reuse(self, call: Call[T], deadline: float) -> Connection:
+        return self._take_kept() or self._connect(call, deadline)
+
+    def _connect(self, call: Call[T], deadline: float, *, detached: bool = False) -> Connection:
         """Make a connection for a request, having checked that this CRIU knows all its options."""
         if self._closed:
             raise LocalProtocolError(f"{call.name}: the client is closed")
@@ -438,7 +467,8 @@ class Criu:
                 call.swrk_only[0], "CRIU takes it only from a worker of one's own (binary=), not in a service"
             )
         if call.needs_version:
-            call.check_version(self._version or self.version())
+            left = max(0.0, deadline - time.monotonic())
+            call.check_version(self._version or self.version(request_timeout=left))
         if transport.fd is not None:
             kept = self._take_kept()
             if kept is None:
@@ -447,7 +477,11 @@ class Criu:
                 )
             return kept
         if transport.socket is not None:
-            return connect(transport.socket, request=call.name)
+            while (connection := connect(transport.socket, request=call.name)) is None:
+                if time.monotonic() >= deadline:
+                    raise CriuTimeout(call.name, f"{transport.socket}: nobody was accepted in time")
+                time.sleep(BUSY_PAUSE)
+            return connection
         binary = transport.binary or "criu"
         if detached:
             self._close_kept()
@@ -492,16 +526,16 @@ class Criu:
     def _until_grace(self) -> float:
         return time.monotonic() + self._transport.grace
 
-    def _need_dirty_tracking(self) -> None:
+    def _need_dirty_tracking(self, request_timeout: float | None) -> None:
         # Without it CRIU runs into an assertion of its own, inside the task.
-        if self.feature_check("mem_track").mem_track is False:
+        if self.feature_check("mem_track", request_timeout=request_timeout).mem_track is False:
             raise CriuError("pre_dump", "CRIU cannot track changes of memory", hint=NO_DIRTY_TRACKING)
 
     def _wait_for(self, child: PageServerChild, request_timeout: float | None) -> int:
         if self._children.get(child.pid) is not child:
             raise LocalProtocolError(f"wait_pid: page server {child.pid} was waited for or closed before")
         del self._children[child.pid]
-        return self._run(calls.wait_pid(child.pid), request_timeout, connect=lambda: child._connection)
+        return self._run(calls.wait_pid(child.pid), request_timeout, connect=lambda _: child._connection)
 
     def _drop(self, child: PageServerChild) -> None:
         if self._children.get(child.pid) is child:

@@ -21,7 +21,7 @@ from criupy.errors import CriuError, CriuUnavailable, OptionError
 from criupy.rpc._session import Answer, Notified, Session, State
 from criupy.rpc._worker_linux import Orphan, Worker, find_program
 
-__all__ = ["Connection", "Ended", "adopt", "connect", "start_detached_worker", "start_worker"]
+__all__ = ["BUSY_PAUSE", "Connection", "Ended", "adopt", "connect", "start_detached_worker", "start_worker"]
 
 _UCRED: Final = struct.Struct("=iII")
 # One is all that CRIU ever sends; more are an error to be seen, not truncated.
@@ -33,6 +33,9 @@ _RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 _CTRUNC: Final = int(socket.MSG_CTRUNC)
 _USABLE: Final = (State.IDLE, State.PRE_DUMPED)
 _ANCILLARY: Final = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4) + socket.CMSG_SPACE(_UCRED.size)
+
+#: Seconds between attempts to reach a service at whose socket too many wait.
+BUSY_PAUSE: Final = 0.01
 
 
 class Ended:
@@ -48,6 +51,7 @@ class Connection:
         self._socket = sock
         self._length = bytearray(1)
         self._peer_pid: int | None = None
+        self._is_shut = False
         self._events: select.epoll | None = None
 
     def fileno(self) -> int:
@@ -75,7 +79,7 @@ class Connection:
     @property
     def usable(self) -> bool:
         """Whether another request can be sent."""
-        return self.fileno() >= 0 and self.session.state in _USABLE
+        return self.fileno() >= 0 and not self._is_shut and self.session.state in _USABLE
 
     def send_now(self, packet: bytes, request: str) -> bool:
         """Send a packet; False if that would block. That CRIU has closed shows at the next receive."""
@@ -100,8 +104,9 @@ class Connection:
         except BlockingIOError:
             return None
         except ConnectionError:
-            # A worker that ends with a request unread resets the connection.
-            return Ended()
+            # A worker that ended with something unread has reset the connection. The kernel tells that once,
+            # before what came earlier.
+            return self.receive_now()
         descriptors = self._unpack(ancillary)
         try:
             return self._take(packet, descriptors, truncated=bool(flags & _CTRUNC))
@@ -113,9 +118,15 @@ class Connection:
     def _take(
         self, packet: bytes, descriptors: tuple[int, ...], *, truncated: bool
     ) -> Notified | Answer | Ended:
-        if not packet and not descriptors:
+        if not packet and not descriptors and self._is_ended():
             return Ended()
         return self.session.receive(packet, descriptors, truncated=truncated)
+
+    def _is_ended(self) -> bool:
+        # What an empty packet is not: recv(2) returns 0 for both.
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def _unpack(self, ancillary: Sequence[tuple[int, int, bytes]]) -> tuple[int, ...]:
         descriptors = array.array("i")
@@ -135,6 +146,7 @@ class Connection:
 
     def shut_down(self) -> None:
         """Tell CRIU that nothing more will come: its next notification fails, and it undoes what it did."""
+        self._is_shut = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
@@ -197,13 +209,17 @@ def start_detached_worker(
     return Connection(ours, orphan)
 
 
-def connect(path: str, *, request: str) -> Connection:
-    """Connect to the socket of ``criu service``."""
+def connect(path: str, *, request: str) -> Connection | None:
+    """Connect to the socket of ``criu service``; None while too many wait there, which no event ends."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
+        sock.setblocking(False)
         # So the kernel says who answers: a worker of its own for each connection.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         sock.connect(path)
+    except BlockingIOError:
+        sock.close()
+        return None
     except OSError as error:
         sock.close()
         hints = {
@@ -221,12 +237,15 @@ def connect(path: str, *, request: str) -> Connection:
 
 def adopt(fd: int) -> Connection:
     """Use a connected socket that the caller owns; a duplicate of it is used, and closed."""
+    duplicate = Descriptor(-1)
     try:
-        sock = socket.socket(fileno=os.dup(fd))
-    except OSError as error:
-        raise OptionError(
-            "fd", f"expected a socket connected to CRIU, {fd} is none ({error.strerror})"
-        ) from error
+        duplicate = Descriptor(os.dup(fd))
+        sock = socket.socket(fileno=duplicate.fileno())
+        duplicate.detach()
+    except (OSError, OverflowError) as error:
+        duplicate.close()
+        why = error.strerror if isinstance(error, OSError) else "no descriptor has such a number"
+        raise OptionError("fd", f"expected a socket connected to CRIU, {fd} is none ({why})") from error
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_SEQPACKET:
         sock.close()
         raise OptionError("fd", f"expected an AF_UNIX socket of type SOCK_SEQPACKET, {fd} is none")

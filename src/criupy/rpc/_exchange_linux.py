@@ -64,6 +64,8 @@ class Exchange(Generic[T]):
             notification.descriptor.close()
             if notification.refusal is None:
                 notification.refuse("nobody took the terminal's master (detach the descriptor to keep it)")
+        # CRIU waits for the answer: anything else from it breaks the protocol, and raises here.
+        self.connection.receive_now()
         self.refusal = self.refusal or notification.refusal
         accept = notification.refusal is None
         external = notification.external if accept and notification.script == Script.QUERY_EXT_FILES else ()
@@ -162,7 +164,7 @@ class Exchange(Generic[T]):
         refusal = None
         if self.pending is not None:
             self.pending.refuse("the request was abandoned")
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RemoteProtocolError):
                 refusal = self.answer_packet()
         if refusal is not None:
             # The packet is small and CRIU reads nothing else: there is room for it.

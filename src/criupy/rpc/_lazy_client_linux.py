@@ -51,7 +51,7 @@ class LazyDump:
         self.images_dir: Path = Path()
 
     def __enter__(self) -> Self:
-        self.frame_size = self._plan.check_version(self._client.version())
+        self.frame_size = self._plan.check_version(self._client.version(request_timeout=self._timeout))
         call = self._plan.open()
         self.images_dir = call.images_dir or self.images_dir
         try:
@@ -198,7 +198,7 @@ class LazyRestore:
                 pass_fds=(writing.fileno(),),
                 capture=self._client._transport.capture_output,
             )
-            self.daemon = Process(self._worker)
+            self.daemon = Process(self._worker, owns=False)
             writing.close()
             self._await_ready(self._worker, reading, deadline)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from criupy._descriptor import Descriptor
-from criupy.errors import CriupyError
+from criupy.errors import CriupyError, OptionError
 
 __all__ = ["AsyncHooks", "Hooks", "Notification", "Refused", "Script"]
 
@@ -80,6 +80,12 @@ def parse_script(name: str) -> Script | str:
         return name
 
 
+def check_hooks(hooks: object, kind: type[Hooks | AsyncHooks]) -> None:
+    """Refuse the hooks of the other client, and what is none."""
+    if hooks is not None and not isinstance(hooks, kind):
+        raise OptionError("hooks", f"expected an instance of a subclass of {kind.__name__}, got {hooks!r}")
+
+
 def invoke(hooks: Hooks | AsyncHooks, notification: Notification) -> Any:
     """Call the hook for a notification; return what it returns, which AsyncHooks want awaited."""
     script = notification.script
@@ -99,7 +105,9 @@ def external_of(returned: Any, notification: Notification) -> Sequence[str]:
     """Check what a hook returned: resources for query-ext-files, and nothing for all others."""
     if notification.script != Script.QUERY_EXT_FILES or returned is None:
         return ()
-    if isinstance(returned, str) or not all(isinstance(item, str) for item in returned):
+    if isinstance(returned, str) or not (
+        isinstance(returned, Sequence) and all(isinstance(item, str) for item in returned)
+    ):
         raise TypeError(f"query_ext_files: expected a sequence of strings, got {returned!r}")
     return tuple(returned)
 

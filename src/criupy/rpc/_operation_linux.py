@@ -21,21 +21,29 @@ __all__ = ["Operation", "Process", "end_worker"]
 
 T = TypeVar("T")
 
+_LONGEST_POLL = (1 << 31) - 1  # milliseconds, which poll(2) takes as an int
+
 
 def wait_for(deadline: float, fd: int, events: int = select.POLLIN) -> bool:
-    """Wait for events on a descriptor; False when the deadline (monotonic) comes first."""
+    """Wait for events on a descriptor; False once the deadline (monotonic) has passed.
+
+    Even with an event at hand: a peer that never stops sending must not stop the clock.
+    """
     poll = select.poll()
     poll.register(fd, events)
-    # Rounded up: a poll that returns early would spin.
-    left = None if deadline == math.inf else math.ceil(max(0.0, deadline - time.monotonic()) * 1000)
-    return bool(poll.poll(left))
+    while (left := deadline - time.monotonic()) > 0:
+        # Rounded up: a poll that returns early would spin.
+        if poll.poll(None if left == math.inf else math.ceil(min(left * 1000, _LONGEST_POLL))):
+            return True
+    return False
 
 
 class Process:
     """A process that became our child: the program of ``exec_cmd``, or a lazy-pages daemon."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, owns: bool = True) -> None:
         self._worker = worker
+        self._owns = owns
 
     @property
     def pid(self) -> int:
@@ -45,7 +53,7 @@ class Process:
     def poll(self) -> int | None:
         """Return its exit status, negative for a signal; None while it runs."""
         status = self._worker.poll()
-        if status is not None:
+        if status is not None and self._owns:
             self._worker.close()
         return status
 
@@ -94,7 +102,7 @@ class Operation(Generic[T]):
     def __init__(
         self,
         call: Call[T],
-        connect: Callable[[], Connection],
+        connect: Callable[[float], Connection],
         release: Callable[[Connection], None],
         *,
         request_timeout: float | None,
@@ -108,6 +116,7 @@ class Operation(Generic[T]):
         self._deadline: float | None = None
         self._exchange: Exchange[T] | None = None
         self._kept: Worker | None = None
+        self._left = False
 
     @property
     def _running(self) -> Exchange[T]:
@@ -140,10 +149,12 @@ class Operation(Generic[T]):
         return self._kept
 
     def __enter__(self) -> Self:
+        if self._call.closed:
+            raise LocalProtocolError(f"{self._call.name}: the block can be entered once")
         if self._deadline is None:
             self._deadline = time.monotonic() + self._timeout
         try:
-            self._exchange = Exchange(self._call, self._connect())
+            self._exchange = Exchange(self._call, self._connect(self._deadline))
         except BaseException:
             self._call.close()
             raise
@@ -159,10 +170,11 @@ class Operation(Generic[T]):
 
     def __next__(self) -> Notification:
         exchange = self._running
-        if exchange.over:
-            raise StopIteration
-        self._answer()
-        notification = exchange.take(self._receive())
+        event = None
+        if not (exchange.over or self._left):
+            self._answer()
+            event = self._receive()
+        notification = None if event is None else exchange.take(event)
         if notification is None:
             raise StopIteration
         return notification
@@ -210,31 +222,35 @@ class Operation(Generic[T]):
             if not wait_for(self._until, connection.fileno(), select.POLLOUT):
                 raise self._running.timed_out(self._timeout)
 
-    def _receive(self) -> Notified | Answer | Ended:
-        return self._receive_until(self._until) or self._time_out()
-
-    def _time_out(self) -> Ended:
-        raise self._running.timed_out(self._timeout)
+    def _receive(self) -> Notified | Answer | Ended | None:
+        """Receive what comes next; None if CRIU was done before it could undo what took too long."""
+        event = self._receive_until(self._until)
+        if event is None:
+            error = self._running.timed_out(self._timeout)
+            if not self._undo(error):
+                raise error
+        return event
 
     def _receive_until(self, deadline: float, *, undoing: bool = False) -> Notified | Answer | Ended | None:
         exchange = self._running
         connection = exchange.connection
+        receive = exchange.receive_undone if undoing else connection.receive_now
         while True:
             if not wait_for(deadline, connection.event_fd()):
                 return None
-            event = exchange.receive_undone() if undoing else connection.receive_now()
+            event = receive()
             if isinstance(event, Ended) and isinstance(connection.worker, Worker):
                 # So that the error can say how it ended.
                 wait_for(min(deadline, time.monotonic() + 1), connection.worker.pidfd)
             if event is not None:
                 return event
             if isinstance(connection.worker, Worker) and connection.worker.poll() is not None:
-                return connection.receive_now() or Ended()
+                return receive() or Ended()
 
     def _undo(self, error: BaseException) -> bool:
         """End a request that failed on our side; True if CRIU had done it nevertheless, in time."""
         exchange = self._running
-        if exchange.over:
+        if exchange.over or self._left:
             self._finish()
             return False
         deadline = time.monotonic()
@@ -273,7 +289,10 @@ class Operation(Generic[T]):
         """Let go of the connection after the answer."""
         exchange = self._running
         connection = exchange.connection
+        if self._left:
+            return
         if connection.usable:
+            self._left = True
             self._call.close()
             self._release(connection)
             return
@@ -283,6 +302,7 @@ class Operation(Generic[T]):
 
     def _end(self, deadline: float) -> None:
         connection = self._running.connection
+        self._left = True
         self._call.close()
         connection.close_socket()
         end_worker(connection.worker, deadline)

@@ -157,12 +157,13 @@ def failure(
 ) -> CriuError:
     """Make the error for an answer without success."""
     code = response.cr_errno or None
+    told = response.cr_errmsg.decode(errors="replace")
     lines = log.errors() if log is not None else ()
     printed = errors_in(output)
-    message = _best((response.cr_errmsg, *lines, *printed)) or (
+    message = _best((told, *lines, *printed)) or (
         "CRIU failed without a word" if not output else output.splitlines()[-1]
     )
-    said = "\n".join((response.cr_errmsg, *lines, output))
+    said = "\n".join((told, *lines, output))
     return CriuError(
         request,
         message,

@@ -327,7 +327,7 @@ class Response(_message.Message):
     ps: PageServerInfo
     cr_errno: int
     features: FeatureSet
-    cr_errmsg: str
+    cr_errmsg: bytes
     version: VersionAnswer
     status: int
-    def __init__(self, type: _Optional[_Union[RequestType, str]] = ..., success: bool = ..., dump: _Optional[_Union[DumpAnswer, _Mapping]] = ..., restore: _Optional[_Union[RestoreAnswer, _Mapping]] = ..., notify: _Optional[_Union[Notify, _Mapping]] = ..., ps: _Optional[_Union[PageServerInfo, _Mapping]] = ..., cr_errno: _Optional[int] = ..., features: _Optional[_Union[FeatureSet, _Mapping]] = ..., cr_errmsg: _Optional[str] = ..., version: _Optional[_Union[VersionAnswer, _Mapping]] = ..., status: _Optional[int] = ...) -> None: ...
+    def __init__(self, type: _Optional[_Union[RequestType, str]] = ..., success: bool = ..., dump: _Optional[_Union[DumpAnswer, _Mapping]] = ..., restore: _Optional[_Union[RestoreAnswer, _Mapping]] = ..., notify: _Optional[_Union[Notify, _Mapping]] = ..., ps: _Optional[_Union[PageServerInfo, _Mapping]] = ..., cr_errno: _Optional[int] = ..., features: _Optional[_Union[FeatureSet, _Mapping]] = ..., cr_errmsg: _Optional[bytes] = ..., version: _Optional[_Union[VersionAnswer, _Mapping]] = ..., status: _Optional[int] = ...) -> None: ...

@@ -107,6 +107,11 @@ def type_name(request: schema.RequestType) -> str:
     return names[request].name if request in names else str(request)
 
 
+def _is_text(field: object) -> bool:
+    # What is no UTF-8 comes out as bytes, though the schema says string; protobuf's Python version raises.
+    return isinstance(field, str)
+
+
 class Session:
     """What may be sent and what was received, on one connection."""
 
@@ -143,23 +148,25 @@ class Session:
             raise LocalProtocolError("DUMP: without options CRIU crashes")
         if kind == schema.FEATURE_CHECK and not request.HasField("features"):
             raise LocalProtocolError("FEATURE_CHECK: without features CRIU crashes")
+        packet = request.SerializeToString()
         self._state = State.BUSY
         self._request = kind
         self._keep_open = request.keep_open
         self._notifies = request.opts.notify_scripts
-        return request.SerializeToString()
+        return packet
 
     def send_answer(self, *, accept: bool, external: Sequence[str] = ()) -> bytes:
         """Return the packet that answers a notification; ``external`` is for query-ext-files."""
         if self._state is not State.NOTIFIED:
             raise LocalProtocolError("there is no notification to answer")
-        self._state = State.BUSY
         message = schema.Request(type=schema.NOTIFY, notify_success=accept)
         if external:
             # Required by CRIU's schema, and read by nobody here.
             message.opts.images_dir_fd = -1
             message.opts.external.extend(external)
-        return message.SerializeToString()
+        packet = message.SerializeToString()
+        self._state = State.BUSY
+        return packet
 
     def receive(
         self, packet: bytes, descriptors: tuple[int, ...] = (), *, truncated: bool = False
@@ -176,7 +183,7 @@ class Session:
             raise self._fail("more descriptors than CRIU ever sends", offset, packet)
         try:
             response = schema.Response.FromString(packet)
-        except DecodeError:
+        except (DecodeError, UnicodeDecodeError):
             raise self._fail("expected a response of CRIU, this does not parse", offset, packet) from None
         if not response.HasField("type") or not response.HasField("success"):
             raise self._fail("expected type and success in every response", offset, packet)
@@ -204,6 +211,9 @@ class Session:
             raise self._fail(f"{type_name(self._request)} was answered with EMPTY, success", offset, packet)
         if response.success and payload is not None and not response.HasField(payload):
             raise self._fail(f"the answer to {type_name(self._request)} has no {payload}", offset, packet)
+        version = response.version
+        if self._request == schema.VERSION and not (_is_text(version.gitid) and _is_text(version.name)):
+            raise self._fail("the answer to VERSION has text that is not UTF-8", offset, packet)
 
     def receive_end(self) -> bool:
         """Take in that CRIU closed; tell whether it still owed an answer."""
@@ -218,6 +228,8 @@ class Session:
             raise self._fail("a notification that was not asked for", offset, packet)
         if not response.notify.script:
             raise self._fail("a notification without a script", offset, packet)
+        if not _is_text(response.notify.script):
+            raise self._fail("a notification's script is not UTF-8", offset, packet)
         if descriptors and (len(descriptors) > 1 or response.notify.script != "orphan-pts-master"):
             raise self._fail(
                 f"{len(descriptors)} descriptors came with {response.notify.script}", offset, packet

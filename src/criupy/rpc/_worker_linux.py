@@ -62,14 +62,18 @@ class Worker:
     ) -> Worker:
         """Start a program; what it prints goes where ours goes, or with ``capture`` is kept in memory."""
         output = Descriptor(os.memfd_create("criupy-output")) if capture else None
+        process = None
         try:
             number = None if output is None else output.fileno()
             process = _start(command, request, pass_fds=pass_fds, stdout=number, stderr=number)
+            return cls(process, output)
         except BaseException:
+            if process is not None:  # no descriptor was left for it
+                process.kill()
+                process.wait()
             if output is not None:
                 output.close()
             raise
-        return cls(process, output)
 
     @property
     def pid(self) -> int:
