@@ -100,7 +100,8 @@ def place_of(group: type) -> str:
 def public_names(name: str) -> list[str]:
     """Return under which names a class of a private module may be documented."""
     last = name.rpartition(".")[2]
-    return [f"{module}.{last}" for module in ("criupy.rpc", "criupy.errors", _options.__name__)]
+    rooms = ("criupy.rpc", "criupy.errors", _options.__name__, "criupy.testing.rpc_peer_linux")
+    return [f"{room}.{last}" for room in rooms]
 
 
 def find_reference(
