@@ -157,6 +157,7 @@ async def test_from_images_of_a_full_dump(criu: Criu, kind: str, room: Path, ima
             assert restored.pid == workload.pid
             workload.control.gone = lambda _: None
             assert restored.daemon.poll() in {None, 0}
+            assert await client.run(restored.daemon.wait) == 0
         try:
             assert (await workload.worker().verify()).is_good
         finally:
@@ -184,6 +185,17 @@ async def test_images_that_are_none(criu: Criu, kind: str, images: Path) -> None
     async with open_client(kind, binary=criu.path) as client:
         with pytest.raises(criupy.LazyPagesError, match=r"did not become ready: .*inventory"):
             async with client.block("lazy_restore", images_dir=images):
+                pass
+
+
+async def test_a_daemon_that_fails_at_once(criu: Criu, kind: str, images: Path) -> None:
+    async with open_client(kind, binary=criu.path) as client:
+        with pytest.raises(
+            criupy.LazyPagesError, match=r"did not become ready: it ended with status 3: no such luck"
+        ):
+            async with client.block(
+                "lazy_restore", images_dir=images, daemon=["/bin/sh", "-c", "echo no such luck >&2; exit 3"]
+            ):
                 pass
 
 

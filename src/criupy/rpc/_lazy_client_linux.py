@@ -216,7 +216,7 @@ class LazyRestore:
         worker, self._worker = self._worker, None
         if worker is None:
             return
-        if not wait_for(time.monotonic() + 1, worker.pidfd):
+        if worker.poll() is None and not wait_for(time.monotonic() + 1, worker.pidfd):
             worker.terminate()
         elif (status := worker.poll()) and isinstance(error, CriuError):
             error.hint = str(daemon_failure(self._work_dir, worker.output(), status, ready=True))
@@ -230,7 +230,7 @@ class LazyRestore:
         Without a daemon of its own it returns at once.
         """
         if self._worker is not None:
-            wait_for(math.inf, self._worker.pidfd)
+            Process(self._worker).wait()
             worker, self._worker = self._worker, None
             status, output = worker.poll(), worker.output()
             worker.close()

@@ -55,6 +55,7 @@ class Worker:
         self._process = process
         self._pidfd = Descriptor(os.pidfd_open(process.pid))
         self._output = output
+        self._said = ""
 
     @classmethod
     def start(
@@ -93,7 +94,7 @@ class Worker:
     def output(self) -> str:
         """Return what it printed so far, if that is captured; the last 64 KiB of it."""
         if self._output is None or self._output.fileno() < 0:
-            return ""
+            return self._said
         size = os.fstat(self._output.fileno()).st_size
         data = os.pread(self._output.fileno(), _MAX_OUTPUT, max(0, size - _MAX_OUTPUT))
         return data.decode(errors="replace").strip()
@@ -110,7 +111,8 @@ class Worker:
             kill_trees([(self.pid, self.pidfd)])
 
     def close(self) -> None:
-        """Let go of a process that was reaped."""
+        """Let go of a process that was reaped; what it printed is kept."""
+        self._said = self.output()
         self._pidfd.close()
         if self._output is not None:
             self._output.close()
