@@ -27,10 +27,12 @@ from criupy.rpc._options import (
 from criupy.rpc._results import FeatureName, Features, PageServer, Restored, SourceOutcome, Version
 
 if TYPE_CHECKING:
-    from criupy.rpc._async_client_linux import AsyncCriu, AsyncPageServerChild, AsyncPreDumpLoop
+    from criupy.rpc._async_client_linux import AsyncCriu
+    from criupy.rpc._async_held_linux import AsyncPageServerChild, AsyncPreDumpLoop
     from criupy.rpc._async_lazy_client_linux import AsyncLazyDump, AsyncLazyRestore
     from criupy.rpc._async_operation_linux import AsyncOperation, AsyncProcess
-    from criupy.rpc._client_linux import Criu, PageServerChild, PreDumpLoop
+    from criupy.rpc._client_linux import Criu
+    from criupy.rpc._held_linux import PageServerChild, PreDumpLoop
     from criupy.rpc._lazy_client_linux import LazyDump, LazyRestore
     from criupy.rpc._operation_linux import Operation, Process
 
@@ -80,15 +82,15 @@ _CLIENTS = {
     "AsyncLazyDump": "_async_lazy_client_linux",
     "AsyncLazyRestore": "_async_lazy_client_linux",
     "AsyncOperation": "_async_operation_linux",
-    "AsyncPageServerChild": "_async_client_linux",
-    "AsyncPreDumpLoop": "_async_client_linux",
+    "AsyncPageServerChild": "_async_held_linux",
+    "AsyncPreDumpLoop": "_async_held_linux",
     "AsyncProcess": "_async_operation_linux",
     "Criu": "_client_linux",
     "LazyDump": "_lazy_client_linux",
     "LazyRestore": "_lazy_client_linux",
     "Operation": "_operation_linux",
-    "PageServerChild": "_client_linux",
-    "PreDumpLoop": "_client_linux",
+    "PageServerChild": "_held_linux",
+    "PreDumpLoop": "_held_linux",
     "Process": "_operation_linux",
 }
 

@@ -202,7 +202,7 @@ class AsyncLazyRestore:
                 pass_fds=(writing.fileno(),),
                 capture=self._client._transport.capture_output,
             )
-            self.daemon = AsyncProcess(self._worker, owns=False)
+            self.daemon = AsyncProcess(self._worker)
             writing.close()
             await self._await_ready(self._worker, reading, deadline)
 

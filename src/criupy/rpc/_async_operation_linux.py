@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import trio
 
+from criupy._descriptor import Descriptor
 from criupy.errors import CriuTimeout, LocalProtocolError
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
@@ -27,9 +29,8 @@ _POLL_INTERVAL = 0.01
 class AsyncProcess:
     """A process that became our child: the program of ``exec_cmd``, or a lazy-pages daemon."""
 
-    def __init__(self, worker: Worker, *, owns: bool = True) -> None:
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._owns = owns
 
     @property
     def pid(self) -> int:
@@ -39,7 +40,7 @@ class AsyncProcess:
     def poll(self) -> int | None:
         """Return its exit status, negative for a signal; None while it runs."""
         status = self._worker.poll()
-        if status is not None and self._owns:
+        if status is not None:
             self._worker.close()
         return status
 
@@ -62,7 +63,9 @@ async def wait_ended(worker: Worker) -> int:
     """Wait until a worker has ended, and reap it; return its exit status, negative for a signal."""
     await trio.lowlevel.checkpoint_if_cancelled()
     while (status := worker.poll()) is None:
-        await trio.lowlevel.wait_readable(worker.pidfd)
+        # A duplicate: only one task may wait for a descriptor, and any may wait for a process.
+        with Descriptor(os.dup(worker.pidfd)) as pidfd:
+            await trio.lowlevel.wait_readable(pidfd.fileno())
     return status
 
 

@@ -12,6 +12,7 @@ the task with it (tried: a SIGTRAP, once in fifty kills of a small dump).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from typing import Generic, TypeVar
 
@@ -27,6 +28,8 @@ from criupy.rpc._worker_linux import Worker
 __all__ = ["Exchange"]
 
 T = TypeVar("T")
+
+log = logging.getLogger("criupy.rpc")
 
 
 class Exchange(Generic[T]):
@@ -195,5 +198,8 @@ class Exchange(Generic[T]):
         """Say in a note what became of the request."""
         if self._answer is not None:
             self._annotated(error, self._answer)
+            if self._answer.success:
+                # What was cancelled is seen by nobody.
+                log.warning("%s: CRIU had gone too far to undo it, and completed it", self.call.name)
         elif self.call.delicate and not self._closed:
             error.add_note(f"{self.call.name}: CRIU did not undo it in time and was killed")

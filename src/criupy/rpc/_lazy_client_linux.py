@@ -198,7 +198,7 @@ class LazyRestore:
                 pass_fds=(writing.fileno(),),
                 capture=self._client._transport.capture_output,
             )
-            self.daemon = Process(self._worker, owns=False)
+            self.daemon = Process(self._worker)
             writing.close()
             self._await_ready(self._worker, reading, deadline)
 

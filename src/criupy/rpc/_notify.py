@@ -103,8 +103,12 @@ def invoke(hooks: Hooks | AsyncHooks, notification: Notification) -> Any:
 
 def external_of(returned: Any, notification: Notification) -> Sequence[str]:
     """Check what a hook returned: resources for query-ext-files, and nothing for all others."""
-    if notification.script != Script.QUERY_EXT_FILES or returned is None:
+    if returned is None:
         return ()
+    if notification.script != Script.QUERY_EXT_FILES:
+        raise TypeError(
+            f"{notification.script}: expected None from the hook, got {returned!r} (raise to refuse)"
+        )
     if isinstance(returned, str) or not (
         isinstance(returned, Sequence) and all(isinstance(item, str) for item in returned)
     ):

@@ -41,9 +41,8 @@ def wait_for(deadline: float, fd: int, events: int = select.POLLIN) -> bool:
 class Process:
     """A process that became our child: the program of ``exec_cmd``, or a lazy-pages daemon."""
 
-    def __init__(self, worker: Worker, *, owns: bool = True) -> None:
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._owns = owns
 
     @property
     def pid(self) -> int:
@@ -53,7 +52,7 @@ class Process:
     def poll(self) -> int | None:
         """Return its exit status, negative for a signal; None while it runs."""
         status = self._worker.poll()
-        if status is not None and self._owns:
+        if status is not None:
             self._worker.close()
         return status
 

@@ -180,7 +180,9 @@ class Session:
         if self._state is not State.BUSY:
             raise self._fail(f"CRIU sent something unasked ({self._state.value})", offset, packet)
         if truncated:
-            raise self._fail("more descriptors than CRIU ever sends", offset, packet)
+            raise self._fail(
+                "more descriptors than CRIU sends, or than could be received here", offset, packet
+            )
         try:
             response = schema.Response.FromString(packet)
         except (DecodeError, UnicodeDecodeError):

@@ -145,8 +145,10 @@ class Orphan:
                 )
             finally:
                 os.close(writing)
-            said = report.readline()
-            shell.wait()
+            said = report.readline().strip()
+            status = shell.wait()
+        if not said.isdigit():
+            raise CriuUnavailable(request, f"/bin/sh could not start {command[0]} (exit status {status})")
         return cls(int(said))
 
     def kill(self) -> None:
