@@ -32,7 +32,7 @@ PID = 4321
 """Of the process to be dumped; nobody here looks whether it exists."""
 
 
-def response(kind: schema.RequestType, *, success: bool = True, **fields: Any) -> schema.Response:
+def response(kind: schema.RequestType.ValueType, *, success: bool = True, **fields: Any) -> schema.Response:
     return schema.Response(type=kind, success=success, **fields)
 
 

@@ -14,9 +14,9 @@ from criupy.errors import LocalProtocolError, RemoteProtocolError
 from criupy.rpc import _schema_pb2 as schema
 from criupy.rpc._session import KEEP_OPEN, Answer, Notified, Session, State, type_name
 
-KINDS = cast("list[schema.RequestType]", sorted(schema.RequestType.DESCRIPTOR.values_by_number))
+KINDS = cast("list[schema.RequestType.ValueType]", sorted(schema.RequestType.DESCRIPTOR.values_by_number))
 REQUESTS = [kind for kind in KINDS if kind not in {schema.EMPTY, schema.NOTIFY}]
-PAYLOADS: dict[schema.RequestType, dict[str, Any]] = {
+PAYLOADS: dict[schema.RequestType.ValueType, dict[str, Any]] = {
     schema.RESTORE: {"restore": schema.RestoreAnswer(pid=5)},
     schema.PAGE_SERVER: {"ps": schema.PageServerInfo(port=6)},
     schema.PAGE_SERVER_CHLD: {"ps": schema.PageServerInfo(port=6, pid=7)},
@@ -27,7 +27,9 @@ PAYLOADS: dict[schema.RequestType, dict[str, Any]] = {
 ANSWERED_AS = {schema.PAGE_SERVER_CHLD: schema.PAGE_SERVER}
 
 
-def request(kind: schema.RequestType, *, keep_open: bool = False, notify: bool = False) -> schema.Request:
+def request(
+    kind: schema.RequestType.ValueType, *, keep_open: bool = False, notify: bool = False
+) -> schema.Request:
     """A request that CRIU would take."""
     message = schema.Request(type=kind, keep_open=keep_open)
     message.opts.images_dir_fd = -1
@@ -38,7 +40,7 @@ def request(kind: schema.RequestType, *, keep_open: bool = False, notify: bool =
     return message
 
 
-def answer(kind: schema.RequestType, *, success: bool = True) -> schema.Response:
+def answer(kind: schema.RequestType.ValueType, *, success: bool = True) -> schema.Response:
     """What CRIU answers to it."""
     message = schema.Response(type=ANSWERED_AS.get(kind, kind), success=success)
     if success:
@@ -54,7 +56,9 @@ def receive(session: Session, response: schema.Response, *descriptors: int) -> N
     return session.receive(response.SerializeToString(), descriptors)
 
 
-def busy(kind: schema.RequestType = schema.DUMP, *, keep_open: bool = False, notify: bool = False) -> Session:
+def busy(
+    kind: schema.RequestType.ValueType = schema.DUMP, *, keep_open: bool = False, notify: bool = False
+) -> Session:
     session = Session()
     session.send_request(request(kind, keep_open=keep_open, notify=notify))
     return session
@@ -112,7 +116,7 @@ def test_each_state_is_reached(state: State) -> None:
 
 
 @pytest.mark.parametrize("kind", REQUESTS, ids=schema.RequestType.Name)
-def test_a_request_and_its_answer(kind: schema.RequestType) -> None:
+def test_a_request_and_its_answer(kind: schema.RequestType.ValueType) -> None:
     session = Session()
     asked = request(kind)
     assert session.send_request(asked) == asked.SerializeToString()
@@ -125,7 +129,7 @@ def test_a_request_and_its_answer(kind: schema.RequestType) -> None:
 
 
 @pytest.mark.parametrize("kind", REQUESTS, ids=schema.RequestType.Name)
-def test_a_failure(kind: schema.RequestType) -> None:
+def test_a_failure(kind: schema.RequestType.ValueType) -> None:
     session = busy(kind)
     told = receive(session, answer(kind, success=False))
     assert isinstance(told, Answer)
@@ -134,7 +138,7 @@ def test_a_failure(kind: schema.RequestType) -> None:
 
 
 @pytest.mark.parametrize("kind", REQUESTS, ids=schema.RequestType.Name)
-def test_a_connection_is_kept_only_where_criu_keeps_it(kind: schema.RequestType) -> None:
+def test_a_connection_is_kept_only_where_criu_keeps_it(kind: schema.RequestType.ValueType) -> None:
     session = Session()
     asked = request(kind, keep_open=True)
     if kind not in KEEP_OPEN:
@@ -151,7 +155,7 @@ def test_a_connection_is_kept_only_where_criu_keeps_it(kind: schema.RequestType)
 
 
 @pytest.mark.parametrize("kind", REQUESTS, ids=schema.RequestType.Name)
-def test_notifications_may_be_asked_for_only_where_they_come(kind: schema.RequestType) -> None:
+def test_notifications_may_be_asked_for_only_where_they_come(kind: schema.RequestType.ValueType) -> None:
     session = Session()
     if kind in {schema.DUMP, schema.RESTORE}:
         session.send_request(request(kind, notify=True))
@@ -163,7 +167,7 @@ def test_notifications_may_be_asked_for_only_where_they_come(kind: schema.Reques
 
 
 @pytest.mark.parametrize("kind", [schema.EMPTY, schema.NOTIFY], ids=schema.RequestType.Name)
-def test_what_is_no_request(kind: schema.RequestType) -> None:
+def test_what_is_no_request(kind: schema.RequestType.ValueType) -> None:
     session = Session()
     with pytest.raises(LocalProtocolError, match=f"^{type_name(kind)}: no request of its own"):
         session.send_request(schema.Request(type=kind))
@@ -299,14 +303,14 @@ def test_the_end_of_the_connection(state: State) -> None:
 
 
 @pytest.mark.parametrize("kind", PAYLOADS, ids=schema.RequestType.Name)
-def test_success_needs_what_was_asked_for(kind: schema.RequestType) -> None:
+def test_success_needs_what_was_asked_for(kind: schema.RequestType.ValueType) -> None:
     bare = schema.Response(type=ANSWERED_AS.get(kind, kind), success=True)
     field = next(iter(PAYLOADS[kind]))
     fails(busy(kind), bare.SerializeToString(), f"^the answer to {type_name(kind)} has no {field} at byte 0")
 
 
 @pytest.mark.parametrize("kind", REQUESTS, ids=schema.RequestType.Name)
-def test_an_answer_of_another_type(kind: schema.RequestType) -> None:
+def test_an_answer_of_another_type(kind: schema.RequestType.ValueType) -> None:
     for other in REQUESTS:
         if other == ANSWERED_AS.get(kind, kind):
             continue
@@ -317,7 +321,7 @@ def test_an_answer_of_another_type(kind: schema.RequestType) -> None:
 
 
 @pytest.mark.parametrize("kind", REQUESTS, ids=schema.RequestType.Name)
-def test_empty_is_a_refusal(kind: schema.RequestType) -> None:
+def test_empty_is_a_refusal(kind: schema.RequestType.ValueType) -> None:
     empty = schema.Response(type=schema.EMPTY, success=False)
     told = receive(busy(kind), empty)
     assert isinstance(told, Answer)
@@ -365,7 +369,7 @@ def test_a_message_cut_through_a_character() -> None:
 
 
 @pytest.mark.parametrize("kind", REQUESTS, ids=schema.RequestType.Name)
-def test_a_cut_answer_is_no_success_without_its_payload(kind: schema.RequestType) -> None:
+def test_a_cut_answer_is_no_success_without_its_payload(kind: schema.RequestType.ValueType) -> None:
     """Cut anywhere, an answer is refused, or says what the whole one says of success."""
     whole = answer(kind).SerializeToString()
     for size in range(len(whole)):
@@ -385,7 +389,7 @@ def test_an_answer_with_something_behind(trailing: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", REQUESTS, ids=schema.RequestType.Name)
-def test_a_notification_nobody_asked_for(kind: schema.RequestType) -> None:
+def test_a_notification_nobody_asked_for(kind: schema.RequestType.ValueType) -> None:
     fails(busy(kind), notification().SerializeToString(), "^a notification that was not asked for at byte 0")
 
 

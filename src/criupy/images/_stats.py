@@ -10,7 +10,7 @@ microseconds: they start again from zero after 71 minutes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from google.protobuf.message import Message
 
@@ -128,7 +128,7 @@ def read_restore_stats(work_dir: StrPath) -> RestoreStats:
         )
 
 
-def _read(image: ImageFile, what: str) -> tuple[int, _schema_pb2.Stats]:
+def _read(image: ImageFile, what: Literal["dump", "restore"]) -> tuple[int, _schema_pb2.Stats]:
     offset, data = image.read_only_record()
     message = parse_message(image, offset, data, _schema_pb2.Stats)
     if not message.HasField(what):

@@ -108,7 +108,7 @@ def _open_directory(option: str, value: Directory, stack: contextlib.ExitStack) 
 
 def _call(
     name: str,
-    kind: schema.RequestType,
+    kind: schema.RequestType.ValueType,
     result: Callable[[schema.Response], T],
     options: Mapping[str, object],
     *,

@@ -46,7 +46,7 @@ class Connection:
     """One connection; ``worker`` is the process at the other end if we started it."""
 
     def __init__(self, sock: socket.socket, worker: Worker | Orphan | None = None) -> None:
-        self.session = Session()
+        self.session: Session = Session()
         self.worker = worker
         self._socket = sock
         self._length = bytearray(1)

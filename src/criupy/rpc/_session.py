@@ -33,7 +33,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from google.protobuf.message import DecodeError
 
@@ -56,8 +56,10 @@ KEEP_OPEN: Final = frozenset(
 _NOTIFIES: Final = frozenset({schema.DUMP, schema.RESTORE})
 _ANSWERED_AS: Final = {schema.PAGE_SERVER_CHLD: schema.PAGE_SERVER}
 
+_Payload: TypeAlias = Literal["restore", "ps", "features", "version", "status"]
+
 #: What a successful answer to each type must hold.
-_PAYLOAD: Final = {
+_PAYLOAD: Final[dict[schema.RequestType.ValueType, _Payload]] = {
     schema.RESTORE: "restore",
     schema.PAGE_SERVER: "ps",
     schema.PAGE_SERVER_CHLD: "ps",
@@ -92,7 +94,7 @@ class Notified:
 class Answer:
     """The answer to a request of type ``request``."""
 
-    request: schema.RequestType
+    request: schema.RequestType.ValueType
     response: schema.Response
 
     @property
@@ -101,7 +103,7 @@ class Answer:
         return self.response.success
 
 
-def type_name(request: schema.RequestType) -> str:
+def type_name(request: schema.RequestType.ValueType) -> str:
     """Return the name of a request's type in CRIU's schema."""
     names = schema.RequestType.DESCRIPTOR.values_by_number
     return names[request].name if request in names else str(request)
@@ -117,7 +119,7 @@ class Session:
 
     def __init__(self) -> None:
         self._state = State.IDLE
-        self._request: schema.RequestType = schema.EMPTY
+        self._request: schema.RequestType.ValueType = schema.EMPTY
         self._keep_open = False
         self._notifies = False
         self._received = 0

@@ -72,7 +72,7 @@ class Expect(Step):
     One with keep_open where CRIU gives no answer to that departs from the script.
     """
 
-    type: schema.RequestType | None = None
+    type: schema.RequestType.ValueType | None = None
 
     def encoded(self) -> program.Step:
         return ("expect", self.type)
