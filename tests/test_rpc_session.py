@@ -426,7 +426,13 @@ def test_descriptors_where_none_belong() -> None:
     fails(busy(notify=True), script, "^1 descriptors came with pre-dump at", 17)
     script = notification("orphan-pts-master").SerializeToString()
     fails(busy(notify=True), script, "^2 descriptors came with orphan-pts-master at", 17, 18)
-    fails(busy(notify=True), script, "^more descriptors than CRIU sends, or than could be received here at", 17, truncated=True)
+    fails(
+        busy(notify=True),
+        script,
+        "^more descriptors than CRIU sends, or than could be received here at",
+        17,
+        truncated=True,
+    )
 
 
 # ---- anything ----------------------------------------------------------------------------------
