@@ -153,16 +153,17 @@ async def test_from_images_of_a_full_dump(criu: Criu, kind: str, room: Path, ima
     ):
         await client.call("dump", workload.pid, images_dir=images)
         await workload.wait()
-        async with client.block("lazy_restore", images_dir=images, rst_sibling=True) as restored:
-            assert restored.pid == workload.pid
-            workload.control.gone = lambda _: None
-            assert restored.daemon.poll() in {None, 0}
-            assert await client.run(restored.daemon.wait) == 0
         try:
+            async with client.block("lazy_restore", images_dir=images, rst_sibling=True) as restored:
+                assert restored.pid == workload.pid
+                workload.control.gone = lambda _: None
+                assert restored.daemon.poll() in {None, 0}
+                assert await client.run(restored.daemon.wait) == 0
             assert (await workload.worker().verify()).is_good
         finally:
-            os.kill(restored.pid, signal.SIGKILL)
-            until_reaped(restored.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(workload.pid, signal.SIGKILL)
+            until_reaped(workload.pid)
 
 
 async def test_source_that_nobody_reaches(criu: Criu, kind: str, room: Path, images: Path) -> None:
