@@ -404,6 +404,28 @@ async def test_errors_help(open_criu: Open, criu: Criu, images: Path, tmp_path: 
             assert "link_remap=True" in (caught.value.hint or ""), caught.value
 
 
+async def test_parents_that_criu_would_not_take(open_criu: Open, images: Path, tmp_path: Path) -> None:
+    """CRIU 4 gives no reason for a missing one; a link from before wins over what it is told."""
+    first, second = tmp_path / "1", tmp_path / "2"
+    first.mkdir()
+    second.mkdir()
+    how: dict[str, Any] = {"images_dir": images, "leave_running": True, "track_mem": True}
+    with counter(tmp_path) as victim:
+        async with open_criu() as client:
+            with pytest.raises(criupy.OptionError, match=r"parent_img: .*; \.\./3: No such file"):
+                await client.call("dump", victim.pid, parent_img="../3", **how)
+            (images / "parent").symlink_to("../2")
+            with pytest.raises(criupy.OptionError, match=r"parent_img: expected \.\./2: .* named parent"):
+                await client.call("dump", victim.pid, parent_img="../1", **how)
+            (images / "parent").unlink()
+            (images / "parent").symlink_to(first)
+            if (await client.call("feature_check")).mem_track:
+                await client.call("dump", victim.pid, parent_img="../1", **how)
+                return
+        assert list(images.iterdir()) == [images / "parent"]
+        victim.assert_running()
+
+
 async def test_process_of_another_user(criu: Criu, kind: str, images: Path, tmp_path: Path) -> None:
     status = Path("/proc/self/status").read_text()
     effective = int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
