@@ -140,14 +140,14 @@ def counter(
 
 
 @contextlib.contextmanager
-def sleeper(uid: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process of another user."""
+def sleeper(uid: int, *, session: bool = True) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process of a user, in a session of its own or in ours."""
     with subprocess.Popen(
         ["/bin/sleep", "1000"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        start_new_session=session,
         user=uid,
     ) as process:
         try:

@@ -146,6 +146,9 @@ async def test_cpuinfo(open_criu: Open, images: Path) -> None:
         with pytest.raises(criupy.CriuError, match="cpuinfo_check: ") as caught:
             await client.call("cpuinfo_check", images_dir=images)
         assert caught.value.log_errors
+        (images / "cpuinfo.img").unlink()
+        with pytest.raises(criupy.CriuError, match=r"there is no cpuinfo\.img"):
+            await client.call("cpuinfo_check", images_dir=images)
 
 
 # ---- dump and restore ---------------------------------------------------------------------------------
@@ -403,9 +406,52 @@ async def test_errors_help(open_criu: Open, criu: Criu, images: Path, tmp_path: 
             assert "is in use here" in (caught.value.hint or ""), caught.value
             victim.assert_running()
 
+            # CRIU says nothing of it but in its log, and there only from level 3 on.
+            with pytest.raises(criupy.CriuError, match="page server was given and cannot be reached"):
+                await client.call(
+                    "dump", victim.pid, images_dir=images, page_server=("127.0.0.1", free_port())
+                )
+            # It frees a list that it has not got.
+            with pytest.raises(criupy.CriuDied, match=r"resolve hostname: no-such\.invalid"):
+                await client.call("dump", victim.pid, images_dir=images, page_server=("no-such.invalid", 1))
+            victim.assert_running()
+
         with pytest.raises(criupy.CriuError) as caught:
             await client.call("restore", images_dir=tmp_path)
         assert "are the images of a dump in there?" in str(caught.value)
+
+        with sleeper(uid=0, session=False) as job, pytest.raises(criupy.CriuError) as caught:
+            await client.call("dump", job.pid, images_dir=images)
+        assert "shell_job=True" in (caught.value.hint or ""), caught.value
+
+        first, second = str(tmp_path / "a"), str(tmp_path / "b")
+        unlink = f"kept = open({first!r}, 'w'); os.link({first!r}, {second!r}); os.unlink({first!r})\n"
+        with counter(tmp_path, prefix="import os\n" + unlink) as victim:
+            with pytest.raises(criupy.CriuError) as caught:
+                await client.call("dump", victim.pid, images_dir=images)
+            assert "link_remap=True" in (caught.value.hint or ""), caught.value
+
+
+async def test_parents_that_criu_would_not_take(open_criu: Open, images: Path, tmp_path: Path) -> None:
+    """CRIU 4 gives no reason for a missing one; a link from before wins over what it is told."""
+    first, second = tmp_path / "1", tmp_path / "2"
+    first.mkdir()
+    second.mkdir()
+    how: dict[str, Any] = {"images_dir": images, "leave_running": True, "track_mem": True}
+    with counter(tmp_path) as victim:
+        async with open_criu() as client:
+            with pytest.raises(criupy.OptionError, match=r"parent_img: .*; \.\./3: No such file"):
+                await client.call("dump", victim.pid, parent_img="../3", **how)
+            (images / "parent").symlink_to("../2")
+            with pytest.raises(criupy.OptionError, match=r"parent_img: expected \.\./2: .* named parent"):
+                await client.call("dump", victim.pid, parent_img="../1", **how)
+            (images / "parent").unlink()
+            (images / "parent").symlink_to(first)
+            if (await client.call("feature_check")).mem_track:
+                await client.call("dump", victim.pid, parent_img="../1", **how)
+                return
+        assert list(images.iterdir()) == [images / "parent"]
+        victim.assert_running()
 
 
 async def test_process_of_another_user(criu: Criu, kind: str, images: Path, tmp_path: Path) -> None:

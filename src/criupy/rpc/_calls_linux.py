@@ -106,6 +106,29 @@ def _open_directory(option: str, value: Directory, stack: contextlib.ExitStack) 
     return fd, path.absolute()
 
 
+def _check_parent(images_dir: int, parent: str) -> None:
+    """Refuse a parent that CRIU would not find, or in whose place it would take another in silence."""
+    if not parent or parent.startswith("/"):  # an absolute one is found in CRIU's mount namespace
+        return
+    try:
+        wanted = os.stat(parent, dir_fd=images_dir)
+    except OSError as error:
+        raise OptionError(
+            "parent_img", f"expected a path that starts at the images directory; {parent}: {error.strerror}"
+        ) from error
+    try:
+        linked = os.readlink("parent", dir_fd=images_dir)
+    except OSError:
+        return
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat("parent", dir_fd=images_dir), wanted):
+            return
+    # CRIU leaves a link that is there as it is (criu/image.c), and counts on it.
+    raise OptionError(
+        "parent_img", f"expected {linked}: the images directory has a link named parent to it, from before"
+    )
+
+
 def _call(
     name: str,
     kind: schema.RequestType.ValueType,
@@ -134,6 +157,7 @@ def _call(
             call.since = {**call.since, "images_dir": (3, 19)}
         elif images_dir is not None:
             message.images_dir_fd, call.images_dir = _open_directory("images_dir", images_dir, call.stack)
+            _check_parent(message.images_dir_fd, message.parent_img)
         if encoded.work_dir is not None:
             message.work_dir_fd, call.work_dir = _open_directory("work_dir", encoded.work_dir, call.stack)
         else:

@@ -134,7 +134,8 @@ class Exchange(Generic[T]):
             reason += f" and ended with {'signal' if status < 0 else 'exit status'} {abs(status)}"
         output = self._output()
         lines = self.call.log.errors() if self.call.log is not None else ()
-        said = [*lines, *output.splitlines()[-3:]]
+        # What is printed at the end may be no more than libc's last words.
+        said = [*output.splitlines()[-3:], *lines]
         if said:
             reason += f": {said[-1]}"
         return CriuDied(

@@ -1,9 +1,9 @@
 """Notifications: what CRIU tells in the course of a dump or restore, and what it may be told in turn.
 
 CRIU stops at each of these points until it is answered. Their order (CRIU:
-criu/cr-dump.c, criu/cr-restore.c; tried with 4.1 and 4.2):
+criu/cr-dump.c, criu/cr-restore.c; tried with 3.17, 4.1 and 4.2):
 
-dump      pre-dump, [network-lock], query-ext-files, post-dump, [status-ready, when lazy]
+dump      pre-dump, [network-lock], query-ext-files (from 3.19 on), post-dump, [status-ready, when lazy]
 restore   pre-restore, [setup-namespaces, post-setup-namespaces], [orphan-pts-master], post-restore,
           [network-unlock], pre-resume, post-resume
 """

@@ -111,6 +111,7 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (r"empty-image|Can't open inventory", "are the images of a dump in there? criupy images DIR tells"),
     (r"shell[ -]job", "the tasks have a session or terminal of somebody else's: give shell_job=True"),
+    (r"link-remap option", "an open file was unlinked but has other names: give link_remap=True"),
     (r"Connected TCP socket", "give tcp_established=True, or tcp_close=True to do without the connections"),
     (
         r"[Uu]nix (socket|connection).*(external|unlinked|peer)|[Ee]xternal socket",
@@ -129,26 +130,32 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
         r"cpu: .*(mismatch|not supported|missing)",
         "the images need a CPU with more features than this one has",
     ),
-    (r"\(empty-image\)", "an image is missing: is this the directory of a complete dump?"),
     (r"[Uu]ffd|userfaultfd", "see what userfaultfd can do here: criupy check"),
 )
+_NO_PROCESS: Final = "there is no such process, or it has ended"
+#: A consequence, and the first error that CRIU logs where it keeps quiet about the cause.
+_NEVER_ATTACHED: Final = "Unable to detach from"
 _PID_IN_USE: Final = (
     "the pid, or the number of its session or group, is in use here (a zombie's, too): "
     "reap or end that process, or restore in a new pid namespace"
 )
 
 
-def hint_for(request: str, code: int | None, text: str) -> str | None:
-    """Return what to do about a known failure; ``text`` is all that CRIU said."""
+def hint_for(request: str, code: int | None, text: str, message: str = "") -> str | None:
+    """Return what to do about a known failure; ``text`` is all that CRIU said, ``message`` the best of it."""
     if request.endswith("restore") and (code == errno.EEXIST or "File exists" in text):
         return _PID_IN_USE
+    if request == "cpuinfo_check" and re.search("empty-image|No cpuinfo image", text):
+        return "there is no cpuinfo.img: cpuinfo_dump() writes it"
     for pattern, hint in _HINTS:
         if re.search(pattern, text):
             return hint
     if code == errno.ESRCH:
-        return "there is no such process, or it has ended"
+        return _NO_PROCESS
     if code == errno.EBADRQC:
         return "CRIU refused the options: do they need another CRIU, kernel or privilege? (criupy check)"
+    if message.startswith(_NEVER_ATTACHED):
+        return f"{_NO_PROCESS}; or a page server was given and cannot be reached"
     return None
 
 
@@ -171,7 +178,7 @@ def failure(
         log_errors=lines or printed[-_MAX_LINES:],
         log_file=log.name if log is not None and log.is_written else None,
         output=output,
-        hint=hint or hint_for(request, code, said),
+        hint=hint or hint_for(request, code, said, message),
     )
 
 
