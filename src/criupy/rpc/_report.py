@@ -159,16 +159,14 @@ def hint_for(request: str, code: int | None, text: str, message: str = "") -> st
     return None
 
 
-def failure(
-    request: str, response: schema.Response, *, log: LogWatch | None, output: str, hint: str | None = None
-) -> CriuError:
+def failure(request: str, response: schema.Response, *, log: LogWatch | None, output: str) -> CriuError:
     """Make the error for an answer without success."""
     code = response.cr_errno or None
     told = response.cr_errmsg.decode(errors="replace")
     lines = log.errors() if log is not None else ()
     printed = errors_in(output)
     message = _best((told, *lines, *printed)) or (
-        "CRIU failed without a word" if not output else output.splitlines()[-1]
+        "CRIU failed without a word" if not output else output.splitlines()[0]
     )
     said = "\n".join((told, *lines, output))
     return CriuError(
@@ -178,7 +176,7 @@ def failure(
         log_errors=lines or printed[-_MAX_LINES:],
         log_file=log.name if log is not None and log.is_written else None,
         output=output,
-        hint=hint or hint_for(request, code, said, message),
+        hint=hint_for(request, code, said, message),
     )
 
 
