@@ -87,7 +87,7 @@ NO_DIRTY_TRACKING: Final = (
 _HINTS: Final[tuple[tuple[str, str], ...]] = (
     (
         r"CAP_SYS_ADMIN|CAP_CHECKPOINT_RESTORE|needs? to (be )?run(ning)? as root",
-        "run it as root, or give it CAP_CHECKPOINT_RESTORE and the option unprivileged=True",
+        "run it as root, or give it CAP_CHECKPOINT_RESTORE and the option unprivileged=True (CRIU 3.18)",
     ),
     (
         r"Can't get 1:(16|34) opt",  # SO_PASSCRED, SO_PASSSEC of SOL_SOCKET
@@ -124,7 +124,7 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (
         r"ip6?tables-restore|nft.*failed",
-        'CRIU locks the network with iptables or nft: install it, or give network_lock="skip"',
+        'CRIU locks the network with iptables or nft: install it, or give network_lock="skip" (CRIU 3.19)',
     ),
     (
         r"cpu: .*(mismatch|not supported|missing)",
