@@ -12,7 +12,7 @@ PYTHON3 := .venv/bin/python
 help:
 	@echo "make demo    migrate a process and watch it happen"
 	@echo "make test    run every test"
-	@echo "make unit    run the tests that take seconds and need neither CRIU nor root"
+	@echo "make unit    run the quick tests, which need neither CRIU nor root"
 	@echo "make lint    check style and types"
 	@echo "make format  let ruff format the sources"
 	@echo "make build   only set up .venv and build"

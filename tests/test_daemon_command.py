@@ -23,7 +23,7 @@ from criupy.testing.wait import until
 from criupy.testing.workload_linux import Standin, start_standin
 from serving import MIB, SPEC, all_good, needs_poison, no_lies
 
-pytestmark = pytest.mark.usefixtures("workload_program", "nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
 
 FAR = Behaviour(delay=0.1)
 

@@ -18,7 +18,7 @@ from criupy.testing.wait import until
 from criupy.testing.workload_linux import start_standin
 from serving import MIB, all_good, needs_forks, serve
 
-pytestmark = pytest.mark.usefixtures("workload_program", "nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
 
 SLOW = Behaviour(delay=0.01, max_pages=64)
 SPEC = WorkloadSpec(size=16 * MIB, threads=2, children=2)

@@ -15,7 +15,7 @@ from criupy.testing.spec import WorkloadSpec
 from criupy.testing.workload_linux import Standin
 from serving import MIB, SPEC, Serving, all_good, needs_forks, needs_poison, no_lies, serve
 
-pytestmark = pytest.mark.usefixtures("workload_program", "nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
 
 VIOLATIONS: dict[Wrong, str] = {
     "command": "command",

@@ -24,7 +24,7 @@ from criupy.testing.workload_linux import Standin, start_standin
 from serving import MIB, SPEC, all_good, serve, user_faults
 from test_daemon_stopping import blocking, full_backlog
 
-pytestmark = pytest.mark.usefixtures("workload_program", "nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
 
 TREE = WorkloadSpec(size=MIB, tree=3)
 

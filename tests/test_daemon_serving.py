@@ -20,7 +20,7 @@ from criupy.testing.page_server import Behaviour, End
 from criupy.testing.spec import ZOMBIE_STATUS, WorkloadSpec
 from serving import MIB, SPEC, all_good, needs_root, serve
 
-pytestmark = pytest.mark.usefixtures("workload_program", "nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
 
 TREE = WorkloadSpec(size=2 * MIB, areas=4, adjacent=True, tree=5, threads=2, zombie=True)
 SCATTERED = WorkloadSpec(size=2 * MIB, areas=2, fragmented=True, reserve=64 * MIB)

@@ -24,7 +24,7 @@ from criupy.testing.wait import until
 from criupy.testing.workload_linux import Standin, start_standin
 from serving import MIB, SPEC, Serving, all_good, needs_poison, no_lies, serve
 
-pytestmark = pytest.mark.usefixtures("workload_program", "nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
 
 TREE = WorkloadSpec(size=2 * MIB, tree=3)
 FAR = Behaviour(delay=0.1)

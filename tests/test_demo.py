@@ -16,7 +16,7 @@ import pytest
 from criupy.testing._demo_report import Freeze, Measured, summary
 from criupy.testing.criu_linux import Criu
 
-pytestmark = pytest.mark.usefixtures("workload_program")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workload_program")]
 
 SIZE = "16"
 HANG = 300

@@ -17,7 +17,7 @@ from native_peer import FORCE_CLOSE, Restore, Source, content, open_files, remot
 from native_target import PAGE, Target
 from test_native_uffd import usable
 
-pytestmark = pytest.mark.skipif(bool(usable()), reason=usable())
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(usable()), reason=usable())]
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ import pytest
 
 from test_native_uffd import needs_poison, usable
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "src/criupy/_uffd"
 DRIVERS = ROOT / "tests/native"

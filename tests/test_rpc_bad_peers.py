@@ -43,7 +43,7 @@ from rpc_peers import (
     until,
 )
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 # ---- nonsense, and ends --------------------------------------------------------------------------
 

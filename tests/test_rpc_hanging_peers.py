@@ -45,7 +45,7 @@ from rpc_peers import (
     until,
 )
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 # ---- hanging -------------------------------------------------------------------------------------
 

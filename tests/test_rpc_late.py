@@ -13,6 +13,8 @@ import criupy
 from criupy.rpc import _schema_pb2 as schema
 from criupy.testing.rpc_peer_linux import Exit, Expect, Notify, Peer, Reply, Sleep, Step, scripted_criu
 
+pytestmark = pytest.mark.slow
+
 DONE = Reply(schema.Response(type=schema.DUMP, success=True, dump=schema.DumpAnswer(restored=False)))
 FAILED = Reply(schema.Response(type=schema.DUMP, success=False))
 

@@ -47,7 +47,7 @@ from rpc_peers import (
     response,
 )
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 # ---- hooks and iterations ------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ from criupy.testing.rpc_peer_linux import (
     version_answer,
 )
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 DONE = schema.Response(type=schema.DUMP, success=True)
 FAILED = schema.Response(type=schema.DUMP, success=False, cr_errno=3)
