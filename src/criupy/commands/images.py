@@ -22,6 +22,7 @@ NAME: Final = "images"
 HELP: Final = "show what a checkpoint holds: processes, memory, statistics"
 
 _WIDTH: Final = 100
+_NO_BREAK: Final = "\N{NO-BREAK SPACE}"
 _PAGE: Final = 4096
 
 _ANONYMOUS: Final = ("ANONYMOUS", "HEAP", "STACK", "SHADOW_STACK", "AIO_RING")
@@ -207,7 +208,7 @@ def _memory(dump: Dump, dumped: DumpStats | None) -> Iterator[str]:
         for kind, areas in memory.areas.items():
             kinds[kind.value] += areas.count
             lengths[kind.value] += areas.length
-    listed = ", ".join(f"{kinds[name]:,} {name} {_bytes(lengths[name])}" for name in kinds)
+    listed = ", ".join(_together(f"{kinds[name]:,} {name} {_bytes(lengths[name])}") for name in kinds)
     yield from _wrapped(f"Areas: {listed or 'none'}")
 
     pages = [task.pages for task in dump.memory.values() if task.pages is not None]
@@ -315,8 +316,16 @@ def _clean(text: str) -> str:
     )
 
 
+def _together(text: str) -> str:
+    """Keep words on one line."""
+    return text.replace(" ", _NO_BREAK)
+
+
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(
+        text, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return [line.replace(_NO_BREAK, " ") for line in lines]
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:
