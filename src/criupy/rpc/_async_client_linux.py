@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -282,7 +283,10 @@ class AsyncCriu:
             pid, port = await self._run(call, request_timeout, release=hold)
         except BaseException:
             for connection in held:
-                await self._keep(connection)
+                # A page server may have been started, and nobody would end it.
+                if connection.worker is not None:
+                    connection.worker.kill()
+                await self._end(connection)
             raise
         child = self._children[pid] = AsyncPageServerChild(self, held[0], pid, port)
         return child
@@ -387,17 +391,22 @@ class AsyncCriu:
     async def _reuse(self, call: Call[T]) -> Connection:
         return await self._take_kept() or await self._connect(call)
 
-    async def _connect(self, call: Call[T], *, detached: bool = False) -> Connection:
-        """Make a connection for a request, having checked that this CRIU knows all its options."""
+    async def _check(self, call: Call[T]) -> None:
+        """Refuse what this client or this CRIU cannot do, before anything is sent."""
         if self._closed:
             raise LocalProtocolError(f"{call.name}: the client is closed")
-        transport = self._transport
-        if transport.socket is not None and call.swrk_only:
-            raise OptionError(
-                call.swrk_only[0], "CRIU takes it only from a worker of one's own (binary=), not in a service"
-            )
+        call.check_transport(self._transport)
         if call.needs_version:
-            call.check_version(self._version or await self.version())
+            # The request's own time limits this, too.
+            version = self._version or await self.version(request_timeout=math.inf)
+            call.check_version(version)
+
+    async def _connect(self, call: Call[T], *, detached: bool = False) -> Connection:
+        """Make a connection for a request, having checked that this CRIU knows all its options."""
+        await self._check(call)
+        transport = self._transport
+        if detached and transport.fd is None:
+            await self._close_kept()  # which a version may have been asked on
         if transport.fd is not None:
             kept = await self._take_kept()
             if kept is None:
@@ -413,7 +422,6 @@ class AsyncCriu:
             return connection
         binary = transport.binary or "criu"
         if detached:
-            await self._close_kept()
             return start_detached_worker(binary, transport.arguments, request=call.name, inherit=call.inherit)
         # Starting a program may wait for a disk. Cancelled or not, what was started is ours.
         return await trio.to_thread.run_sync(
@@ -465,13 +473,17 @@ class AsyncCriu:
     async def _wait_for(self, child: AsyncPageServerChild, request_timeout: float | None) -> int:
         if self._children.get(child.pid) is not child:
             raise LocalProtocolError(f"wait_pid: page server {child.pid} was waited for or closed before")
-        del self._children[child.pid]
 
         async def connect() -> Connection:
-            await trio.lowlevel.checkpoint()
+            del self._children[child.pid]
             return child._connection
 
-        return await self._run(calls.wait_pid(child.pid), request_timeout, connect=connect)
+        try:
+            return await self._run(calls.wait_pid(child.pid), request_timeout, connect=connect)
+        except BaseException:
+            if child.pid not in self._children:  # else it can be waited for again
+                child._connection.kill_child(child.pid)
+            raise
 
     async def _drop(self, child: AsyncPageServerChild) -> None:
         if self._children.get(child.pid) is child:

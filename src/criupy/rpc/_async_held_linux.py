@@ -73,7 +73,10 @@ class AsyncPreDumpLoop:
     async def pre_dump(self, *, images_dir: Directory, **options: Unpack[PreDumpOptions]) -> None:
         """Write the memory that changed since the one before, and let the tasks go on."""
         self._check_entered()
-        await self._client._need_dirty_tracking(self._timeout)
+        if self._connection is None:
+            # Asked once, and the version with it: with fd= there is no other connection later.
+            await self._client._need_dirty_tracking(self._timeout)
+            await self._client.version(request_timeout=self._timeout)
         call = calls.pre_dump(self._pid, images_dir, options, single=False)
         await self._client._run(call, self._timeout, connect=lambda: self._connect(call), release=self._keep)
 
@@ -90,8 +93,12 @@ class AsyncPreDumpLoop:
             await operation._serve(hooks)
 
     async def _connect(self, call: Call[None]) -> Connection:
+        if self._connection is None:
+            return await self._client._connect(call)
+        await self._client._check(call)
+        call.refuse_inherited("expected with the first request of a loop, at which its worker starts")
         connection, self._connection = self._connection, None
-        return connection or await self._client._connect(call)
+        return connection
 
     async def _keep(self, connection: Connection) -> None:
         self._connection = connection

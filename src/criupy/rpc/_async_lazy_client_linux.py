@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import trio
 
 from criupy._descriptor import Descriptor
-from criupy.errors import CriuError, CriupyError, CriuTimeout, LocalProtocolError
+from criupy.errors import CriuError, CriupyError, CriuTimeout, LocalProtocolError, RemoteProtocolError
 from criupy.rpc._async_operation_linux import AsyncOperation, AsyncProcess, end_worker, wait_ended
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._lazy_linux import (
@@ -47,6 +48,9 @@ class AsyncLazyDump:
         self._hooks = hooks
         self._timeout = timeout
         self._operation: AsyncOperation[None] | None = None
+        self._waiting = False
+        self._over = trio.Event()
+        self._final = SourceOutcome.LOST
         self.outcome: SourceOutcome | None = None
         self.address: str = ""
         self.port: int = 0
@@ -54,11 +58,13 @@ class AsyncLazyDump:
         self.images_dir: Path = Path()
 
     async def __aenter__(self) -> Self:
-        self.frame_size = self._plan.check_version(await self._client.version(request_timeout=self._timeout))
         call = self._plan.open()
         self.images_dir = call.images_dir or self.images_dir
         try:
             self._operation = operation = self._client._operation(call, self._timeout)
+            operation._set_deadline(trio.current_time() + operation._timeout)
+            version = await self._client.version(request_timeout=operation._timeout)
+            self.frame_size = self._plan.check_version(version)
             await operation.__aenter__()
             try:
                 await self._get_ready(operation)
@@ -66,6 +72,7 @@ class AsyncLazyDump:
                 await operation.__aexit__(type(error), error, error.__traceback__)
                 raise
         except BaseException:
+            call.close()
             self._plan.close()
             raise
         return self
@@ -90,7 +97,7 @@ class AsyncLazyDump:
                 return
             try:
                 await self.wait()
-            except CriuError:
+            except (CriuError, RemoteProtocolError):
                 raise
             except BaseException as interrupted:
                 await self._see_out(interrupted)
@@ -103,12 +110,15 @@ class AsyncLazyDump:
         with trio.CancelScope(shield=True):
             if self.outcome is not None:
                 return
-            if self._plan.is_unreached(self._running._peer_pid, self.address, self.port):
+            unreached = await trio.to_thread.run_sync(
+                self._plan.is_unreached, self._running._peer_pid, self.address, self.port
+            )
+            if unreached:
                 await self.abort()
                 return
             try:
                 await self.wait()
-            except CriuError as failure:
+            except CriupyError as failure:
                 error.add_note(str(failure))
 
     @property
@@ -122,30 +132,48 @@ class AsyncLazyDump:
 
         Raise CriuError when it was not: ``outcome`` tells whether the tree goes on here.
         """
-        operation = self._running
-        if self.outcome is None:
-            try:
-                async for _ in operation:
-                    pass
-                await operation.__aexit__(None, None, None)
-            except CriuError as error:
-                await operation.__aexit__(type(error), error, error.__traceback__)
-                self.outcome = self._plan.outcome(succeeded=False)
-                error.add_note(f"the dumped process: {self.outcome.value}")
-                raise
-            self.outcome = self._plan.outcome(succeeded=True)
-        return self.outcome
+        if self.outcome is not None:
+            return self.outcome
+        if self._waiting:
+            raise LocalProtocolError("lazy_dump: another task waits already; only abort() can be called now")
+        self._waiting = True
+        try:
+            return await self._wait(self._running)
+        finally:
+            self._waiting = False
+
+    async def _wait(self, operation: AsyncOperation[None]) -> SourceOutcome:
+        try:
+            async for _ in operation:
+                pass
+            await operation.__aexit__(None, None, None)
+        except (CriuError, RemoteProtocolError) as error:
+            await operation.__aexit__(type(error), error, error.__traceback__)
+            outcome = self._end_with(self._plan.outcome(succeeded=False))
+            error.add_note(f"the dumped process: {outcome.value}")
+            raise
+        return self._end_with(self._plan.outcome(succeeded=True))
+
+    def _end_with(self, outcome: SourceOutcome) -> SourceOutcome:
+        self.outcome = self._final = outcome
+        self._over.set()
+        return outcome
 
     async def abort(self) -> SourceOutcome:
         """End it now, so that the tree goes on here.
 
         Only for when no destination runs it: after a destination has connected,
-        nobody here can know that.
+        nobody here can know that. A task in ``wait`` sees CRIU die.
         """
-        if self.outcome is None:
-            await self._running._kill(self._plan.stopper(self._running._peer_pid))
-            self.outcome = self._plan.outcome(succeeded=self._running._succeeded)
-        return self.outcome
+        stop = partial(self._plan.stop, self.address, self.port)
+        if self.outcome is not None:
+            return self.outcome
+        if not self._waiting:
+            seen = await self._running._kill(stop)
+            return self._end_with(self._plan.aborted(seen=seen, succeeded=self._running._succeeded))
+        await self._running._strike(stop)
+        await self._over.wait()
+        return self._final
 
 
 class AsyncLazyRestore:
@@ -185,22 +213,25 @@ class AsyncLazyRestore:
             operation._set_deadline(deadline)
             async with operation:
                 await operation._serve(self._hooks)
+            self.command = None if operation._worker is None else AsyncProcess(operation._worker)
+            self.pid = operation.result
         except BaseException as error:
             self._call.close()
             await self._stop(error)
             raise
-        self.pid = operation.result
-        self.command = None if operation._worker is None else AsyncProcess(operation._worker)
         return self
 
     async def _start(self, plan: DaemonPlan, deadline: float) -> None:
         with status_pipe() as (reading, writing):
             words = plan.words(self._call.images_dir or self._work_dir, self._work_dir, writing.fileno())
-            self._worker = Worker.start(
-                words,
-                request="lazy_restore",
-                pass_fds=(writing.fileno(),),
-                capture=self._client._transport.capture_output,
+            self._worker = await trio.to_thread.run_sync(
+                partial(
+                    Worker.start,
+                    words,
+                    request="lazy_restore",
+                    pass_fds=(writing.fileno(),),
+                    capture=self._client._transport.capture_output,
+                )
             )
             self.daemon = AsyncProcess(self._worker)
             writing.close()
@@ -240,9 +271,11 @@ class AsyncLazyRestore:
 
         Without a daemon of its own it returns at once.
         """
-        if self._worker is not None:
-            await wait_ended(self._worker)
-            worker, self._worker = self._worker, None
+        if (worker := self._worker) is not None:
+            await wait_ended(worker)
+            if self._worker is None:
+                return  # another task has waited, and was told
+            self._worker = None
             status, output = worker.poll(), worker.output()
             worker.close()
             if status:
@@ -254,8 +287,8 @@ class AsyncLazyRestore:
         if error is None:
             try:
                 await self.wait()
-            except trio.Cancelled as cancelled:
-                await self._see_out(cancelled)
+            except BaseException as interrupted:
+                await self._see_out(interrupted)
                 raise
         else:
             await self._see_out(error)

@@ -268,9 +268,16 @@ class AsyncOperation(Generic[T]):
                 return receive() or Ended()
 
     async def _undo(self, error: BaseException) -> bool:
-        """End a request that failed on our side; True if CRIU had done it nevertheless, in time."""
+        """End a request that failed on our side; True if CRIU had done it nevertheless, in time.
+
+        What interrupts this, a Ctrl-C say, kills CRIU.
+        """
         with trio.CancelScope(shield=True):
-            return await self._undo_all(error)
+            try:
+                return await self._undo_all(error)
+            except BaseException:
+                await self._end(0.0)
+                raise
         raise AssertionError  # a shield without a deadline swallows nothing
 
     async def _undo_all(self, error: BaseException) -> bool:
@@ -296,16 +303,21 @@ class AsyncOperation(Generic[T]):
             exchange.take_undone(event)
         return True
 
-    async def _kill(self, stop: Callable[[], None]) -> None:
+    async def _strike(self, stop: Callable[[], None]) -> None:
         """Kill CRIU in a phase in which that harms nobody; ``stop`` does it where it is no child of ours."""
         worker = self._running.connection.worker
+        if worker is not None:
+            worker.kill()
+        else:
+            await trio.to_thread.run_sync(stop)
+
+    async def _kill(self, stop: Callable[[], None]) -> bool:
+        """Strike, and let go of what is left; False if CRIU's end was not seen."""
         with trio.CancelScope(shield=True):
-            if worker is not None:
-                worker.kill()
-            else:
-                stop()
-            await self._see_undone(trio.current_time() + self._grace)
+            await self._strike(stop)
+            seen = await self._see_undone(trio.current_time() + self._grace)
             await self._end(self._grace)
+        return seen
 
     async def _finish(self) -> None:
         """Let go of the connection after the answer."""

@@ -21,6 +21,7 @@ from criupy.rpc._option_encoding import encode
 from criupy.rpc._option_types import CriuPath, Directory
 from criupy.rpc._report import LogWatch
 from criupy.rpc._results import FeatureName, Features, PageServer, Version
+from criupy.rpc._transport import Transport
 
 __all__ = ["Call"]
 
@@ -68,6 +69,22 @@ class Call(Generic[T]):
         """Close the descriptors that were opened for CRIU."""
         self.closed = True
         self.stack.close()
+
+    def check_transport(self, transport: Transport) -> None:
+        """Refuse options that need a worker of our own."""
+        if transport.socket is not None and self.swrk_only:
+            raise OptionError(
+                self.swrk_only[0], "CRIU takes it only from a worker of one's own (binary=), not in a service"
+            )
+        if transport.fd is not None:
+            self.refuse_inherited(
+                "expected with a worker of one's own (binary=): that of fd= is started already"
+            )
+
+    def refuse_inherited(self, expected: str) -> None:
+        """Refuse descriptors that a worker would have to inherit at its start."""
+        if self.inherit:
+            raise OptionError(next(name for name in self.swrk_only if name != "rst_sibling"), expected)
 
     @property
     def needs_version(self) -> bool:

@@ -273,7 +273,10 @@ class Criu:
             pid, port = self._run(call, request_timeout, release=held.append)
         except BaseException:
             for connection in held:
-                self._keep(connection)
+                # A page server may have been started, and nobody would end it.
+                if connection.worker is not None:
+                    connection.worker.kill()
+                self._end(connection)
             raise
         child = self._children[pid] = PageServerChild(self, held[0], pid, port)
         return child
@@ -378,18 +381,21 @@ class Criu:
     def _reuse(self, call: Call[T], deadline: float) -> Connection:
         return self._take_kept() or self._connect(call, deadline)
 
-    def _connect(self, call: Call[T], deadline: float, *, detached: bool = False) -> Connection:
-        """Make a connection for a request, having checked that this CRIU knows all its options."""
+    def _check(self, call: Call[T], deadline: float) -> None:
+        """Refuse what this client or this CRIU cannot do, before anything is sent."""
         if self._closed:
             raise LocalProtocolError(f"{call.name}: the client is closed")
-        transport = self._transport
-        if transport.socket is not None and call.swrk_only:
-            raise OptionError(
-                call.swrk_only[0], "CRIU takes it only from a worker of one's own (binary=), not in a service"
-            )
+        call.check_transport(self._transport)
         if call.needs_version:
             left = max(0.0, deadline - time.monotonic())
             call.check_version(self._version or self.version(request_timeout=left))
+
+    def _connect(self, call: Call[T], deadline: float, *, detached: bool = False) -> Connection:
+        """Make a connection for a request, having checked that this CRIU knows all its options."""
+        self._check(call, deadline)
+        transport = self._transport
+        if detached and transport.fd is None:
+            self._close_kept()  # which a version may have been asked on
         if transport.fd is not None:
             kept = self._take_kept()
             if kept is None:
@@ -405,7 +411,6 @@ class Criu:
             return connection
         binary = transport.binary or "criu"
         if detached:
-            self._close_kept()
             return start_detached_worker(binary, transport.arguments, request=call.name, inherit=call.inherit)
         return start_worker(
             binary,
@@ -455,8 +460,17 @@ class Criu:
     def _wait_for(self, child: PageServerChild, request_timeout: float | None) -> int:
         if self._children.get(child.pid) is not child:
             raise LocalProtocolError(f"wait_pid: page server {child.pid} was waited for or closed before")
-        del self._children[child.pid]
-        return self._run(calls.wait_pid(child.pid), request_timeout, connect=lambda _: child._connection)
+
+        def connect(_: float) -> Connection:
+            del self._children[child.pid]
+            return child._connection
+
+        try:
+            return self._run(calls.wait_pid(child.pid), request_timeout, connect=connect)
+        except BaseException:
+            if child.pid not in self._children:  # else it can be waited for again
+                child._connection.kill_child(child.pid)
+            raise
 
     def _drop(self, child: PageServerChild) -> None:
         if self._children.get(child.pid) is child:

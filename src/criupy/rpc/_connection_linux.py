@@ -19,7 +19,7 @@ from typing import Final
 from criupy._descriptor import Descriptor
 from criupy.errors import CriuError, CriuUnavailable, OptionError
 from criupy.rpc._session import Answer, Notified, Session, State
-from criupy.rpc._worker_linux import Orphan, Worker, find_program
+from criupy.rpc._worker_linux import Orphan, Worker, find_program, parent_of
 
 __all__ = ["BUSY_PAUSE", "Connection", "Ended", "adopt", "connect", "start_detached_worker", "start_worker"]
 
@@ -52,24 +52,24 @@ class Connection:
         self._length = bytearray(1)
         self._peer_pid: int | None = None
         self._is_shut = False
+        # A child that outlives the worker would keep the socket open: what ends a wait is either of the two.
         self._events: select.epoll | None = None
+        if isinstance(worker, Worker):
+            self._events = select.epoll()
+            try:
+                self._events.register(sock.fileno(), select.EPOLLIN)
+                self._events.register(worker.pidfd, select.EPOLLIN)
+            except BaseException:
+                self._events.close()
+                raise
 
     def fileno(self) -> int:
         """Return the socket's number; -1 once closed."""
         return self._socket.fileno()
 
     def event_fd(self) -> int:
-        """Return what is readable when a packet has come, or a worker of our own has ended.
-
-        A child that outlives the worker would keep the socket open.
-        """
-        if not isinstance(self.worker, Worker):
-            return self.fileno()
-        if self._events is None:
-            self._events = select.epoll()
-            self._events.register(self.fileno(), select.EPOLLIN)
-            self._events.register(self.worker.pidfd, select.EPOLLIN)
-        return self._events.fileno()
+        """Return what is readable when a packet has come, or a worker of our own has ended."""
+        return self.fileno() if self._events is None else self._events.fileno()
 
     @property
     def peer_pid(self) -> int | None:
@@ -151,15 +151,21 @@ class Connection:
             self._socket.shutdown(socket.SHUT_WR)
 
     def kill_child(self, pid: int) -> None:
-        """Kill a child of the process at the other end, which has not been waited for."""
+        """Kill a child of the process at the other end, as far as it is sure to be one.
+
+        The number comes from the peer, which may count in another pid namespace.
+        """
         if self.worker is not None:
             self.worker.kill()
+            return
+        if self._peer_pid is None:
             return
         with (
             contextlib.suppress(ProcessLookupError, PermissionError),
             Descriptor(os.pidfd_open(pid)) as pidfd,
         ):
-            signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+            if parent_of(pid) == self._peer_pid:
+                signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
 
     def close_socket(self) -> None:
         """Close our end."""
@@ -169,8 +175,12 @@ class Connection:
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:
-    # CRIU takes who made the pair for its client, and needs its end blocking.
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # CRIU takes who made the pair for its client, and needs its end blocking, whatever
+    # socket.setdefaulttimeout says.
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(None)
+    theirs.settimeout(None)
+    return ours, theirs
 
 
 def _command(binary: str, arguments: Sequence[str], fd: int, request: str) -> list[str]:
@@ -191,7 +201,12 @@ def start_worker(
     except BaseException:
         ours.close()
         raise
-    return Connection(ours, worker)
+    try:
+        return Connection(ours, worker)
+    except BaseException:
+        ours.close()
+        worker.abandon()
+        raise
 
 
 def start_detached_worker(
@@ -240,8 +255,12 @@ def adopt(fd: int) -> Connection:
     duplicate = Descriptor(-1)
     try:
         duplicate = Descriptor(os.dup(fd))
+        blocking = os.get_blocking(fd)
         sock = socket.socket(fileno=duplicate.fileno())
         duplicate.detach()
+        # With socket.setdefaulttimeout Python has changed the mode, which the caller shares.
+        sock.settimeout(None)
+        os.set_blocking(fd, blocking)
     except (OSError, OverflowError) as error:
         duplicate.close()
         why = error.strerror if isinstance(error, OSError) else "no descriptor has such a number"
@@ -254,4 +273,5 @@ def adopt(fd: int) -> Connection:
     except OSError:
         sock.close()
         raise OptionError("fd", f"expected a socket connected to CRIU, {fd} is not connected") from None
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return Connection(sock)

@@ -87,6 +87,8 @@ class Exchange(Generic[T]):
             self._closed = True
             self.connection.session.receive_end()
             if self.refusal is not None:
+                # Not undone by an answer, so perhaps not at all.
+                self.refusal.add_note(str(self.died()))
                 raise self.refusal
             raise self.died()
         self._answer = event
@@ -120,10 +122,10 @@ class Exchange(Generic[T]):
         """Say in a note what CRIU answered to a refusal."""
         if not answer.success:
             error.add_note(f"CRIU undid it: {self._failure(answer)}")
-        elif self.call.request.opts.pid:
-            error.add_note(f"{self.call.name}: CRIU had gone too far to undo it, and completed it")
         else:
-            error.add_note(f"{self.call.name}: CRIU had completed it all the same: {self.result()}")
+            pid = answer.response.restore.pid
+            what = f" as pid {pid}" if pid else ""
+            error.add_note(f"{self.call.name}: CRIU had gone too far to undo it, and completed it{what}")
         return error
 
     def died(self, reason: str = "CRIU closed the connection without an answer") -> CriuDied:
@@ -202,5 +204,7 @@ class Exchange(Generic[T]):
             if self._answer.success:
                 # What was cancelled is seen by nobody.
                 log.warning("%s: CRIU had gone too far to undo it, and completed it", self.call.name)
-        elif self.call.delicate and not self._closed:
+        elif self.call.delicate and self._closed:
+            error.add_note(str(self.died()))
+        elif self.call.delicate:
             error.add_note(f"{self.call.name}: CRIU did not undo it in time and was killed")

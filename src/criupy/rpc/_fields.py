@@ -35,10 +35,10 @@ from criupy.rpc._option_checks import (
     string,
     text,
 )
-from criupy.rpc._option_types import CPU_CAPABILITY, JOINABLE_SINCE, CriuPath, Directory, Version
+from criupy.rpc._option_types import CPU_CAPABILITY, JOINABLE_SINCE, CriuPath, Directory, Release
 
 #: The oldest CRIU whose RPC is spoken here.
-OLDEST: Final[Version] = (3, 0)
+OLDEST: Final[Release] = (3, 0)
 
 
 @dataclass(slots=True)
@@ -48,10 +48,10 @@ class Draft:
     request: str
     message: schema.Options = field(default_factory=schema.Options)
     inherit: list[int] = field(default_factory=list)
-    since: dict[str, Version] = field(default_factory=dict)
+    since: dict[str, Release] = field(default_factory=dict)
     work_dir: Directory | None = None
 
-    def need(self, option: str, version: Version) -> None:
+    def need(self, option: str, version: Release) -> None:
         """Note that the value of an option needs a CRIU of at least this version."""
         self.since[option] = max(version, self.since.get(option, OLDEST))
 
@@ -69,12 +69,12 @@ class Field:
     """
 
     put: Put
-    since: Version = OLDEST
+    since: Release = OLDEST
     swrk_only: bool = False
     wire: str | None = None
 
 
-def one(check: Callable[[str, object], object], since: Mapping[str, Version] | None = None) -> Put:
+def one(check: Callable[[str, object], object], since: Mapping[str, Release] | None = None) -> Put:
     """Set the field of the option's name; ``since`` tells of values that need a later CRIU than others."""
 
     def put(draft: Draft, option: str, value: object) -> None:

@@ -74,7 +74,10 @@ class PreDumpLoop:
     def pre_dump(self, *, images_dir: Directory, **options: Unpack[PreDumpOptions]) -> None:
         """Write the memory that changed since the one before, and let the tasks go on."""
         self._check_entered()
-        self._client._need_dirty_tracking(self._timeout)
+        if self._connection is None:
+            # Asked once, and the version with it: with fd= there is no other connection later.
+            self._client._need_dirty_tracking(self._timeout)
+            self._client.version(request_timeout=self._timeout)
         call = calls.pre_dump(self._pid, images_dir, options, single=False)
         self._client._run(call, self._timeout, connect=partial(self._connect, call), release=self._keep)
 
@@ -89,8 +92,12 @@ class PreDumpLoop:
             operation._serve(hooks)
 
     def _connect(self, call: Call[None], deadline: float) -> Connection:
+        if self._connection is None:
+            return self._client._connect(call, deadline)
+        self._client._check(call, deadline)
+        call.refuse_inherited("expected with the first request of a loop, at which its worker starts")
         connection, self._connection = self._connection, None
-        return connection or self._client._connect(call, deadline)
+        return connection
 
     def _keep(self, connection: Connection) -> None:
         self._connection = connection

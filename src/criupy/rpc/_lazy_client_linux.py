@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 from criupy._descriptor import Descriptor
-from criupy.errors import CriuError, CriupyError, CriuTimeout, LocalProtocolError
+from criupy.errors import CriuError, CriupyError, CriuTimeout, LocalProtocolError, RemoteProtocolError
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._lazy_linux import (
     DaemonPlan,
@@ -51,11 +52,13 @@ class LazyDump:
         self.images_dir: Path = Path()
 
     def __enter__(self) -> Self:
-        self.frame_size = self._plan.check_version(self._client.version(request_timeout=self._timeout))
         call = self._plan.open()
         self.images_dir = call.images_dir or self.images_dir
         try:
             self._operation = operation = self._client._operation(call, self._timeout)
+            operation._set_deadline(time.monotonic() + operation._timeout)
+            version = self._client.version(request_timeout=operation._timeout)
+            self.frame_size = self._plan.check_version(version)
             operation.__enter__()
             try:
                 self._get_ready(operation)
@@ -63,6 +66,7 @@ class LazyDump:
                 operation.__exit__(type(error), error, error.__traceback__)
                 raise
         except BaseException:
+            call.close()
             self._plan.close()
             raise
         return self
@@ -87,7 +91,7 @@ class LazyDump:
                 return
             try:
                 self.wait()
-            except CriuError:
+            except (CriuError, RemoteProtocolError):
                 raise
             except BaseException as interrupted:
                 self._see_out(interrupted)
@@ -104,7 +108,7 @@ class LazyDump:
             return
         try:
             self.wait()
-        except CriuError as failure:
+        except CriupyError as failure:
             error.add_note(str(failure))
 
     @property
@@ -119,17 +123,18 @@ class LazyDump:
         Raise CriuError when it was not: ``outcome`` tells whether the tree goes on here.
         """
         operation = self._running
-        if self.outcome is None:
-            try:
-                for _ in operation:
-                    pass
-                operation.__exit__(None, None, None)
-            except CriuError as error:
-                operation.__exit__(type(error), error, error.__traceback__)
-                self.outcome = self._plan.outcome(succeeded=False)
-                error.add_note(f"the dumped process: {self.outcome.value}")
-                raise
-            self.outcome = self._plan.outcome(succeeded=True)
+        if self.outcome is not None:
+            return self.outcome
+        try:
+            for _ in operation:
+                pass
+            operation.__exit__(None, None, None)
+        except (CriuError, RemoteProtocolError) as error:
+            operation.__exit__(type(error), error, error.__traceback__)
+            self.outcome = self._plan.outcome(succeeded=False)
+            error.add_note(f"the dumped process: {self.outcome.value}")
+            raise
+        self.outcome = self._plan.outcome(succeeded=True)
         return self.outcome
 
     def abort(self) -> SourceOutcome:
@@ -139,8 +144,8 @@ class LazyDump:
         nobody here can know that.
         """
         if self.outcome is None:
-            self._running._kill(self._plan.stopper(self._running._peer_pid))
-            self.outcome = self._plan.outcome(succeeded=self._running._succeeded)
+            seen = self._running._kill(partial(self._plan.stop, self.address, self.port))
+            self.outcome = self._plan.aborted(seen=seen, succeeded=self._running._succeeded)
         return self.outcome
 
 
@@ -181,12 +186,12 @@ class LazyRestore:
             operation._set_deadline(deadline)
             with operation:
                 operation._serve(self._hooks)
+            self.command = None if operation._worker is None else Process(operation._worker)
+            self.pid = operation.result
         except BaseException as error:
             self._call.close()
             self._stop(error)
             raise
-        self.pid = operation.result
-        self.command = None if operation._worker is None else Process(operation._worker)
         return self
 
     def _start(self, plan: DaemonPlan, deadline: float) -> None:

@@ -10,15 +10,16 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from criupy._descriptor import Descriptor
-from criupy.errors import CriuError, LazyPagesError, OptionError
+from criupy.errors import CriuError, CriuTimeout, LazyPagesError, OptionError
 from criupy.rpc import _calls_linux as calls
 from criupy.rpc._calls_linux import Call
+from criupy.rpc._option_checks import host_file
 from criupy.rpc._option_types import Directory
 from criupy.rpc._report import errors_in
 from criupy.rpc._results import SourceOutcome, Version
@@ -90,21 +91,21 @@ def config_with_address(
 
     Up to 4.2 a lazy dump over RPC ignores the request's address and listens on
     all interfaces; the configuration file counts (criu#2959). It is a file in
-    memory, which CRIU opens through us.
+    memory, which CRIU opens through us: one in another pid namespace cannot.
     """
     if address is None:
         return dict(options), None
     given = options.get("config_file")
-    text = ""
-    if isinstance(given, (str, os.PathLike)):
+    content = b""
+    if given is not None:
+        path = host_file("config_file", given)
         try:
-            text = Path(given).read_text(encoding="utf-8")
+            content = Path(path).read_bytes()
         except OSError as error:
-            raise OptionError(
-                "config_file", f"expected a readable file, {given}: {error.strerror}"
-            ) from error
+            raise OptionError("config_file", f"expected a readable file, {path}: {error.strerror}") from error
     memory = Descriptor(os.memfd_create("criupy-config"))
-    os.write(memory.fileno(), f"{text.rstrip()}\naddress {address}\n".encode())
+    with open(memory.fileno(), "wb", closefd=False) as file:
+        file.write(content.rstrip() + f"\naddress {address}\n".encode())
     return {**options, "config_file": f"/proc/{os.getpid()}/fd/{memory.fileno()}"}, memory
 
 
@@ -147,6 +148,7 @@ def knock(address: str, port: int) -> bool:
     unspecified = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - CRIU's, not ours
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.settimeout(1)  # it is on this machine, or out of reach
         try:
             sock.connect((unspecified.get(address, address), port))
         except OSError:
@@ -179,6 +181,7 @@ class LazyDumpPlan:
         self._port = port
         self._stack = contextlib.ExitStack()
         self._process: Descriptor | None = None
+        self._criu: Descriptor | None = None
 
     def check_version(self, version: Version) -> Literal[24, 32]:
         """Return the frame size of this CRIU, or refuse one that cannot say when it is ready."""
@@ -204,7 +207,10 @@ class LazyDumpPlan:
         return call
 
     def locate(self, pid: int | None) -> tuple[str, int]:
-        """Return where the CRIU with this pid listens."""
+        """Return where the CRIU with this pid listens; it waits for our answer, so the pid is its own."""
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._criu = self._stack.enter_context(Descriptor(os.pidfd_open(pid)))
         found = page_socket(pid, self._port)
         if found is not None:
             return found
@@ -222,20 +228,23 @@ class LazyDumpPlan:
             return page_socket(pid, self._port) is not None
         return knock(address, port)
 
-    def stopper(self, pid: int | None) -> Callable[[], None]:
-        """Return what ends a CRIU that is no child of ours."""
-        where = page_socket(pid, self._port)
+    def stop(self, address: str, port: int) -> None:
+        """End a CRIU that is no child of ours."""
+        if self._criu is None:
+            knock(address, port)
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            signal.pidfd_send_signal(self._criu.fileno(), signal.SIGKILL)
 
-        def stop() -> None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if pid is not None:
-                    with Descriptor(os.pidfd_open(pid)) as pidfd:
-                        signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
-                    return
-            if where is not None:
-                knock(*where)
-
-        return stop
+    def aborted(self, *, seen: bool, succeeded: bool) -> SourceOutcome:
+        """Tell what became of a tree whose CRIU was made to end."""
+        if not seen:
+            raise CriuTimeout(
+                "lazy_dump",
+                "CRIU was not seen to end",
+                hint="look whether it runs still: as long as it does, it holds the tree frozen",
+            )
+        return self.outcome(succeeded=succeeded)
 
     def outcome(self, *, succeeded: bool) -> SourceOutcome:
         """Tell what became of the tree."""

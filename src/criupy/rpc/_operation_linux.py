@@ -247,7 +247,17 @@ class Operation(Generic[T]):
                 return receive() or Ended()
 
     def _undo(self, error: BaseException) -> bool:
-        """End a request that failed on our side; True if CRIU had done it nevertheless, in time."""
+        """End a request that failed on our side; True if CRIU had done it nevertheless, in time.
+
+        What interrupts this, a second Ctrl-C say, kills CRIU.
+        """
+        try:
+            return self._undo_all(error)
+        except BaseException:
+            self._end(time.monotonic())
+            raise
+
+    def _undo_all(self, error: BaseException) -> bool:
         exchange = self._running
         if exchange.over or self._left:
             self._finish()
@@ -272,17 +282,20 @@ class Operation(Generic[T]):
             exchange.take_undone(event)
         return True
 
-    def _kill(self, stop: Callable[[], None]) -> None:
-        """Kill CRIU in a phase in which that harms nobody; ``stop`` does it where it is no child of ours."""
-        exchange = self._running
-        worker = exchange.connection.worker
+    def _kill(self, stop: Callable[[], None]) -> bool:
+        """Kill CRIU in a phase in which that harms nobody; ``stop`` does it where it is no child of ours.
+
+        False if its end was not seen.
+        """
+        worker = self._running.connection.worker
         if worker is not None:
             worker.kill()
         else:
             stop()
         deadline = time.monotonic() + self._grace
-        self._see_undone(deadline)
+        seen = self._see_undone(deadline)
         self._end(deadline)
+        return seen
 
     def _finish(self) -> None:
         """Let go of the connection after the answer."""

@@ -17,7 +17,7 @@ from criupy.errors import OptionError
 from criupy.rpc import _options
 from criupy.rpc import _schema_pb2 as schema
 from criupy.rpc._fields import OLDEST, Draft, Field
-from criupy.rpc._option_types import Directory, Version
+from criupy.rpc._option_types import Directory, Release
 
 #: CRIU's own name for its log.
 DEFAULT_LOG_FILE: Final = "criu.log"
@@ -38,7 +38,7 @@ class Encoded:
 
     message: schema.Options
     inherit: tuple[int, ...]
-    since: Mapping[str, Version]
+    since: Mapping[str, Release]
     swrk_only: tuple[str, ...]
     work_dir: Directory | None
     log_file: str | None

@@ -24,14 +24,14 @@ __all__ = [
     "JoinableNamespace",
     "NetworkLock",
     "PreDumpMode",
+    "Release",
     "StrPath",
-    "Version",
 ]
 
 StrPath: TypeAlias = str | os.PathLike[str]
 
 #: Major and minor number of a CRIU.
-Version: TypeAlias = tuple[int, int]
+Release: TypeAlias = tuple[int, int]
 
 
 @runtime_checkable
@@ -98,4 +98,4 @@ CPU_CAPABILITY: Final = _numbers(none=0, fpu=1, cpu=2, ins=4, all=7)
 EMPTY_NAMESPACE: Final = _numbers(net=0x40000000)
 
 #: The first CRIU that can join the namespace, where that is later than 3.0.
-JOINABLE_SINCE: Final[Mapping[str, Version]] = MappingProxyType({"time": (3, 14)})
+JOINABLE_SINCE: Final[Mapping[str, Release]] = MappingProxyType({"time": (3, 14)})

@@ -132,6 +132,9 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (r"[Uu]ffd|userfaultfd", "see what userfaultfd can do here: criupy check"),
 )
+_PID_TAKEN: Final = r"Can't (fork for|setsid|setpgid)[^\n]*File exists"
+#: The file that logged a line says nothing of what is in the line.
+_PLACE: Final = re.compile(r"\([a-z][\w./-]*\.[ch]:\d+\)")
 _NO_PROCESS: Final = "there is no such process, or it has ended"
 #: A consequence, and the first error that CRIU logs where it keeps quiet about the cause.
 _NEVER_ATTACHED: Final = "Unable to detach from"
@@ -143,8 +146,9 @@ _PID_IN_USE: Final = (
 
 def hint_for(request: str, code: int | None, text: str, message: str = "") -> str | None:
     """Return what to do about a known failure; ``text`` is all that CRIU said, ``message`` the best of it."""
-    if request.endswith("restore") and (code == errno.EEXIST or "File exists" in text):
+    if request.endswith("restore") and (code == errno.EEXIST or re.search(_PID_TAKEN, text)):
         return _PID_IN_USE
+    text = _PLACE.sub("", text)
     if request == "cpuinfo_check" and re.search("empty-image|No cpuinfo image", text):
         return "there is no cpuinfo.img: cpuinfo_dump() writes it"
     for pattern, hint in _HINTS:

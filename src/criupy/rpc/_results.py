@@ -18,12 +18,13 @@ FeatureName: TypeAlias = Literal["mem_track", "lazy_pages", "pidfd_store"]
 
 @functools.total_ordering
 @dataclass(frozen=True, slots=True, eq=False)
-class Version:
+class Version:  # noqa: PLW1641 - see its docstring
     """The version of a CRIU.
 
     Compares with other versions and with tuples of up to three numbers:
-    ``version >= (4, 0)``. ``gitid`` is set when it was built from git between
-    two releases, and ``extra`` and ``name`` where such a release has them.
+    ``version >= (4, 0)``; being equal to tuples of several lengths, it has no
+    hash. ``gitid`` is set when it was built from git (to the tag, at a release),
+    and ``extra`` and ``name`` where a release has them.
     """
 
     major: int
@@ -41,11 +42,17 @@ class Version:
     def at_least(self, major: int, minor: int = 0, sublevel: int = 0) -> bool:
         """Tell whether it has what this release brought.
 
-        A build from git counts as the next minor release, as it does for
-        libcriu and runC: what is merged is in it.
+        A build from git between two releases counts as the next minor one, as
+        it does for libcriu and runC: what is merged is in it.
         """
-        own = (self.major, self.minor + 1, 0) if self.gitid else self.numbers
+        own = (self.major, self.minor + 1, 0) if self._is_between else self.numbers
         return own >= (major, minor, sublevel)
+
+    @property
+    def _is_between(self) -> bool:
+        # Built from git at a release, it has the name of the tag.
+        tags = {f"v{self.major}.{self.minor}", f"v{self.major}.{self.minor}.{self.sublevel}"}
+        return self.gitid is not None and self.gitid not in tags
 
     def __str__(self) -> str:
         shown = f"{self.major}.{self.minor}" + (f".{self.sublevel}" if self.sublevel else "")
@@ -58,9 +65,6 @@ class Version:
     def __lt__(self, other: Version | tuple[int, ...]) -> bool:
         numbers = _numbers(other)
         return NotImplemented if numbers is None else self.numbers < numbers
-
-    def __hash__(self) -> int:
-        return hash(self.numbers)
 
     @classmethod
     def from_response(cls, response: schema.Response) -> Version:

@@ -18,7 +18,7 @@ from criupy._descriptor import Descriptor
 from criupy._kill_linux import kill_trees
 from criupy.errors import CriuUnavailable
 
-__all__ = ["Orphan", "Worker", "find_program"]
+__all__ = ["Orphan", "Worker", "find_program", "parent_of"]
 
 _MAX_OUTPUT = 64 * 1024
 
@@ -110,6 +110,12 @@ class Worker:
         if self.poll() is None:
             kill_trees([(self.pid, self.pidfd)])
 
+    def abandon(self) -> None:
+        """Kill it and let go of it."""
+        self.kill()
+        self._process.wait()
+        self.close()
+
     def close(self) -> None:
         """Let go of a process that was reaped; what it printed is kept."""
         self._said = self.output()
@@ -161,6 +167,14 @@ class Orphan:
     def has_ended(self) -> bool:
         """Whether it has ended, reaped or not."""
         return _start_time(self.pid) != self._started or self._started is None
+
+
+def parent_of(pid: int) -> int | None:
+    """Return the parent of a process; None once it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def _start_time(pid: int) -> int | None:
