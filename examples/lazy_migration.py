@@ -115,7 +115,8 @@ def main() -> None:
     except (criupy.CriuError, criupy.LazyPagesError) as error:
         sys.exit(f"Error: {error}")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"Error: the destination ended with status {error.returncode}")
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        sys.exit(f"Error: the destination ended with status {error.returncode}{notes}")
 
 
 if __name__ == "__main__":

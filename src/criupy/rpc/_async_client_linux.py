@@ -319,6 +319,8 @@ class AsyncCriu:
         listens on ``address`` (None is all interfaces); ``port`` 0 lets the
         kernel choose, with a worker of our own. ``request_timeout`` counts until
         then. Leaving the block waits until the destination has all pages.
+        CRIU asks nobody who they are, and takes any connection that is closed
+        for a destination that has all: see that only yours reaches the port.
         """
         check_hooks(hooks, AsyncHooks)
         plan = LazyDumpPlan(
@@ -396,6 +398,8 @@ class AsyncCriu:
         if self._closed:
             raise LocalProtocolError(f"{call.name}: the client is closed")
         call.check_transport(self._transport)
+        if call.check_images is not None:
+            await trio.to_thread.run_sync(call.check_images)
         if call.needs_version:
             # The request's own time limits this, too.
             version = self._version or await self.version(request_timeout=math.inf)

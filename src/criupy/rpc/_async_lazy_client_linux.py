@@ -58,6 +58,8 @@ class AsyncLazyDump:
         self.images_dir: Path = Path()
 
     async def __aenter__(self) -> Self:
+        if self._operation is not None:
+            raise LocalProtocolError("lazy_dump: the block can be entered once")
         call = self._plan.open()
         self.images_dir = call.images_dir or self.images_dir
         try:
@@ -198,11 +200,15 @@ class AsyncLazyRestore:
         self._work_dir = call.work_dir or Path()
         self._timeout = timeout
         self._worker: Worker | None = None
+        self._entered = False
         self.pid: int = 0
         self.command: AsyncProcess | None = None
         self.daemon: AsyncProcess | None = None
 
     async def __aenter__(self) -> Self:
+        if self._entered:
+            raise LocalProtocolError("lazy_restore: the block can be entered once")
+        self._entered = True
         operation = self._client._operation(self._call, self._timeout)
         deadline = trio.current_time() + operation._timeout
         try:

@@ -14,7 +14,7 @@ from criupy._descriptor import Descriptor
 from criupy.errors import CriuTimeout, LocalProtocolError
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
-from criupy.rpc._exchange_linux import Exchange
+from criupy.rpc._exchange_linux import Exchange, ends_worker
 from criupy.rpc._notify import AsyncHooks, Notification, external_of, invoke
 from criupy.rpc._session import Answer, Notified
 from criupy.rpc._worker_linux import Orphan, Worker
@@ -258,8 +258,8 @@ class AsyncOperation(Generic[T]):
         while True:
             await trio.lowlevel.wait_readable(connection.event_fd())
             event = receive()
-            if isinstance(event, Ended) and isinstance(connection.worker, Worker):
-                # So that the error can say how it ended.
+            if ends_worker(event) and isinstance(connection.worker, Worker):
+                # So that the error can say how it ended, and what it printed.
                 with trio.move_on_after(1):
                     await wait_ended(connection.worker)
             if event is not None:

@@ -10,11 +10,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
 from criupy._descriptor import Descriptor
-from criupy.errors import CriuError, OptionError
+from criupy.errors import CriuError, ImageError, OptionError
+from criupy.images import PageFlags, read_pagemap, read_pstree
 from criupy.rpc import _schema_pb2 as schema
 from criupy.rpc._option_checks import directory, integer
 from criupy.rpc._option_encoding import encode
@@ -51,6 +53,8 @@ class Call(Generic[T]):
     log: LogWatch | None = None
     images_dir: Path | None = None
     work_dir: Path | None = None
+    check_images: Callable[[], None] | None = None
+    """Looks into the images before anything is sent; reads files."""
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """Holds what CRIU opens through us, until the answer."""
     closed: bool = False
@@ -113,7 +117,10 @@ def _open_directory(option: str, value: Directory, stack: contextlib.ExitStack) 
     if isinstance(found, CriuPath):
         raise OptionError(option, "expected a path or a descriptor: CRIU takes it by descriptor only")
     if isinstance(found, int):
-        return found, Path(f"/proc/self/fd/{found}").readlink()
+        link = Path(f"/proc/self/fd/{found}")
+        with contextlib.suppress(OSError):  # longer than a path may be: the link does as well
+            return found, link.readlink()
+        return found, link
     path = Path(found)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -152,9 +159,12 @@ def _call(
     result: Callable[[schema.Response], T],
     options: Mapping[str, object],
     *,
-    images_dir: Directory | None,
+    images_dir: Directory,
     takes: str | None = None,
 ) -> Call[T]:
+    given: object = images_dir
+    if given is None:
+        raise OptionError("images_dir", "expected a directory, got None")
     encoded = encode(takes or name, options)
     call = Call(
         name,
@@ -172,14 +182,14 @@ def _call(
             message.images_dir = images_dir.path
             call.images_dir = Path(images_dir.path)
             call.since = {**call.since, "images_dir": (3, 19)}
-        elif images_dir is not None:
+        else:
             message.images_dir_fd, call.images_dir = _open_directory("images_dir", images_dir, call.stack)
             _check_parent(message.images_dir_fd, message.parent_img)
         if encoded.work_dir is not None:
             message.work_dir_fd, call.work_dir = _open_directory("work_dir", encoded.work_dir, call.stack)
         else:
             call.work_dir = call.images_dir
-        if call.work_dir is not None and encoded.log_file is not None:
+        if encoded.log_file is not None:
             call.log = LogWatch.of(call.work_dir, encoded.log_file)
     except BaseException:
         call.close()
@@ -297,7 +307,26 @@ def restore(images_dir: Directory, options: Mapping[str, object], *, lazy: bool 
     call.request.opts.notify_scripts = True
     if lazy:
         call.request.opts.lazy_pages = True
+    elif call.images_dir is not None:
+        call.check_images = partial(_refuse_lazy_images, call.images_dir)
     return call
+
+
+def _refuse_lazy_images(images_dir: Path) -> None:
+    """Refuse images whose memory is elsewhere: CRIU would try to read it for ever, at full speed."""
+    try:
+        pids = [entry.pid for entry in read_pstree(images_dir)]
+    except ImageError:
+        return  # CRIU says it better
+    for pid in pids:
+        with contextlib.suppress(ImageError):  # zombies have none; CRIU complains of the rest
+            flags = set(read_pagemap(images_dir, pid).flags)
+            if any(value & PageFlags.LAZY and not value & PageFlags.PRESENT for value in flags):
+                raise OptionError(
+                    "images_dir",
+                    f"expected a complete dump, the memory of process {pid} is still at the source of a lazy "
+                    "dump: use lazy_restore(page_server=...)",
+                )
 
 
 # ---- page server -------------------------------------------------------------------------------

@@ -309,6 +309,8 @@ class Criu:
         listens on ``address`` (None is all interfaces); ``port`` 0 lets the
         kernel choose, with a worker of our own. ``request_timeout`` counts until
         then. Leaving the block waits until the destination has all pages.
+        CRIU asks nobody who they are, and takes any connection that is closed
+        for a destination that has all: see that only yours reaches the port.
         """
         check_hooks(hooks, Hooks)
         plan = LazyDumpPlan(
@@ -386,6 +388,8 @@ class Criu:
         if self._closed:
             raise LocalProtocolError(f"{call.name}: the client is closed")
         call.check_transport(self._transport)
+        if call.check_images is not None:
+            call.check_images()
         if call.needs_version:
             left = max(0.0, deadline - time.monotonic())
             call.check_version(self._version or self.version(request_timeout=left))

@@ -21,15 +21,22 @@ from criupy.errors import CriuDied, CriuError, CriuTimeout, LocalProtocolError, 
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
 from criupy.rpc._notify import Notification, Script, parse_script
-from criupy.rpc._report import failure, hint_for
-from criupy.rpc._session import Answer, Notified, State
+from criupy.rpc._report import MAX_LINES, NEVER_ATTACHED, failure, hint_for, why_not_attached
+from criupy.rpc._session import KEEP_OPEN, Answer, Notified, State
 from criupy.rpc._worker_linux import Worker
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "ends_worker"]
 
 T = TypeVar("T")
 
 log = logging.getLogger("criupy.rpc")
+
+
+def ends_worker(event: Notified | Answer | Ended | None) -> bool:
+    """Tell whether CRIU ends with this, in failure, unless the connection is kept."""
+    if isinstance(event, Answer):
+        return not event.success and event.request not in KEEP_OPEN
+    return isinstance(event, Ended)
 
 
 class Exchange(Generic[T]):
@@ -116,7 +123,11 @@ class Exchange(Generic[T]):
         return worker.output() if isinstance(worker, Worker) else ""
 
     def _failure(self, answer: Answer) -> CriuError:
-        return failure(self.call.name, answer.response, log=self.call.log, output=self._output())
+        opts = self.call.request.opts
+        error = failure(self.call.name, answer.response, log=self.call.log, output=self._output())
+        if error.message.startswith(NEVER_ATTACHED) and (why := why_not_attached(opts.pid, opts.ps)):
+            error.hint = why
+        return error
 
     def _annotated(self, error: BaseException, answer: Answer) -> BaseException:
         """Say in a note what CRIU answered to a refusal."""
@@ -143,7 +154,7 @@ class Exchange(Generic[T]):
         return CriuDied(
             self.call.name,
             reason,
-            log_errors=lines,
+            log_errors=lines[-MAX_LINES:],
             log_file=self.call.log.name if self.call.log is not None and self.call.log.is_written else None,
             output=output,
             hint=hint_for(self.call.name, None, "\n".join(said)),
@@ -156,7 +167,7 @@ class Exchange(Generic[T]):
         return CriuTimeout(
             self.call.name,
             f"{waiting} took longer than {seconds:g} s",
-            log_errors=log.errors() if log is not None else (),
+            log_errors=log.errors()[-MAX_LINES:] if log is not None else (),
             log_file=log.name if log is not None and log.is_written else None,
             output=self._output(),
         )

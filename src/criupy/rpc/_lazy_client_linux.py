@@ -52,6 +52,8 @@ class LazyDump:
         self.images_dir: Path = Path()
 
     def __enter__(self) -> Self:
+        if self._operation is not None:
+            raise LocalProtocolError("lazy_dump: the block can be entered once")
         call = self._plan.open()
         self.images_dir = call.images_dir or self.images_dir
         try:
@@ -171,11 +173,15 @@ class LazyRestore:
         self._work_dir = call.work_dir or Path()
         self._timeout = timeout
         self._worker: Worker | None = None
+        self._entered = False
         self.pid: int = 0
         self.command: Process | None = None
         self.daemon: Process | None = None
 
     def __enter__(self) -> Self:
+        if self._entered:
+            raise LocalProtocolError("lazy_restore: the block can be entered once")
+        self._entered = True
         operation = self._client._operation(self._call, self._timeout)
         deadline = time.monotonic() + operation._timeout
         try:

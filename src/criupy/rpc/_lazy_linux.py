@@ -235,6 +235,10 @@ class LazyDumpPlan:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             signal.pidfd_send_signal(self._criu.fileno(), signal.SIGKILL)
+            # It closes the connection before it lets go of the tasks.
+            poll = select.poll()
+            poll.register(self._criu.fileno(), select.POLLIN)
+            poll.poll(5000)
 
     def aborted(self, *, seen: bool, succeeded: bool) -> SourceOutcome:
         """Tell what became of a tree whose CRIU was made to end."""

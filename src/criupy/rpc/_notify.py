@@ -158,10 +158,10 @@ class Hooks:
         """Unlock the network namespace of tasks that have one of their own; CRIU's own unlock follows."""
 
     def pre_resume(self) -> None:
-        """Act when the tasks are about to run."""
+        """Act when the tasks are about to run; CRIU undoes nothing from here on, whatever the hook says."""
 
     def post_resume(self) -> None:
-        """Act when the tasks run."""
+        """Act when the tasks run; that is not undone any more."""
 
     def other(self, notification: Notification) -> None:
         """Take a script that this version of criupy does not know."""
@@ -205,10 +205,10 @@ class AsyncHooks:
         """Unlock the network namespace of tasks that have one of their own; CRIU's own unlock follows."""
 
     async def pre_resume(self) -> None:
-        """Act when the tasks are about to run."""
+        """Act when the tasks are about to run; CRIU undoes nothing from here on, whatever the hook says."""
 
     async def post_resume(self) -> None:
-        """Act when the tasks run."""
+        """Act when the tasks run; that is not undone any more."""
 
     async def other(self, notification: Notification) -> None:
         """Take a script that this version of criupy does not know."""

@@ -12,7 +12,7 @@ from typing import Generic, Self, TypeVar
 from criupy.errors import CriuTimeout, LocalProtocolError
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
-from criupy.rpc._exchange_linux import Exchange
+from criupy.rpc._exchange_linux import Exchange, ends_worker
 from criupy.rpc._notify import Hooks, Notification, external_of, invoke
 from criupy.rpc._session import Answer, Notified
 from criupy.rpc._worker_linux import Orphan, Worker
@@ -238,8 +238,8 @@ class Operation(Generic[T]):
             if not wait_for(deadline, connection.event_fd()):
                 return None
             event = receive()
-            if isinstance(event, Ended) and isinstance(connection.worker, Worker):
-                # So that the error can say how it ended.
+            if ends_worker(event) and isinstance(connection.worker, Worker):
+                # So that the error can say how it ended, and what it printed.
                 wait_for(min(deadline, time.monotonic() + 1), connection.worker.pidfd)
             if event is not None:
                 return event

@@ -13,10 +13,19 @@ from typing import Final
 from criupy.errors import CriuError
 from criupy.rpc import _schema_pb2 as schema
 
-__all__ = ["NO_DIRTY_TRACKING", "LogWatch", "errors_in", "failure", "hint_for"]
+__all__ = [
+    "MAX_LINES",
+    "NEVER_ATTACHED",
+    "NO_DIRTY_TRACKING",
+    "LogWatch",
+    "errors_in",
+    "failure",
+    "hint_for",
+    "why_not_attached",
+]
 
 _MAX_TAIL: Final = 256 * 1024
-_MAX_LINES: Final = 5
+MAX_LINES: Final = 5
 _ERROR: Final = re.compile(r"^(?:\([0-9.]+\)\s*)?(?:pie: \d+: |\s*\d+: )?(Error \([^)]*\): .*)$")
 _PREFIX: Final = re.compile(r"^Error \([^)]*\): ")
 #: Every run without CAP_SYS_RESOURCE logs this first, and CRIU reports its first error as the message.
@@ -45,7 +54,7 @@ class LogWatch:
         return cls(path, _identity(path))
 
     def errors(self) -> tuple[str, ...]:
-        """Return the last error lines that this request wrote; CRIU truncates its log at the start."""
+        """Return the error lines that this request wrote last; CRIU truncates its log at the start."""
         if not self.is_written:
             return ()
         try:
@@ -55,7 +64,7 @@ class LogWatch:
                 text = file.read(_MAX_TAIL).decode(errors="replace")
         except OSError:
             return ()  # another user's, or gone: the message has to do
-        return errors_in(text)[-_MAX_LINES:]
+        return errors_in(text)
 
     @property
     def is_written(self) -> bool:
@@ -110,6 +119,8 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
         "CRIU cannot dump its own ancestors: self_dump() can, and so can a service (socket=)",
     ),
     (r"empty-image|Can't open inventory", "are the images of a dump in there? criupy images DIR tells"),
+    (r"No space left on device", "the disk that holds the images or the log is full"),
+    (r"Read-only file system", "images_dir or work_dir is on a file system that cannot be written"),
     (r"shell[ -]job", "the tasks have a session or terminal of somebody else's: give shell_job=True"),
     (r"link-remap option", "an open file was unlinked but has other names: give link_remap=True"),
     (r"Connected TCP socket", "give tcp_established=True, or tcp_close=True to do without the connections"),
@@ -137,7 +148,7 @@ _PID_TAKEN: Final = r"Can't (fork for|setsid|setpgid)[^\n]*File exists"
 _PLACE: Final = re.compile(r"\([a-z][\w./-]*\.[ch]:\d+\)")
 _NO_PROCESS: Final = "there is no such process, or it has ended"
 #: A consequence, and the first error that CRIU logs where it keeps quiet about the cause.
-_NEVER_ATTACHED: Final = "Unable to detach from"
+NEVER_ATTACHED: Final = "Unable to detach from"
 _PID_IN_USE: Final = (
     "the pid, or the number of its session or group, is in use here (a zombie's, too): "
     "reap or end that process, or restore in a new pid namespace"
@@ -158,9 +169,26 @@ def hint_for(request: str, code: int | None, text: str, message: str = "") -> st
         return _NO_PROCESS
     if code == errno.EBADRQC:
         return "CRIU refused the options: do they need another CRIU, kernel or privilege? (criupy check)"
-    if message.startswith(_NEVER_ATTACHED):
+    if message.startswith(NEVER_ATTACHED):
         return f"{_NO_PROCESS}; or a page server was given and cannot be reached"
     return None
+
+
+def why_not_attached(pid: int, page_server: schema.PageServerInfo) -> str | None:
+    """Say why CRIU could not hold a process that is there; it says "No such process" in any case."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    if (tracer := fields.get("TracerPid", "0")) != "0":
+        return f"process {pid} is traced by process {tracer}: another CRIU, or a debugger"
+    if "VmSize" not in fields:
+        return f"process {pid} is a kernel thread, or has ended and waits to be reaped"
+    if page_server.address or page_server.port:
+        where = f"{page_server.address}:{page_server.port}"
+        return f"process {pid} is there: could the page server at {where} not be reached?"
+    return f"process {pid} is there, but CRIU may not attach to it (a warning in its log says why)"
 
 
 def failure(request: str, response: schema.Response, *, log: LogWatch | None, output: str) -> CriuError:
@@ -177,7 +205,7 @@ def failure(request: str, response: schema.Response, *, log: LogWatch | None, ou
         request,
         message,
         errno=code,
-        log_errors=lines or printed[-_MAX_LINES:],
+        log_errors=(lines or printed)[-MAX_LINES:],
         log_file=log.name if log is not None and log.is_written else None,
         output=output,
         hint=hint_for(request, code, said, message),
