@@ -158,6 +158,16 @@ def sleeper(uid: int, *, session: bool = True) -> Iterator[subprocess.Popen[byte
 
 
 @contextlib.contextmanager
+def disk(directory: Path, options: str) -> Iterator[None]:
+    """Mount a small file system over a directory."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+@contextlib.contextmanager
 def subreaper() -> Iterator[None]:
     """Adopt orphans, so that they can be reaped: pid 1 of a container may leave them zombies for long."""
     libc = ctypes.CDLL(None, use_errno=True)

@@ -26,6 +26,7 @@ from rpc_victims import (
     children,
     container,
     counter,
+    disk,
     last_count,
     sleeper,
     state_of,
@@ -451,6 +452,46 @@ async def test_parents_that_criu_would_not_take(open_criu: Open, images: Path, t
                 await client.call("dump", victim.pid, parent_img="../1", **how)
                 return
         assert list(images.iterdir()) == [images / "parent"]
+        victim.assert_running()
+
+
+async def test_a_disk_that_cannot_be_written(criu: Criu, kind: str, images: Path, tmp_path: Path) -> None:
+    """CRIU only prints the reason, perhaps after its answer."""
+    with disk(images, "ro,size=1m"), counter(tmp_path) as victim:
+        async with open_client(kind, binary=criu.path) as client:
+            for _ in range(10):
+                with pytest.raises(criupy.CriuError) as caught:
+                    await client.call("dump", victim.pid, images_dir=images)
+                assert "Read-only file system" in str(caught.value)
+                assert "cannot be written" in (caught.value.hint or "")
+        victim.assert_running()
+
+
+async def test_a_full_disk(criu: Criu, kind: str, images: Path, tmp_path: Path) -> None:
+    fill = "memory = bytearray(b'x' * (8 << 20))\n"
+    with disk(images, "size=1m"), counter(tmp_path, prefix=fill) as victim:
+        async with open_client(kind, binary=criu.path) as client:
+            with pytest.raises(criupy.CriuError) as caught:
+                await client.call("dump", victim.pid, images_dir=images)
+            assert "is full" in (caught.value.hint or ""), caught.value
+        victim.assert_running()
+
+
+async def test_a_process_that_another_criu_holds(criu: Criu, kind: str, images: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with counter(tmp_path) as victim:
+        async with open_client(kind, binary=criu.path) as client:
+            async with client.block("lazy_dump", victim.pid, images_dir=other) as source:
+                with pytest.raises(criupy.CriuError) as caught:
+                    await client.call("dump", victim.pid, images_dir=images)
+                assert f"process {victim.pid} is traced by process" in (caught.value.hint or "")
+                await client.run(source.abort)
+            with pytest.raises(criupy.CriuError) as caught:
+                await client.call("dump", 2, images_dir=images)
+            assert "process 2 is a kernel thread" in (caught.value.hint or ""), caught.value
+            with pytest.raises(criupy.OptionError, match="images_dir: expected a directory, got None"):
+                await client.call("dump", victim.pid, images_dir=None)
         victim.assert_running()
 
 

@@ -229,6 +229,31 @@ async def test_abort_lets_the_process_go_on(
             victim.assert_running()
 
 
+async def test_lazy_images_are_not_restored_by_accident(
+    criu: Criu, kind: str, room: Path, images: Path
+) -> None:
+    """CRIU would try to read their memory for ever."""
+    with counter(room) as victim:
+        async with open_client(kind, binary=criu.path) as client:
+            async with client.block("lazy_dump", victim.pid, images_dir=images) as source:
+                await client.run(source.abort)
+            with pytest.raises(criupy.OptionError, match=r"images_dir: .* use lazy_restore\("):
+                await client.call("restore", images_dir=images)
+        victim.assert_running()
+
+
+async def test_a_lazy_block_is_entered_once(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    with counter(room) as victim:
+        async with (
+            open_client(kind, binary=criu.path) as client,
+            client.block("lazy_dump", victim.pid, images_dir=images) as source,
+        ):
+            with pytest.raises(criupy.LocalProtocolError, match="the block can be entered once"):
+                await client.run(source.__aenter__ if client.is_async else source.__enter__)
+            assert await client.run(source.abort) is SourceOutcome.RESUMED
+        victim.assert_running()
+
+
 async def test_destination_that_resets(criu: Criu, kind: str, room: Path, images: Path) -> None:
     """The migration fails before its time: an error, and the process goes on here."""
     with counter(room) as victim:
