@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from criupy import (
+    CriuDied,
     CriuTimeout,
     LocalProtocolError,
     OptionError,
@@ -23,6 +25,7 @@ from criupy import (
 from criupy.rpc import _schema_pb2 as schema
 from criupy.rpc._async_lazy_client_linux import AsyncLazyRestore
 from criupy.rpc._exchange_linux import Exchange
+from criupy.rpc._lazy_linux import LazyDumpPlan
 from criupy.testing.rpc_peer_linux import (
     DoNotRead,
     Exit,
@@ -373,3 +376,56 @@ async def test_an_abort_when_the_worker_of_a_service_is_gone(
                     assert await client.run(source.abort) is SourceOutcome.RESUMED
             assert source.outcome is SourceOutcome.RESUMED
             assert victim.poll() is None
+
+
+async def test_an_abort_when_the_task_that_waits_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = LazyDumpPlan.stop
+    waiting = trio.CancelScope()
+
+    def cancel_and_stop(plan: LazyDumpPlan, address: str, port: int) -> None:
+        trio.from_thread.run_sync(waiting.cancel)
+        trio.from_thread.run(trio.testing.wait_all_tasks_blocked)
+        stop(plan, address, port)
+
+    async def wait(source: Any) -> None:
+        with waiting:
+            await source.wait()
+
+    monkeypatch.setattr(LazyDumpPlan, "stop", cancel_and_stop)
+    with sleeper(os.getuid()) as victim:
+        async with client_of("trio", "service", tmp_path, [*SERVING, Hang()], grace=5) as (client, _):
+            async with (
+                client.block("lazy_dump", victim.pid, images_dir=tmp_path, port=5) as source,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(wait, source)
+                await trio.testing.wait_all_tasks_blocked(0.1)
+                with trio.fail_after(10):
+                    assert await source.abort() is SourceOutcome.RESUMED
+            assert waiting.cancelled_caught
+            assert source.outcome is SourceOutcome.RESUMED
+
+
+async def test_an_abort_that_nothing_comes_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another task waits, as without it, CRIU has its time to end, and can be told again."""
+
+    async def wait(source: Any) -> None:
+        with raises(CriuDied, "^lazy_dump: "):
+            await source.wait()
+
+    script = [*SERVING, Hang()]
+    async with (
+        client_of("trio", "service", tmp_path, script, grace=0.5) as (client, _),
+        client.block("lazy_dump", PID, images_dir=tmp_path, port=5) as source,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(wait, source)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        with monkeypatch.context() as patch:
+            patch.setattr(LazyDumpPlan, "stop", lambda *_: None)
+            with raises(CriuTimeout, "^lazy_dump: CRIU was not seen to end - look whether"):
+                await source.abort()
+        assert source.outcome is None
+        assert await source.abort() is SourceOutcome.RESUMED

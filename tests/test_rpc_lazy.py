@@ -284,22 +284,6 @@ async def test_abort_while_another_task_waits(criu: Criu, room: Path, images: Pa
             victim.assert_running()
 
 
-async def test_abort_when_the_task_that_waits_is_cancelled(criu: Criu, room: Path, images: Path) -> None:
-    with counter(room) as victim:
-        async with criupy.AsyncCriu(criu.path) as client:
-            async with client.lazy_dump(victim.pid, images_dir=images) as source:
-                with trio.CancelScope() as scope:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(source.wait)
-                        await trio.testing.wait_all_tasks_blocked(0.1)
-                        nursery.start_soon(source.abort)
-                        await trio.testing.wait_all_tasks_blocked(0)
-                        scope.cancel()
-                with trio.fail_after(10):
-                    assert await source.abort() is SourceOutcome.RESUMED
-            victim.assert_running()
-
-
 async def test_destination_that_resets(criu: Criu, kind: str, room: Path, images: Path) -> None:
     """The migration fails before its time: an error, and the process goes on here."""
     with counter(room) as victim:
