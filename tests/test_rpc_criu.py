@@ -594,6 +594,32 @@ async def test_page_server_child_that_nobody_wants(open_criu: Open, images: Path
     until(lambda: not _listens(again.port), "the page server outlives the client")
 
 
+async def test_page_server_child_whose_wait_fails(open_criu: Open, images: Path) -> None:
+    async with open_criu(grace=1) as client:
+        late = await client.call("page_server_child", images_dir=images, page_server=("127.0.0.1", 0))
+        with pytest.raises(criupy.CriuTimeout):
+            await client.run(lambda: late.wait(request_timeout=0.2))
+        until(lambda: not _listens(late.port), "the page server outlives the wait")
+
+        refused = await client.call("page_server_child", images_dir=images, page_server=("127.0.0.1", 0))
+        with pytest.raises(criupy.OptionError, match="request_timeout"):
+            await client.run(lambda: refused.wait(request_timeout=-1))
+        assert _listens(refused.port)
+        await client.run(refused.close)
+        until(lambda: not _listens(refused.port), "the page server goes on")
+
+        if client.is_async:
+            cancelled = await client.call(
+                "page_server_child", images_dir=images, page_server=("127.0.0.1", 0)
+            )
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await cancelled.wait()
+            assert scope.cancelled_caught
+            await cancelled.close()
+            until(lambda: not _listens(cancelled.port), "the page server goes on")
+
+
 def _listens(port: int) -> bool:
     wanted = f":{port:04X}"
     lines = Path("/proc/net/tcp").read_text().splitlines()

@@ -7,16 +7,19 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 import criupy
 from criupy import SourceOutcome
+from criupy.rpc._async_lazy_client_linux import AsyncLazyDump
 from criupy.rpc._lazy_linux import listeners
 from criupy.testing._keeper_linux import Kept, keep
 from criupy.testing.control_linux import Control
@@ -252,6 +255,58 @@ async def test_a_lazy_block_is_entered_once(criu: Criu, kind: str, room: Path, i
                 await client.run(source.__aenter__ if client.is_async else source.__enter__)
             assert await client.run(source.abort) is SourceOutcome.RESUMED
         victim.assert_running()
+
+
+@contextlib.contextmanager
+def given(criu: Criu) -> Iterator[int]:
+    """Our end of a pair of sockets, with a CRIU that somebody started on the other."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            worker = subprocess.Popen(
+                [criu.path, "swrk", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        with worker:
+            try:
+                yield ours.fileno()
+            finally:
+                worker.kill()
+
+
+async def test_abort_over_a_given_descriptor(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    with counter(room) as victim, given(criu) as fd:
+        async with open_client(kind, fd=fd) as client:
+            async with client.block("lazy_dump", victim.pid, images_dir=images, port=free_port()) as source:
+                assert await client.run(source.abort) is SourceOutcome.RESUMED
+                victim.assert_running()
+            assert source.outcome is SourceOutcome.RESUMED
+
+
+async def test_abort_while_another_task_waits(criu: Criu, room: Path, images: Path) -> None:
+    outcomes: list[SourceOutcome] = []
+
+    async def abort(source: AsyncLazyDump) -> None:
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        with pytest.raises(criupy.LocalProtocolError, match=r"another task waits already; only abort\(\)"):
+            await source.wait()
+        outcomes.append(await source.abort())
+
+    with counter(room) as victim:
+        async with criupy.AsyncCriu(criu.path) as client:
+            async with (
+                client.lazy_dump(victim.pid, images_dir=images) as source,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(abort, source)
+                with pytest.raises(criupy.CriuDied, match="lazy_dump: ") as caught:
+                    await source.wait()
+                assert caught.value.__notes__ == ["the dumped process: resumed"]
+            assert outcomes == [source.outcome] == [SourceOutcome.RESUMED]
+            victim.assert_running()
 
 
 async def test_destination_that_resets(criu: Criu, kind: str, room: Path, images: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +18,13 @@ from criupy import (
     LocalProtocolError,
     OptionError,
 )
+from criupy.rpc import _schema_pb2 as schema
 from criupy.testing.rpc_peer_linux import (
     Exit,
     Expect,
     Hang,
     Notify,
+    Reply,
     scripted_worker,
 )
 from rpc_peers import (
@@ -29,6 +35,7 @@ from rpc_peers import (
     enter,
     inside,
     raises,
+    response,
 )
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -134,13 +141,37 @@ async def test_a_descriptor_in_use(kind: str, tmp_path: Path) -> None:
             await client.call("version")
 
 
-async def test_the_mode_of_a_given_descriptor_is_left_alone(kind: str, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def default_timeout(seconds: float | None) -> Iterator[None]:
+    """With it Python makes every new socket one that does not block."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@pytest.mark.parametrize("default", [None, 5])
+async def test_the_mode_of_a_given_descriptor_is_left_alone(
+    kind: str, tmp_path: Path, default: float | None
+) -> None:
     for blocking in (True, False):
         with scripted_worker(tmp_path, [Expect(), DONE, Exit()]) as (_, sock):
             sock.setblocking(blocking)
-            async with rpc_clients.open_client(kind, fd=sock.fileno()) as client:
-                await client.call("dump", PID, images_dir=tmp_path)
+            with default_timeout(default):
+                async with rpc_clients.open_client(kind, fd=sock.fileno()) as client:
+                    assert os.get_blocking(sock.fileno()) is blocking
+                    await client.call("dump", PID, images_dir=tmp_path)
             assert os.get_blocking(sock.fileno()) is blocking
+
+
+@pytest.mark.parametrize("way", ["swrk", "service"])
+async def test_pythons_default_timeout_of_sockets(kind: str, way: str, tmp_path: Path) -> None:
+    script = [Expect(schema.DUMP), Notify("pre-dump"), DONE, Exit()]
+    async with client_of(kind, way, tmp_path, script) as (client, _):
+        with default_timeout(5):
+            await client.call("dump", PID, images_dir=tmp_path)
 
 
 # ---- what this CRIU cannot do --------------------------------------------------------------------
@@ -185,3 +216,63 @@ async def test_a_lazy_dump_of_an_old_criu(kind: str, tmp_path: Path) -> None:
         with raises(CriuError, r"^lazy_dump: CRIU 3\.15 or newer is needed, this is 3\.14"):
             await enter(client, "lazy_dump", PID, images_dir=tmp_path)
         assert peer.requests == []
+
+
+async def test_descriptors_for_a_worker_that_runs_already(kind: str, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    try:
+        async with client_of(kind, "fd", tmp_path, []) as (client, peer):
+            with raises(OptionError, "^inherit_fd: expected with a worker of one's own"):
+                await client.call("restore", images_dir=tmp_path, inherit_fd={"pipe:[5]": reading})
+            assert peer.requests == []
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+async def test_a_configuration_file_that_is_no_path(kind: str, tmp_path: Path) -> None:
+    async with client_of(kind, "swrk", tmp_path) as (client, peer):
+        for wrong in (5, True, ["criu.conf"]):
+            with raises(OptionError, "^config_file: expected "):
+                await enter(client, "lazy_dump", PID, images_dir=tmp_path, config_file=wrong)
+        assert peer.requests == []
+
+
+# ---- a loop of pre-dumps -------------------------------------------------------------------------
+
+FEATURES = [
+    Expect(schema.FEATURE_CHECK),
+    Reply(response(schema.FEATURE_CHECK, features=schema.FeatureSet(mem_track=True))),
+]
+PRE_DUMP = [Expect(schema.PRE_DUMP), Reply(response(schema.PRE_DUMP))]
+
+
+async def test_every_request_of_a_loop_is_checked(kind: str, tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    asked = [*FEATURES, *FEATURES]  # a first request that is refused begins no loop
+    script = [*PRE_DUMP, *PRE_DUMP, Expect(schema.DUMP), DONE, Exit()]
+    with ours, theirs:
+        async with client_of(kind, "swrk", tmp_path, asked, script) as (client, peer):
+            async with client.block("pre_dump_loop", PID) as loop:
+                for name, method in (("1", loop.pre_dump), ("2", loop.pre_dump), ("3", loop.dump)):
+                    (tmp_path / name).mkdir()
+                    call = partial(method, images_dir=tmp_path / name)
+                    with raises(OptionError, r"^image_io_mode: CRIU 4\.3 or newer is needed"):
+                        await client.run(partial(call, image_io_mode="direct"))
+                    if name != "1":
+                        with raises(OptionError, "^ps_socket: expected with the first request of a loop"):
+                            await client.run(partial(call, ps_socket=ours))
+                    await client.run(call)
+            assert len(peer.requests) == 5
+
+
+async def test_a_loop_over_a_given_descriptor(kind: str, tmp_path: Path) -> None:
+    script = [*FEATURES, *PRE_DUMP, *PRE_DUMP, Expect(schema.DUMP), DONE, Exit()]
+    async with (
+        client_of(kind, "fd", tmp_path, script, version=(4, 3)) as (client, peer),
+        client.block("pre_dump_loop", PID) as loop,
+    ):
+        for name, method in (("1", loop.pre_dump), ("2", loop.pre_dump), ("3", loop.dump)):
+            (tmp_path / name).mkdir()
+            await client.run(partial(method, images_dir=tmp_path / name, image_io_mode="direct"))
+        assert len(peer.requests) == 4

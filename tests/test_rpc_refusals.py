@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -25,10 +26,12 @@ from criupy.testing.rpc_peer_linux import (
     Exit,
     Expect,
     Hang,
+    Kill,
     Notify,
     Reply,
     Script,
     Sleep,
+    Step,
 )
 from rpc_clients import Recorder
 from rpc_peers import (
@@ -180,6 +183,34 @@ async def test_a_refusal_after_which_criu_dies(kind: str, tmp_path: Path) -> Non
             async with client.block("open_dump", PID, images_dir=tmp_path) as operation:
                 async for notification in client.notifications(operation):
                     notification.refuse("not now")
+
+
+@pytest.mark.parametrize(("end", "how"), [(Kill(signal.SIGSEGV), "signal 11"), (Exit(1), "exit status 1")])
+async def test_a_refusal_that_criu_does_not_answer(kind: str, tmp_path: Path, end: Step, how: str) -> None:
+    """It may not have undone it."""
+
+    def act() -> None:
+        raise ZeroDivisionError
+
+    script = [Expect(), Notify("pre-restore", refused=[end])]
+    async with client_of(kind, "swrk", tmp_path, script) as (client, _):
+        with raises(ZeroDivisionError) as caught:
+            await client.call("restore", images_dir=tmp_path, hooks=Recorder({"pre-restore": act}))
+        assert notes(caught) == (
+            f"restore: CRIU closed the connection without an answer and ended with {how}"
+        )
+
+
+async def test_a_refused_restore_that_says_no_pid(kind: str, tmp_path: Path) -> None:
+    def act() -> None:
+        raise ZeroDivisionError
+
+    answer = Reply(response(schema.RESTORE, restore=schema.RestoreAnswer(pid=0)))
+    script = [Expect(), Notify("pre-restore"), answer, Hang()]
+    async with client_of(kind, "swrk", tmp_path, script, grace=0.1) as (client, _):
+        with raises(ZeroDivisionError) as caught:
+            await client.call("restore", images_dir=tmp_path, hooks=Recorder({"pre-restore": act}))
+        assert notes(caught) == "restore: CRIU had gone too far to undo it, and completed it"
 
 
 async def test_leaving_an_iteration_accepts_what_is_left(kind: str, tmp_path: Path) -> None:

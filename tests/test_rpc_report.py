@@ -83,6 +83,18 @@ def test_no_hint_where_nothing_is_known(text: str) -> None:
     assert hint_for("dump", None, text) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Error (criu/files-reg.c:1): Can't link a -> b: File exists",
+        "Error (criu/cgroup.c:1): cg: mkdir failed: File exists",
+        "Error (criu/uffd.c:9): nothing of the kind",
+    ],
+)
+def test_no_hint_of_a_restore_where_nothing_is_known(text: str) -> None:
+    assert hint_for("restore", None, text) is None
+
+
 def answer(message: bytes = b"", code: int = 0) -> schema.Response:
     found = schema.Response(type=schema.DUMP, success=False, cr_errno=code)
     if message:

@@ -28,17 +28,19 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["blocking", "trio"])
 @pytest.mark.parametrize("way", ["binary", "socket"])
-@pytest.mark.parametrize("leave_running", [False, True])
+@pytest.mark.parametrize("variant", [None, "leave", "unasked"])
 def test_self_dump(
-    criu: Criu, kind: str, way: str, images: Path, tmp_path: Path, leave_running: bool
+    criu: Criu, kind: str, way: str, images: Path, tmp_path: Path, variant: str | None
 ) -> None:
+    """Left running, or with an option for which the version is asked first."""
+    leave_running = variant == "leave"
     output = tmp_path / "said"
     errors = tmp_path / "errors"
     with contextlib.ExitStack() as stack:
         path = criu.path if way == "binary" else stack.enter_context(service(criu, tmp_path))
         with output.open("wb") as out, errors.open("wb") as err:
             program = subprocess.Popen(
-                [sys.executable, PROGRAM, kind, way, path, images, *(["leave"] if leave_running else [])],
+                [sys.executable, PROGRAM, kind, way, path, images, *([variant] if variant else [])],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

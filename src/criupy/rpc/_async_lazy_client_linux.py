@@ -48,9 +48,8 @@ class AsyncLazyDump:
         self._hooks = hooks
         self._timeout = timeout
         self._operation: AsyncOperation[None] | None = None
-        self._waiting = False
-        self._over = trio.Event()
-        self._final = SourceOutcome.LOST
+        self._waiter: trio.Event | None = None
+        """Set when the task that waits, if one does, has left."""
         self.outcome: SourceOutcome | None = None
         self.address: str = ""
         self.port: int = 0
@@ -136,13 +135,14 @@ class AsyncLazyDump:
         """
         if self.outcome is not None:
             return self.outcome
-        if self._waiting:
+        if self._waiter is not None:
             raise LocalProtocolError("lazy_dump: another task waits already; only abort() can be called now")
-        self._waiting = True
+        self._waiter = left = trio.Event()
         try:
             return await self._wait(self._running)
         finally:
-            self._waiting = False
+            self._waiter = None
+            left.set()
 
     async def _wait(self, operation: AsyncOperation[None]) -> SourceOutcome:
         try:
@@ -157,8 +157,7 @@ class AsyncLazyDump:
         return self._end_with(self._plan.outcome(succeeded=True))
 
     def _end_with(self, outcome: SourceOutcome) -> SourceOutcome:
-        self.outcome = self._final = outcome
-        self._over.set()
+        self.outcome = outcome
         return outcome
 
     async def abort(self) -> SourceOutcome:
@@ -168,14 +167,17 @@ class AsyncLazyDump:
         nobody here can know that. A task in ``wait`` sees CRIU die.
         """
         stop = partial(self._plan.stop, self.address, self.port)
+        seen = True
+        if self.outcome is None and (left := self._waiter) is not None:
+            await self._running._strike(stop)
+            with trio.move_on_after(self._running._grace):
+                await left.wait()
+            seen = left.is_set()
         if self.outcome is not None:
             return self.outcome
-        if not self._waiting:
+        if seen:  # nobody waits, or whoever did was interrupted
             seen = await self._running._kill(stop)
-            return self._end_with(self._plan.aborted(seen=seen, succeeded=self._running._succeeded))
-        await self._running._strike(stop)
-        await self._over.wait()
-        return self._final
+        return self._end_with(self._plan.aborted(seen=seen, succeeded=self._running._succeeded))
 
 
 class AsyncLazyRestore:
