@@ -13,12 +13,9 @@ import errno
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING
+from typing import Any
 
 from criupy.errors import LazyPagesError
-
-if TYPE_CHECKING:
-    import trio
 
 __all__ = ["adopt_source", "connect_source"]
 
@@ -26,13 +23,35 @@ __all__ = ["adopt_source", "connect_source"]
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
 
-def _prepare(sock: socket.socket | trio.socket.SocketType, link_timeout: float) -> None:
+def _prepare(sock: socket.socket, link_timeout: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(link_timeout * 1000)))
     for name, value in _KEEPALIVE.items():
         sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+async def _connect(sock: socket.socket, address: Any) -> None:
+    """Connect; a cancellation that comes when it is connected shows at the caller's next checkpoint.
+
+    The source accepts once: to close what it has accepted would be to lose it
+    (trio's own connect does that).
+    """
+    import trio
+
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        sock.connect(address)
+    try:
+        await trio.lowlevel.wait_writable(sock)
+    except trio.Cancelled:
+        with contextlib.suppress(OSError):
+            sock.getpeername()
+            return
+        raise
+    if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(error, os.strerror(error))
 
 
 async def connect_source(host: str, port: int, *, connect_timeout: float, link_timeout: float) -> int:
@@ -53,10 +72,10 @@ async def connect_source(host: str, port: int, *, connect_timeout: float, link_t
                 f"page server {where}: no such host ({error.strerror}); see --address"
             ) from error
         for family, kind, protocol, _, address in found:
-            sock = trio.socket.socket(family, kind, protocol)
+            sock = socket.socket(family, kind, protocol)
             try:
                 _prepare(sock, link_timeout)
-                await sock.connect(address)
+                await _connect(sock, address)
             except OSError as error:
                 sock.close()
                 last = error
