@@ -140,14 +140,14 @@ def counter(
 
 
 @contextlib.contextmanager
-def sleeper(uid: int, *, session: bool = True) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process of a user, in a session of its own or in ours."""
+def sleeper(uid: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process of a user, in a session of its own."""
     with subprocess.Popen(
         ["/bin/sleep", "1000"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=session,
+        start_new_session=True,
         user=uid,
     ) as process:
         try:
@@ -155,6 +155,26 @@ def sleeper(uid: int, *, session: bool = True) -> Iterator[subprocess.Popen[byte
             yield process
         finally:
             process.kill()
+
+
+@contextlib.contextmanager
+def led(command: Sequence[str]) -> Iterator[int]:
+    """Run a command that leads a session, and give the pid of its one child, which does not."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as leader:
+        children = Path(f"/proc/{leader.pid}/task/{leader.pid}/children")
+        until(lambda: children.read_text() != "", "it has no child")
+        child = int(children.read_text())
+        try:
+            until(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n", "it does not start")
+            yield child
+        finally:
+            os.kill(child, signal.SIGKILL)  # with which its leader ends, having reaped it
 
 
 @contextlib.contextmanager

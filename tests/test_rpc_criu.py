@@ -28,6 +28,7 @@ from rpc_victims import (
     counter,
     disk,
     last_count,
+    led,
     sleeper,
     state_of,
     subreaper,
@@ -421,9 +422,15 @@ async def test_errors_help(open_criu: Open, criu: Criu, images: Path, tmp_path: 
             await client.call("restore", images_dir=tmp_path)
         assert "are the images of a dump in there?" in str(caught.value)
 
-        with sleeper(uid=0, session=False) as job, pytest.raises(criupy.CriuError) as caught:
-            await client.call("dump", job.pid, images_dir=images)
+        with led(["/bin/sh", "-c", "sleep 1000 & wait"]) as job, pytest.raises(criupy.CriuError) as caught:
+            await client.call("dump", job, images_dir=images)
         assert "shell_job=True" in (caught.value.hint or ""), caught.value
+        with (
+            led(["unshare", "--pid", "--fork", "sleep", "1000"]) as job,
+            pytest.raises(criupy.CriuError) as caught,
+        ):
+            await client.call("dump", job, images_dir=images)
+        assert "setsid" in (caught.value.hint or ""), caught.value
 
         first, second = str(tmp_path / "a"), str(tmp_path / "b")
         unlink = f"kept = open({first!r}, 'w'); os.link({first!r}, {second!r}); os.unlink({first!r})\n"

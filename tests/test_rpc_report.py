@@ -54,10 +54,12 @@ SENTENCES = [
     ),
     ("pre_dump", 0, "Tracking memory is not available. Consider omitting --track-mem option.", "SOFT_DIRTY"),
     ("dump", 0, "Error (criu/mem.c:46): BUG at criu/mem.c:46", "SOFT_DIRTY"),
+    ("dump", 0, "Error (criu/cr-dump.c:1528): A session leader of 5(5) is outside of its pid namespace", "setsid"),
+    ("dump", 0, "A session leader of zombie process 5(5) is outside of its pid namespace", "setsid"),
     (
         "dump",
         0,
-        "A session leader of 5(5) is outside of its pid namespace. Consider using --shell-job option",
+        "The root process 9 is not a session leader. Consider using --shell-job option",
         "shell_job",
     ),
     ("dump", 0, "inet: Connected TCP socket, consider using --tcp-established option.", "tcp_established"),

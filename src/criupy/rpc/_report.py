@@ -121,6 +121,10 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     (r"empty-image|Can't open inventory", "are the images of a dump in there? criupy images DIR tells"),
     (r"No space left on device", "the disk that holds the images or the log is full"),
     (r"Read-only file system", "images_dir or work_dir is on a file system that cannot be written"),
+    (
+        r"session leader of .* is outside of its pid namespace",
+        "CRIU cannot restore such a session, with shell_job neither: start the tree with setsid in its namespace",
+    ),
     (r"shell[ -]job", "the tasks have a session or terminal of somebody else's: give shell_job=True"),
     (r"link-remap option", "an open file was unlinked but has other names: give link_remap=True"),
     (r"Connected TCP socket", "give tcp_established=True, or tcp_close=True to do without the connections"),
