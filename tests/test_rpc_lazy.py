@@ -141,6 +141,52 @@ async def test_a_daemon_that_listens_already(criu: Criu, kind: str, room: Path, 
         assert source.outcome is SourceOutcome.KILLED
 
 
+#: Starts a program whose pipes may not grow beyond a limit: fs.pipe-max-size is the whole machine's.
+LIMITED = """
+import ctypes, os, struct, sys
+
+F_SETPIPE_SZ, EPERM = 1031, 1
+number = {"x86_64": 72, "aarch64": 25}[os.uname().machine]  # fcntl
+program = b"".join(struct.pack("=HBBI", *step) for step in [
+    (0x20, 0, 0, 0),  # BPF_LD of the system call's number
+    (0x15, 0, 5, number),  # BPF_JEQ, else allow
+    (0x20, 0, 0, 24),  # of args[1]
+    (0x15, 0, 3, F_SETPIPE_SZ),
+    (0x20, 0, 0, 32),  # of args[2]
+    (0x25, 0, 1, int(sys.argv[1])),  # BPF_JGT
+    (0x06, 0, 0, 0x00050000 | EPERM),  # SECCOMP_RET_ERRNO
+    (0x06, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+])
+memory = ctypes.create_string_buffer(program)
+filter = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(memory)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(22, 2, filter) == 0, ctypes.get_errno()  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+async def test_pipes_that_stay_small(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    """With the kernel's default limit: the task goes on here, and the error says what is to be done."""
+    starter = room / "criu"
+    (room / "limited.py").write_text(LIMITED)
+    starter.write_text(f'#!/bin/sh\nexec {sys.executable} -I {room}/limited.py {MIB} {criu.path} "$@"\n')
+    starter.chmod(0o700)
+    async with (
+        start_workload(WorkloadSpec(size=16 * MIB), room) as workload,
+        open_client(kind, binary=starter) as client,
+    ):
+        with pytest.raises(criupy.CriuError) as caught:
+            async with (
+                client.block("lazy_dump", workload.pid, images_dir=images, network_lock="skip") as source,
+                destination(kind, criu, room, workload, (source.address, source.port)) as there,
+            ):
+                assert (await there.kept.wait()).code == 1
+                await client.run(source.wait)
+        assert "sysctl -w fs.pipe-max-size=8388608" in (caught.value.hint or ""), caught.value
+        assert source.outcome is SourceOutcome.RESUMED
+        assert (await workload.worker().verify()).is_good
+
+
 async def test_no_daemon_listens(criu: Criu, kind: str, images: Path) -> None:
     async with open_client(kind, binary=criu.path) as client:
         with pytest.raises(criupy.CriuError, match=r"no lazy-pages daemon listens .* start it first"):

@@ -49,12 +49,35 @@ SENTENCES = [
     (
         "dump",
         0,
-        "Error (criu/page-xfer.c:900): page-xfer: splice: Bad file descriptor",
+        "Error (criu/page-pipe.c:424): page-pipe: splice: -1: Bad file descriptor",
         "fs.pipe-max-size=8388608",
+    ),
+    (
+        "lazy_dump",
+        0,
+        "Error (criu/page-pipe.c:418): page-pipe: tee: 65536: Operation not permitted",
+        "fs.pipe-user-pages-soft=0",
+    ),
+    (
+        "lazy_dump",
+        0,
+        "Error (criu/page-pipe.c:118): page-pipe: Can't make pipe for page-pipe: Too many open files",
+        "RLIMIT_NOFILE",
+    ),
+    (
+        "lazy_restore",
+        0,
+        "Error (criu/uffd.c:1306): uffd: Failed sending restore finished indication: Broken pipe",
+        "lazy-pages.log",
     ),
     ("pre_dump", 0, "Tracking memory is not available. Consider omitting --track-mem option.", "SOFT_DIRTY"),
     ("dump", 0, "Error (criu/mem.c:46): BUG at criu/mem.c:46", "SOFT_DIRTY"),
-    ("dump", 0, "Error (criu/cr-dump.c:1528): A session leader of 5(5) is outside of its pid namespace", "setsid"),
+    (
+        "dump",
+        0,
+        "Error (criu/cr-dump.c:1528): A session leader of 5(5) is outside of its pid namespace",
+        "setsid",
+    ),
     ("dump", 0, "A session leader of zombie process 5(5) is outside of its pid namespace", "setsid"),
     (
         "dump",

@@ -116,7 +116,7 @@ def pipes(proc: Path, criu: Process) -> Iterator[Finding]:
             name,
             f"{limit}; the source of a lazy migration needs pipes of {PIPE_SIZE}",
             "CRIU does not notice that its pipe stayed small: the first larger request breaks the lazy dump "
-            "('splice: Bad file descriptor')",
+            "('page-pipe: tee: 65536' or 'page-pipe: splice: -1: Bad file descriptor')",
             f"on the source: sysctl -w fs.pipe-max-size={max(PIPE_SIZE, 8 * MIB)}",
             essential=True,
         )

@@ -28,8 +28,8 @@ _MAX_TAIL: Final = 256 * 1024
 MAX_LINES: Final = 5
 _ERROR: Final = re.compile(r"^(?:\([0-9.]+\)\s*)?(?:pie: \d+: |\s*\d+: )?(Error \([^)]*\): .*)$")
 _PREFIX: Final = re.compile(r"^Error \([^)]*\): ")
-#: Every run without CAP_SYS_RESOURCE logs this first, and CRIU reports its first error as the message.
-_HARMLESS: Final = "Can't setup RLIMIT_NOFILE"
+#: Logged first, without CAP_SYS_RESOURCE or /dev/net/tun, and CRIU reports its first error as the message.
+_HARMLESS: Final = re.compile("Can't setup RLIMIT_NOFILE|tun: Unable to create tun: No such file")
 #: Says only that something was said before.
 _EMPTY_WORDS: Final = ("Dumping FAILED", "Restoring FAILED", "Pre-dumping FAILED")
 
@@ -37,7 +37,7 @@ _EMPTY_WORDS: Final = ("Dumping FAILED", "Restoring FAILED", "Pre-dumping FAILED
 def errors_in(text: str) -> tuple[str, ...]:
     """Return the error lines of a log that mean something, oldest first."""
     found = (match[1] for line in text.splitlines() if (match := _ERROR.match(line)))
-    return tuple(line for line in found if _HARMLESS not in line)
+    return tuple(line for line in found if not _HARMLESS.search(line))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,19 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
         "limits of a task that changed its user can be read only with CAP_SYS_RESOURCE",
     ),
     (
-        r"splice.*(Bad file descriptor|EBADF)|F_SETPIPE_SZ|Unable to (resize|set) .{0,12}pipe",
-        "pipes larger than fs.pipe-max-size are needed: sysctl -w fs.pipe-max-size=8388608",
+        # CRIU does not notice that a pipe stayed small, and asks more of it than is in it.
+        r"page-pipe: tee: \d+:|page-pipe: splice: -?\d+: Bad file descriptor",
+        (
+            "CRIU's pipes could not grow: sysctl -w fs.pipe-max-size=8388608, and without CAP_SYS_RESOURCE "
+            "and CAP_SYS_ADMIN fs.pipe-user-pages-soft=0 as well (criupy check)"
+        ),
+    ),
+    (
+        r"make pipe for page-pipe: Too many open files",
+        (
+            "every pipe with memory takes two descriptors: raise RLIMIT_NOFILE, and let pipes be larger: "
+            "sysctl -w fs.pipe-max-size=8388608 (criupy check)"
+        ),
     ),
     (
         r"[Tt]racking memory is not available|dirty track|BUG at criu/mem\.c",
@@ -123,7 +134,7 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     (r"Read-only file system", "images_dir or work_dir is on a file system that cannot be written"),
     (
         r"session leader of .* is outside of its pid namespace",
-        "CRIU cannot restore such a session, with shell_job neither: start the tree with setsid in its namespace",
+        "CRIU cannot restore such a session, not with shell_job either: start it there with setsid",
     ),
     (r"shell[ -]job", "the tasks have a session or terminal of somebody else's: give shell_job=True"),
     (r"link-remap option", "an open file was unlinked but has other names: give link_remap=True"),
@@ -144,6 +155,10 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     (
         r"cpu: .*(mismatch|not supported|missing)",
         "the images need a CPU with more features than this one has",
+    ),
+    (
+        r"Failed sending restore finished",
+        "the lazy-pages daemon had given up: lazy-pages.log in the work directory says why",
     ),
     (r"[Uu]ffd|userfaultfd", "see what userfaultfd can do here: criupy check"),
 )
@@ -218,7 +233,7 @@ def failure(request: str, response: schema.Response, *, log: LogWatch | None, ou
 
 def _best(candidates: tuple[str, ...]) -> str | None:
     """Choose the first sentence that says something, and take the place in CRIU's source off it."""
-    useful = [line.strip() for line in candidates if line.strip() and _HARMLESS not in line]
+    useful = [line.strip() for line in candidates if line.strip() and not _HARMLESS.search(line)]
     for line in useful:
         if not any(words in line for words in _EMPTY_WORDS):
             return _PREFIX.sub("", line)
