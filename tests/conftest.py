@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ PIPE_SIZE = 8 << 20
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "criu: needs root and a CRIU that starts on this kernel")
     config.addinivalue_line("markers", "slow: takes many seconds")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell that ran us in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -158,6 +158,14 @@ def sleeper(uid: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextlib.contextmanager
+def zombie() -> Iterator[int]:
+    """Give the pid of a process that has ended, and is reaped in the end."""
+    with subprocess.Popen(["/bin/true"]) as process:
+        until(lambda: state_of(process.pid) == "Z", "it does not end")
+        yield process.pid
+
+
+@contextlib.contextmanager
 def led(command: Sequence[str]) -> Iterator[int]:
     """Run a command that leads a session, and give the pid of its one child, which does not."""
     with subprocess.Popen(
