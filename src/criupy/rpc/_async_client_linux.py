@@ -25,6 +25,7 @@ from criupy.rpc._connection_linux import (
     start_detached_worker,
     start_worker,
 )
+from criupy.rpc._exchange_linux import Take
 from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, make_plan
 from criupy.rpc._notify import AsyncHooks, check_hooks
 from criupy.rpc._option_types import Directory
@@ -197,7 +198,9 @@ class AsyncCriu:
         # A worker of ours is a child: it would be dumped, and cannot dump itself.
         await self._close_kept()
         call = calls.self_dump(images_dir, options)
-        return await self._run(call, request_timeout, connect=lambda: self._connect(call, detached=True))
+        return await self._run(
+            call, request_timeout, connect=lambda take: self._connect(call, take, detached=True)
+        )
 
     async def pre_dump(
         self,
@@ -281,6 +284,7 @@ class AsyncCriu:
 
         try:
             pid, port = await self._run(call, request_timeout, release=hold)
+            child = self._children[pid] = AsyncPageServerChild(self, held[0], pid, port)
         except BaseException:
             for connection in held:
                 # A page server may have been started, and nobody would end it.
@@ -288,7 +292,6 @@ class AsyncCriu:
                     connection.worker.kill()
                 await self._end(connection)
             raise
-        child = self._children[pid] = AsyncPageServerChild(self, held[0], pid, port)
         return child
 
     async def wait_pid(self, pid: int, *, request_timeout: float | None = None) -> int:
@@ -358,7 +361,7 @@ class AsyncCriu:
         call: Call[T],
         request_timeout: float | None,
         *,
-        connect: Callable[[], Awaitable[Connection]] | None = None,
+        connect: Callable[[Take], Awaitable[None]] | None = None,
         release: Callable[[Connection], Awaitable[None]] | None = None,
     ) -> AsyncOperation[T]:
         try:
@@ -368,7 +371,7 @@ class AsyncCriu:
             raise
         return AsyncOperation(
             call,
-            connect or (lambda: self._connect(call)),
+            connect or (lambda take: self._connect(call, take)),
             release or self._keep,
             request_timeout=self._transport.request_timeout if seconds is None else seconds,
             grace=self._transport.grace,
@@ -379,7 +382,7 @@ class AsyncCriu:
         call: Call[T],
         request_timeout: float | None,
         *,
-        connect: Callable[[], Awaitable[Connection]] | None = None,
+        connect: Callable[[Take], Awaitable[None]] | None = None,
         release: Callable[[Connection], Awaitable[None]] | None = None,
     ) -> T:
         async with self._operation(call, request_timeout, connect=connect, release=release) as operation:
@@ -388,10 +391,11 @@ class AsyncCriu:
 
     async def _query(self, call: Call[T], request_timeout: float | None) -> T:
         """Ask what can be asked many times, on a connection that is kept."""
-        return await self._run(call, request_timeout, connect=lambda: self._reuse(call))
+        return await self._run(call, request_timeout, connect=lambda take: self._reuse(call, take))
 
-    async def _reuse(self, call: Call[T]) -> Connection:
-        return await self._take_kept() or await self._connect(call)
+    async def _reuse(self, call: Call[T], take: Take) -> None:
+        if not await self._take_kept(take):
+            await self._connect(call, take)
 
     async def _check(self, call: Call[T]) -> None:
         """Refuse what this client or this CRIU cannot do, before anything is sent."""
@@ -405,53 +409,58 @@ class AsyncCriu:
             version = self._version or await self.version(request_timeout=math.inf)
             call.check_version(version)
 
-    async def _connect(self, call: Call[T], *, detached: bool = False) -> Connection:
+    async def _connect(self, call: Call[T], take: Take, *, detached: bool = False) -> None:
         """Make a connection for a request, having checked that this CRIU knows all its options."""
         await self._check(call)
         transport = self._transport
         if detached and transport.fd is None:
             await self._close_kept()  # which a version may have been asked on
         if transport.fd is not None:
-            kept = await self._take_kept()
-            if kept is None:
+            if not await self._take_kept(take):
                 raise LocalProtocolError(
                     f"{call.name}: the connection of fd={transport.fd} is in use, or CRIU has ended it"
                 )
-            return kept
+            return
         if transport.socket is not None:
             while (  # noqa: ASYNC110 - of a full queue no event tells
                 connection := connect(transport.socket, request=call.name)
             ) is None:
                 await trio.sleep(BUSY_PAUSE)
-            return connection
+            take(connection)
+            return
         binary = transport.binary or "criu"
         if detached:
-            return start_detached_worker(binary, transport.arguments, request=call.name, inherit=call.inherit)
+            take(start_detached_worker(binary, transport.arguments, request=call.name, inherit=call.inherit))
+            return
         # Starting a program may wait for a disk. Cancelled or not, what was started is ours.
-        return await trio.to_thread.run_sync(
-            partial(
-                start_worker,
-                binary,
-                transport.arguments,
-                request=call.name,
-                inherit=call.inherit,
-                capture=transport.capture_output,
+        take(
+            await trio.to_thread.run_sync(
+                partial(
+                    start_worker,
+                    binary,
+                    transport.arguments,
+                    request=call.name,
+                    inherit=call.inherit,
+                    capture=transport.capture_output,
+                )
             )
         )
 
-    async def _take_kept(self) -> Connection | None:
-        connection, self._kept = self._kept, None
+    async def _take_kept(self, take: Take) -> bool:
+        """Hand on the connection that was kept, if there is one and CRIU is still there."""
+        connection = self._kept
         if connection is None:
-            return None
+            return False
         try:
-            alive = connection.is_alive()
+            if connection.is_alive():
+                take(connection)
+                self._kept = None
+                return True
         except BaseException:
-            await self._end(connection)
+            await self._close_kept()
             raise
-        if alive:
-            return connection
-        await self._end(connection)
-        return None
+        await self._close_kept()
+        return False
 
     async def _keep(self, connection: Connection) -> None:
         if self._kept is None and not self._closed:
@@ -478,9 +487,9 @@ class AsyncCriu:
         if self._children.get(child.pid) is not child:
             raise LocalProtocolError(f"wait_pid: page server {child.pid} was waited for or closed before")
 
-        async def connect() -> Connection:
+        async def connect(take: Take) -> None:
+            take(child._connection)
             del self._children[child.pid]
-            return child._connection
 
         try:
             return await self._run(calls.wait_pid(child.pid), request_timeout, connect=connect)

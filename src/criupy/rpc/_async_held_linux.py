@@ -9,6 +9,7 @@ from criupy.errors import LocalProtocolError
 from criupy.rpc import _calls_linux as calls
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection
+from criupy.rpc._exchange_linux import Take
 from criupy.rpc._notify import AsyncHooks, check_hooks
 from criupy.rpc._option_types import Directory
 from criupy.rpc._options import DumpOptions, PreDumpOptions
@@ -66,9 +67,9 @@ class AsyncPreDumpLoop:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._entered = False
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await self._client._end(connection)
+        if self._connection is not None:
+            await self._client._end(self._connection)
+            self._connection = None
 
     async def pre_dump(self, *, images_dir: Directory, **options: Unpack[PreDumpOptions]) -> None:
         """Write the memory that changed since the one before, and let the tasks go on."""
@@ -78,7 +79,9 @@ class AsyncPreDumpLoop:
             await self._client._need_dirty_tracking(self._timeout)
             await self._client.version(request_timeout=self._timeout)
         call = calls.pre_dump(self._pid, images_dir, options, single=False)
-        await self._client._run(call, self._timeout, connect=lambda: self._connect(call), release=self._keep)
+        await self._client._run(
+            call, self._timeout, connect=lambda take: self._connect(call, take), release=self._keep
+        )
 
     async def dump(
         self, *, images_dir: Directory, hooks: AsyncHooks | None = None, **options: Unpack[DumpOptions]
@@ -88,17 +91,18 @@ class AsyncPreDumpLoop:
         check_hooks(hooks, AsyncHooks)
         call = calls.dump(self._pid, images_dir, options)
         async with self._client._operation(
-            call, self._timeout, connect=lambda: self._connect(call)
+            call, self._timeout, connect=lambda take: self._connect(call, take)
         ) as operation:
             await operation._serve(hooks)
 
-    async def _connect(self, call: Call[None]) -> Connection:
+    async def _connect(self, call: Call[None], take: Take) -> None:
         if self._connection is None:
-            return await self._client._connect(call)
+            await self._client._connect(call, take)
+            return
         await self._client._check(call)
         call.refuse_inherited("expected with the first request of a loop, at which its worker starts")
-        connection, self._connection = self._connection, None
-        return connection
+        take(self._connection)
+        self._connection = None
 
     async def _keep(self, connection: Connection) -> None:
         self._connection = connection

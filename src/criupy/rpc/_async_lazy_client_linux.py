@@ -66,8 +66,8 @@ class AsyncLazyDump:
             operation._set_deadline(trio.current_time() + operation._timeout)
             version = await self._client.version(request_timeout=operation._timeout)
             self.frame_size = self._plan.check_version(version)
-            await operation.__aenter__()
             try:
+                await operation.__aenter__()
                 await self._get_ready(operation)
             except BaseException as error:
                 await operation.__aexit__(type(error), error, error.__traceback__)
@@ -93,16 +93,15 @@ class AsyncLazyDump:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if error is not None:
-                await self._see_out(error)
-                return
-            try:
+            if error is None:
                 await self.wait()
-            except (CriuError, RemoteProtocolError):
-                raise
-            except BaseException as interrupted:
-                await self._see_out(interrupted)
-                raise
+            else:
+                await self._see_out(error)
+        except (CriuError, RemoteProtocolError):
+            raise
+        except BaseException as interrupted:
+            await self._see_out(interrupted)
+            raise
         finally:
             self._plan.close()
 
@@ -151,8 +150,7 @@ class AsyncLazyDump:
             await operation.__aexit__(None, None, None)
         except (CriuError, RemoteProtocolError) as error:
             await operation.__aexit__(type(error), error, error.__traceback__)
-            outcome = self._end_with(self._plan.outcome(succeeded=False))
-            error.add_note(f"the dumped process: {outcome.value}")
+            self._end_with(self._plan.failed(error))
             raise
         return self._end_with(self._plan.outcome(succeeded=True))
 
@@ -229,6 +227,7 @@ class AsyncLazyRestore:
             raise
         return self
 
+    @trio.lowlevel.enable_ki_protection
     async def _start(self, plan: DaemonPlan, deadline: float) -> None:
         with status_pipe() as (reading, writing):
             words = plan.words(self._call.images_dir or self._work_dir, self._work_dir, writing.fileno())

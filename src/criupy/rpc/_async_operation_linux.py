@@ -14,7 +14,7 @@ from criupy._descriptor import Descriptor
 from criupy.errors import CriuTimeout, LocalProtocolError
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
-from criupy.rpc._exchange_linux import Exchange, ends_worker
+from criupy.rpc._exchange_linux import Exchange, Take, ends_worker
 from criupy.rpc._notify import AsyncHooks, Notification, external_of, invoke
 from criupy.rpc._session import Answer, Notified
 from criupy.rpc._worker_linux import Orphan, Worker
@@ -76,10 +76,14 @@ async def end_worker(worker: Worker | Orphan | None, patience: float) -> None:
     """
     with trio.CancelScope(shield=True):
         if isinstance(worker, Worker):
-            with trio.move_on_after(patience):
+            try:
+                with trio.move_on_after(patience):
+                    await wait_ended(worker)
+                worker.kill()
                 await wait_ended(worker)
-            worker.kill()
-            await wait_ended(worker)
+            except BaseException:
+                worker.abandon()
+                raise
             worker.close()
         elif isinstance(worker, Orphan):
             with trio.move_on_after(patience):
@@ -100,7 +104,7 @@ class AsyncOperation(Generic[T]):
     def __init__(
         self,
         call: Call[T],
-        connect: Callable[[], Awaitable[Connection]],
+        connect: Callable[[Take], Awaitable[None]],
         release: Callable[[Connection], Awaitable[None]],
         *,
         request_timeout: float | None,
@@ -146,33 +150,37 @@ class AsyncOperation(Generic[T]):
         """What the worker became (exec_cmd), after the block."""
         return self._kept
 
+    # Here Ctrl-C comes at checkpoints only, so that what is started has an owner by then.
+    @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> Self:
         if self._call.closed:
             raise LocalProtocolError(f"{self._call.name}: the block can be entered once")
         if self._deadline is None:
             self._deadline = trio.current_time() + self._timeout
         try:
-            self._exchange = Exchange(self._call, await self._reach())
-        except BaseException:
-            self._call.close()
-            raise
-        try:
-            await self._send(self._exchange.request_packet())
+            await self._reach()
+            await self._send(self._running.request_packet())
         except BaseException as error:
             await self._undo(error)
             raise
         return self
 
-    async def _reach(self) -> Connection:
+    async def _reach(self) -> None:
         if self._until == math.inf:
-            return await self._connect()
+            await self._connect(self._take)
+            return
         with trio.move_on_at(self._until):
-            return await self._connect()
+            await self._connect(self._take)
+            return
         raise CriuTimeout(self._call.name, f"CRIU was not reached in {self._timeout:g} s")
+
+    def _take(self, connection: Connection) -> None:
+        self._exchange = Exchange(self._call, connection)
 
     def __aiter__(self) -> Self:
         return self
 
+    @trio.lowlevel.enable_ki_protection
     async def __anext__(self) -> Notification:
         exchange = self._running
         event = None
@@ -209,6 +217,7 @@ class AsyncOperation(Generic[T]):
         async for notification in self:
             await self._ask(hooks, notification)
 
+    @trio.lowlevel.enable_ki_protection
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -216,14 +225,12 @@ class AsyncOperation(Generic[T]):
             if error is None:
                 async for _ in self:
                     pass
-        except BaseException as failed:
-            if not await self._undo(failed):
-                raise
-        else:
-            if error is None:
                 await self._finish()
             else:
                 await self._undo(error)
+        except BaseException as failed:
+            if not await self._undo(failed):
+                raise
 
     async def _send(self, packet: bytes) -> None:
         connection = self._running.connection
@@ -281,16 +288,18 @@ class AsyncOperation(Generic[T]):
         raise AssertionError  # a shield without a deadline swallows nothing
 
     async def _undo_all(self, error: BaseException) -> bool:
-        exchange = self._running
+        exchange = self._exchange
+        if exchange is None:
+            self._call.close()
+            return False
         if exchange.over or self._left:
             await self._finish()
             return False
         patience = self._grace if exchange.begin_undo() else 0.0
         undone = await self._see_undone(trio.current_time() + patience)
-        if isinstance(error, CriuTimeout) and exchange.succeeded and exchange.refusal is None:
+        if exchange.settle(error):
             await self._finish()
             return True
-        exchange.note_undone(error)
         await self._end(patience if undone else 0.0)
         return False
 
@@ -326,17 +335,18 @@ class AsyncOperation(Generic[T]):
         if self._left:
             return
         if connection.usable:
+            await self._release(connection)
             self._left = True
             self._call.close()
-            await self._release(connection)
             return
         if self._call.exec_cmd and exchange.succeeded and isinstance(connection.worker, Worker):
             self._kept, connection.worker = connection.worker, None
         await self._end(self._grace)
 
     async def _end(self, patience: float) -> None:
-        connection = self._running.connection
+        if self._exchange is not None:
+            connection = self._exchange.connection
+            connection.close_socket()
+            await end_worker(connection.worker, patience)
         self._left = True
         self._call.close()
-        connection.close_socket()
-        await end_worker(connection.worker, patience)

@@ -123,11 +123,10 @@ def _open_directory(option: str, value: Directory, stack: contextlib.ExitStack) 
         return found, link
     path = Path(found)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened = stack.enter_context(Descriptor(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)))
     except OSError as error:
         raise OptionError(option, f"expected a directory, got {path}: {error.strerror}") from error
-    stack.enter_context(Descriptor(fd))
-    return fd, path.absolute()
+    return opened.fileno(), path.absolute()
 
 
 def _check_parent(images_dir: int, parent: str) -> None:

@@ -20,6 +20,7 @@ from criupy.rpc._connection_linux import (
     start_detached_worker,
     start_worker,
 )
+from criupy.rpc._exchange_linux import Take
 from criupy.rpc._held_linux import PageServerChild, PreDumpLoop
 from criupy.rpc._lazy_client_linux import LazyDump, LazyRestore
 from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, make_plan
@@ -38,6 +39,7 @@ from criupy.rpc._options import (
 from criupy.rpc._report import NO_DIRTY_TRACKING
 from criupy.rpc._results import FeatureName, Features, PageServer, Restored, Version
 from criupy.rpc._transport import check_seconds, make_transport
+from criupy.rpc._worker_linux import HeldInterrupt
 
 __all__ = ["Criu"]
 
@@ -271,6 +273,7 @@ class Criu:
         call = calls.page_server_child(images_dir, options)
         try:
             pid, port = self._run(call, request_timeout, release=held.append)
+            child = self._children[pid] = PageServerChild(self, held[0], pid, port)
         except BaseException:
             for connection in held:
                 # A page server may have been started, and nobody would end it.
@@ -278,7 +281,6 @@ class Criu:
                     connection.worker.kill()
                 self._end(connection)
             raise
-        child = self._children[pid] = PageServerChild(self, held[0], pid, port)
         return child
 
     def wait_pid(self, pid: int, *, request_timeout: float | None = None) -> int:
@@ -348,7 +350,7 @@ class Criu:
         call: Call[T],
         request_timeout: float | None,
         *,
-        connect: Callable[[float], Connection] | None = None,
+        connect: Callable[[Take, float], None] | None = None,
         release: Callable[[Connection], None] | None = None,
     ) -> Operation[T]:
         try:
@@ -369,7 +371,7 @@ class Criu:
         call: Call[T],
         request_timeout: float | None,
         *,
-        connect: Callable[[float], Connection] | None = None,
+        connect: Callable[[Take, float], None] | None = None,
         release: Callable[[Connection], None] | None = None,
     ) -> T:
         with self._operation(call, request_timeout, connect=connect, release=release) as operation:
@@ -380,8 +382,9 @@ class Criu:
         """Ask what can be asked many times, on a connection that is kept."""
         return self._run(call, request_timeout, connect=partial(self._reuse, call))
 
-    def _reuse(self, call: Call[T], deadline: float) -> Connection:
-        return self._take_kept() or self._connect(call, deadline)
+    def _reuse(self, call: Call[T], take: Take, deadline: float) -> None:
+        if not self._take_kept(take):
+            self._connect(call, take, deadline)
 
     def _check(self, call: Call[T], deadline: float) -> None:
         """Refuse what this client or this CRIU cannot do, before anything is sent."""
@@ -394,49 +397,59 @@ class Criu:
             left = max(0.0, deadline - time.monotonic())
             call.check_version(self._version or self.version(request_timeout=left))
 
-    def _connect(self, call: Call[T], deadline: float, *, detached: bool = False) -> Connection:
+    def _connect(self, call: Call[T], take: Take, deadline: float, *, detached: bool = False) -> None:
         """Make a connection for a request, having checked that this CRIU knows all its options."""
         self._check(call, deadline)
         transport = self._transport
         if detached and transport.fd is None:
             self._close_kept()  # which a version may have been asked on
         if transport.fd is not None:
-            kept = self._take_kept()
-            if kept is None:
+            if not self._take_kept(take):
                 raise LocalProtocolError(
                     f"{call.name}: the connection of fd={transport.fd} is in use, or CRIU has ended it"
                 )
-            return kept
+            return
         if transport.socket is not None:
             while (connection := connect(transport.socket, request=call.name)) is None:
                 if time.monotonic() >= deadline:
                     raise CriuTimeout(call.name, f"{transport.socket}: nobody was accepted in time")
                 time.sleep(BUSY_PAUSE)
-            return connection
+            take(connection)
+            return
         binary = transport.binary or "criu"
-        if detached:
-            return start_detached_worker(binary, transport.arguments, request=call.name, inherit=call.inherit)
-        return start_worker(
-            binary,
-            transport.arguments,
-            request=call.name,
-            inherit=call.inherit,
-            capture=transport.capture_output,
-        )
+        with HeldInterrupt():
+            if detached:
+                take(
+                    start_detached_worker(
+                        binary, transport.arguments, request=call.name, inherit=call.inherit
+                    )
+                )
+            else:
+                take(
+                    start_worker(
+                        binary,
+                        transport.arguments,
+                        request=call.name,
+                        inherit=call.inherit,
+                        capture=transport.capture_output,
+                    )
+                )
 
-    def _take_kept(self) -> Connection | None:
-        connection, self._kept = self._kept, None
+    def _take_kept(self, take: Take) -> bool:
+        """Hand on the connection that was kept, if there is one and CRIU is still there."""
+        connection = self._kept
         if connection is None:
-            return None
+            return False
         try:
-            alive = connection.is_alive()
+            if connection.is_alive():
+                take(connection)
+                self._kept = None
+                return True
         except BaseException:
-            self._end(connection)
+            self._close_kept()
             raise
-        if alive:
-            return connection
-        self._end(connection)
-        return None
+        self._close_kept()
+        return False
 
     def _keep(self, connection: Connection) -> None:
         if self._kept is None and not self._closed:
@@ -449,9 +462,9 @@ class Criu:
         end_worker(connection.worker, self._until_grace())
 
     def _close_kept(self) -> None:
-        connection, self._kept = self._kept, None
-        if connection is not None:
-            self._end(connection)
+        if self._kept is not None:
+            self._end(self._kept)
+            self._kept = None
 
     def _until_grace(self) -> float:
         return time.monotonic() + self._transport.grace
@@ -465,9 +478,9 @@ class Criu:
         if self._children.get(child.pid) is not child:
             raise LocalProtocolError(f"wait_pid: page server {child.pid} was waited for or closed before")
 
-        def connect(_: float) -> Connection:
+        def connect(take: Take, _: float) -> None:
+            take(child._connection)
             del self._children[child.pid]
-            return child._connection
 
         try:
             return self._run(calls.wait_pid(child.pid), request_timeout, connect=connect)
@@ -478,6 +491,6 @@ class Criu:
 
     def _drop(self, child: PageServerChild) -> None:
         if self._children.get(child.pid) is child:
-            del self._children[child.pid]
             child._connection.kill_child(child.pid)
             self._end(child._connection)
+            del self._children[child.pid]

@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Generic, TypeAlias, TypeVar
 
 from criupy._descriptor import Descriptor
 from criupy.errors import CriuDied, CriuError, CriuTimeout, LocalProtocolError, RemoteProtocolError
@@ -25,9 +26,12 @@ from criupy.rpc._report import MAX_LINES, NEVER_ATTACHED, failure, hint_for, why
 from criupy.rpc._session import KEEP_OPEN, Answer, Notified, State
 from criupy.rpc._worker_linux import Worker
 
-__all__ = ["Exchange", "ends_worker"]
+__all__ = ["Exchange", "Take", "ends_worker"]
 
 T = TypeVar("T")
+
+#: Becomes the owner of a connection at the moment at which there is one.
+Take: TypeAlias = Callable[[Connection], None]
 
 log = logging.getLogger("criupy.rpc")
 
@@ -208,8 +212,10 @@ class Exchange(Generic[T]):
         except RemoteProtocolError:
             return Ended()
 
-    def note_undone(self, error: BaseException) -> None:
-        """Say in a note what became of the request."""
+    def settle(self, error: BaseException) -> bool:
+        """Tell whether CRIU has done it nevertheless, in time; else note in the error what became of it."""
+        if isinstance(error, CriuTimeout) and self.succeeded and self.refusal is None:
+            return True
         if self._answer is not None:
             self._annotated(error, self._answer)
             if self._answer.success:
@@ -219,3 +225,4 @@ class Exchange(Generic[T]):
             error.add_note(str(self.died()))
         elif self.call.delicate:
             error.add_note(f"{self.call.name}: CRIU did not undo it in time and was killed")
+        return False

@@ -10,6 +10,7 @@ from criupy.errors import LocalProtocolError
 from criupy.rpc import _calls_linux as calls
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection
+from criupy.rpc._exchange_linux import Take
 from criupy.rpc._notify import Hooks, check_hooks
 from criupy.rpc._option_types import Directory
 from criupy.rpc._options import DumpOptions, PreDumpOptions
@@ -67,9 +68,9 @@ class PreDumpLoop:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._entered = False
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            self._client._end(connection)
+        if self._connection is not None:
+            self._client._end(self._connection)
+            self._connection = None
 
     def pre_dump(self, *, images_dir: Directory, **options: Unpack[PreDumpOptions]) -> None:
         """Write the memory that changed since the one before, and let the tasks go on."""
@@ -91,13 +92,14 @@ class PreDumpLoop:
         with self._client._operation(call, self._timeout, connect=partial(self._connect, call)) as operation:
             operation._serve(hooks)
 
-    def _connect(self, call: Call[None], deadline: float) -> Connection:
+    def _connect(self, call: Call[None], take: Take, deadline: float) -> None:
         if self._connection is None:
-            return self._client._connect(call, deadline)
+            self._client._connect(call, take, deadline)
+            return
         self._client._check(call, deadline)
         call.refuse_inherited("expected with the first request of a loop, at which its worker starts")
-        connection, self._connection = self._connection, None
-        return connection
+        take(self._connection)
+        self._connection = None
 
     def _keep(self, connection: Connection) -> None:
         self._connection = connection

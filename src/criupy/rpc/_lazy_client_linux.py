@@ -23,7 +23,7 @@ from criupy.rpc._lazy_linux import (
 from criupy.rpc._notify import Hooks, Script
 from criupy.rpc._operation_linux import Operation, Process, end_worker, wait_for
 from criupy.rpc._results import SourceOutcome
-from criupy.rpc._worker_linux import Worker
+from criupy.rpc._worker_linux import HeldInterrupt, Worker
 
 if TYPE_CHECKING:
     from criupy.rpc._client_linux import Criu
@@ -61,8 +61,8 @@ class LazyDump:
             operation._set_deadline(time.monotonic() + operation._timeout)
             version = self._client.version(request_timeout=operation._timeout)
             self.frame_size = self._plan.check_version(version)
-            operation.__enter__()
             try:
+                operation.__enter__()
                 self._get_ready(operation)
             except BaseException as error:
                 operation.__exit__(type(error), error, error.__traceback__)
@@ -88,16 +88,15 @@ class LazyDump:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if error is not None:
-                self._see_out(error)
-                return
-            try:
+            if error is None:
                 self.wait()
-            except (CriuError, RemoteProtocolError):
-                raise
-            except BaseException as interrupted:
-                self._see_out(interrupted)
-                raise
+            else:
+                self._see_out(error)
+        except (CriuError, RemoteProtocolError):
+            raise
+        except BaseException as interrupted:
+            self._see_out(interrupted)
+            raise
         finally:
             self._plan.close()
 
@@ -133,8 +132,7 @@ class LazyDump:
             operation.__exit__(None, None, None)
         except (CriuError, RemoteProtocolError) as error:
             operation.__exit__(type(error), error, error.__traceback__)
-            self.outcome = self._plan.outcome(succeeded=False)
-            error.add_note(f"the dumped process: {self.outcome.value}")
+            self.outcome = self._plan.failed(error)
             raise
         self.outcome = self._plan.outcome(succeeded=True)
         return self.outcome
@@ -203,12 +201,13 @@ class LazyRestore:
     def _start(self, plan: DaemonPlan, deadline: float) -> None:
         with status_pipe() as (reading, writing):
             words = plan.words(self._call.images_dir or self._work_dir, self._work_dir, writing.fileno())
-            self._worker = Worker.start(
-                words,
-                request="lazy_restore",
-                pass_fds=(writing.fileno(),),
-                capture=self._client._transport.capture_output,
-            )
+            with HeldInterrupt():
+                self._worker = Worker.start(
+                    words,
+                    request="lazy_restore",
+                    pass_fds=(writing.fileno(),),
+                    capture=self._client._transport.capture_output,
+                )
             self.daemon = Process(self._worker)
             writing.close()
             self._await_ready(self._worker, reading, deadline)

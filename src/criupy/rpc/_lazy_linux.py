@@ -250,6 +250,12 @@ class LazyDumpPlan:
             )
         return self.outcome(succeeded=succeeded)
 
+    def failed(self, error: BaseException) -> SourceOutcome:
+        """Tell what became of the tree of a CRIU that failed, and say it in a note."""
+        outcome = self.outcome(succeeded=False)
+        error.add_note(f"the dumped process: {outcome.value}")
+        return outcome
+
     def outcome(self, *, succeeded: bool) -> SourceOutcome:
         """Tell what became of the tree."""
         return outcome_of(self._process, succeeded=succeeded)

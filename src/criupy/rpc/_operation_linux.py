@@ -9,10 +9,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from criupy.errors import CriuTimeout, LocalProtocolError
+from criupy.errors import LocalProtocolError
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
-from criupy.rpc._exchange_linux import Exchange, ends_worker
+from criupy.rpc._exchange_linux import Exchange, Take, ends_worker
 from criupy.rpc._notify import Hooks, Notification, external_of, invoke
 from criupy.rpc._session import Answer, Notified
 from criupy.rpc._worker_linux import Orphan, Worker
@@ -79,10 +79,14 @@ class Process:
 def end_worker(worker: Worker | Orphan | None, deadline: float) -> None:
     """Wait until a worker whose socket is closed has ended, killing it at the deadline, and let go of it."""
     if isinstance(worker, Worker):
-        while worker.poll() is None:
-            if not wait_for(deadline, worker.pidfd):
-                worker.kill()
-                deadline = math.inf
+        try:
+            while worker.poll() is None:
+                if not wait_for(deadline, worker.pidfd):
+                    worker.kill()
+                    deadline = math.inf
+        except BaseException:
+            worker.abandon()
+            raise
         worker.close()
     elif isinstance(worker, Orphan):
         while not worker.has_ended and time.monotonic() < deadline:
@@ -101,7 +105,7 @@ class Operation(Generic[T]):
     def __init__(
         self,
         call: Call[T],
-        connect: Callable[[float], Connection],
+        connect: Callable[[Take, float], None],
         release: Callable[[Connection], None],
         *,
         request_timeout: float | None,
@@ -153,16 +157,15 @@ class Operation(Generic[T]):
         if self._deadline is None:
             self._deadline = time.monotonic() + self._timeout
         try:
-            self._exchange = Exchange(self._call, self._connect(self._deadline))
-        except BaseException:
-            self._call.close()
-            raise
-        try:
-            self._send(self._exchange.request_packet())
+            self._connect(self._take, self._deadline)
+            self._send(self._running.request_packet())
+            return self  # noqa: TRY300 - an interruption here, too, has to undo it
         except BaseException as error:
             self._undo(error)
             raise
-        return self
+
+    def _take(self, connection: Connection) -> None:
+        self._exchange = Exchange(self._call, connection)
 
     def __iter__(self) -> Self:
         return self
@@ -206,14 +209,12 @@ class Operation(Generic[T]):
             if error is None:
                 for _ in self:
                     pass
-        except BaseException as failed:
-            if not self._undo(failed):
-                raise
-        else:
-            if error is None:
                 self._finish()
             else:
                 self._undo(error)
+        except BaseException as failed:
+            if not self._undo(failed):
+                raise
 
     def _send(self, packet: bytes) -> None:
         connection = self._running.connection
@@ -258,7 +259,10 @@ class Operation(Generic[T]):
             raise
 
     def _undo_all(self, error: BaseException) -> bool:
-        exchange = self._running
+        exchange = self._exchange
+        if exchange is None:
+            self._call.close()
+            return False
         if exchange.over or self._left:
             self._finish()
             return False
@@ -266,10 +270,9 @@ class Operation(Generic[T]):
         if exchange.begin_undo():
             deadline += self._grace
         undone = self._see_undone(deadline)
-        if isinstance(error, CriuTimeout) and exchange.succeeded and exchange.refusal is None:
+        if exchange.settle(error):
             self._finish()
             return True
-        exchange.note_undone(error)
         self._end(deadline if undone else time.monotonic())
         return False
 
@@ -304,17 +307,18 @@ class Operation(Generic[T]):
         if self._left:
             return
         if connection.usable:
+            self._release(connection)
             self._left = True
             self._call.close()
-            self._release(connection)
             return
         if self._call.exec_cmd and exchange.succeeded and isinstance(connection.worker, Worker):
             self._kept, connection.worker = connection.worker, None
         self._end(time.monotonic() + self._grace)
 
     def _end(self, deadline: float) -> None:
-        connection = self._running.connection
+        if self._exchange is not None:
+            connection = self._exchange.connection
+            connection.close_socket()
+            end_worker(connection.worker, deadline)
         self._left = True
         self._call.close()
-        connection.close_socket()
-        end_worker(connection.worker, deadline)

@@ -11,14 +11,17 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
 
 from criupy._descriptor import Descriptor
 from criupy._kill_linux import kill_trees
 from criupy.errors import CriuUnavailable
 
-__all__ = ["Orphan", "Worker", "find_program", "parent_of"]
+__all__ = ["HeldInterrupt", "Orphan", "Worker", "find_program", "parent_of"]
 
 _MAX_OUTPUT = 64 * 1024
 
@@ -46,6 +49,33 @@ def _start(command: Sequence[str], request: str, **options: object) -> subproces
         return subprocess.Popen(command, **options)  # type: ignore[call-overload, no-any-return]
     except OSError as error:
         raise CriuUnavailable(request, f"{command[0]}: {error.strerror}", errno=error.errno) from error
+
+
+class HeldInterrupt:
+    """A block at whose end Ctrl-C comes, if it came in it: what is started there has an owner by then.
+
+    SIGINT alone becomes an exception anywhere, and only in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._handler: Callable[[int, FrameType | None], object] | None = None
+        self._held: list[FrameType | None] = []
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):
+                self._handler = handler
+                signal.signal(signal.SIGINT, lambda _, frame: self._held.append(frame))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            if self._held:
+                self._handler(signal.SIGINT, self._held[0])
 
 
 class Worker:
@@ -88,7 +118,8 @@ class Worker:
 
     def poll(self) -> int | None:
         """Reap it if it has ended; return its exit status, negative for a signal, or None."""
-        status: int | None = self._process.poll()
+        with HeldInterrupt():  # between its two steps subprocess can be left with a lock that nobody opens
+            status: int | None = self._process.poll()
         return status
 
     def output(self) -> str:
