@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
 
 from criupy.images import _schema_pb2
-
-SOURCE = Path(__file__).resolve().parent.parent / "src"
-SCHEMA = "criupy/images/_schema.proto"
-
-# The command after a change of the schema, in src:
-#   python -m grpc_tools.protoc -I. --python_out=. --mypy_out=quiet:. criupy/images/_schema.proto
+from schemas import assert_up_to_date
 
 
 def test_regenerating_changes_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("grpc_tools", reason="needs the pinned generators of the dev group")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "grpc_tools.protoc",
-            f"-I{SOURCE}",
-            f"--python_out={tmp_path}",
-            f"--mypy_out=quiet:{tmp_path}",
-            SCHEMA,
-        ],
-        check=True,
-        # protoc finds the plugin for stubs on PATH: protoc's own lack the types of arguments.
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-    )
-    for suffix in ("_pb2.py", "_pb2.pyi"):
-        name = SCHEMA.removesuffix(".proto") + suffix
-        assert (tmp_path / name).read_text() == (SOURCE / name).read_text(), f"{name}: generate it anew"
+    assert_up_to_date("criupy/images/_schema.proto", tmp_path)
 
 
 def test_schema_lives_beside_crius_own() -> None:

@@ -10,7 +10,7 @@ Fields that CRIU requires are optional here: a missing one is then reported
 with its place in the file.
 
 After a change: make the two generated files anew with the command in
-tests/test_images_schema.py.
+tests/schemas.py.
 """
 
 from collections import abc as _abc

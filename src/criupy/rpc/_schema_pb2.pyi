@@ -10,7 +10,7 @@ What CRIU requires in an answer is optional here: a missing field is then
 reported as what it is. images_dir_fd is required by CRIU and always sent.
 
 After a change: make the two generated files anew with the command in
-tests/test_rpc_schema.py.
+tests/schemas.py.
 """
 
 from collections import abc as _abc
