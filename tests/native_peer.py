@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from criupy._uffd.pager_linux import Image, Notice, Pager
+from criupy._uffd.image_linux import Image
+from criupy._uffd.pager_linux import Notice, Pager
 from native_target import PAGE
 
 if TYPE_CHECKING:

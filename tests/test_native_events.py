@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from criupy._uffd.pager_linux import Image, NoticeKind, Outcome, Phase
+from criupy._uffd.image_linux import Image
+from criupy._uffd.pager_linux import NoticeKind, Outcome, Phase
 from criupy.errors import UffdError
 from native_peer import Restore, Source, content, open_files, remote_image
 from native_target import (

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from criupy._uffd.pager_linux import Image, Link, NoticeKind, Outcome, Phase, ReplyFault
+from criupy._uffd.image_linux import Image
+from criupy._uffd.pager_linux import Link, NoticeKind, Outcome, Phase, ReplyFault
 from native_peer import FORCE_CLOSE, Restore, Source, content, open_files, remote_image
 from native_target import PAGE, Target
 from test_native_uffd import usable

@@ -164,3 +164,7 @@ class UffdUnavailable(UffdError):
 
 class LazyPagesError(CriupyError):
     """The lazy-pages daemon failed; the cause, if any, is chained."""
+
+
+class PageServerError(CriupyError):
+    """The page server cannot start or go on; the cause, if any, is chained."""

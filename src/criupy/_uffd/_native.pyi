@@ -67,6 +67,23 @@ class Notice(Protocol):
     a: int
     b: int
 
+class Served(Protocol):
+    """``struct criupy_served``; times are nanoseconds of CLOCK_MONOTONIC, 0 for "not yet"."""
+
+    serial: int
+    reason: int
+    error: int
+    frame: Frame
+    offset: int
+    frame_size: int
+    ended: int
+    started_ns: int
+    first_ns: int
+    ended_ns: int
+    nr_requests: int
+    nr_pages: int
+    bytes_received: int
+
 class _FFI(Protocol):
     NULL: Any
     def new(self, cdecl: str, init: Any = ...) -> Any: ...

@@ -59,6 +59,47 @@ int criupy_frame_decode(struct criupy_frame *frame, const uint8_t *in, size_t si
 	return 0;
 }
 
+/* What the dst_id of everything but a GET numbers: 1 is a task, 2 is shared
+ * memory; the rest was sent by CRIU before 3.3. */
+static bool is_image_type(uint64_t type)
+{
+	switch (type) {
+	case 1: case 10: case 11: case 16: case 17:
+	case 2: case 27: case 28: case 29: case 32: case 33: case 34:
+		return true;
+	default:
+		return false;
+	}
+}
+
+int criupy_frame_detect(const uint8_t *head)
+{
+	uint64_t second = get(head + 8, 8), third = get(head + 16, 8);
+
+	switch (get(head, 2)) {
+	case CRIUPY_CMD_CLOSE:
+	case CRIUPY_CMD_FORCE_CLOSE:
+		return 0;
+	case CRIUPY_CMD_GET:
+		/* Short: the address, and no mapping starts below 64 KiB. Long:
+		 * a count, and no client asks for 256 MiB at once. */
+		return second > 0xffff ? CRIUPY_FRAME_24 : CRIUPY_FRAME_32;
+	case CRIUPY_CMD_ADD:
+	case CRIUPY_CMD_HOLE:
+	case CRIUPY_CMD_OPEN:
+	case CRIUPY_CMD_OPEN2:
+	case CRIUPY_CMD_PARENT:
+	case CRIUPY_CMD_ADD_F:
+		/* Short: dst_id with a type in its low byte. Long: the address,
+		 * which is aligned (0 in OPEN), and no type is zero. */
+		if (is_image_type(third & 0xff))
+			return CRIUPY_FRAME_24;
+		if (third % CRIUPY_PAGE_SIZE == 0)
+			return CRIUPY_FRAME_32;
+	}
+	return -EPROTO;
+}
+
 int criupy_reply_check(const struct criupy_frame *reply, const struct criupy_frame *request)
 {
 	if (reply->cmd != (CRIUPY_CMD_ADD_F | CRIUPY_PE_PRESENT << 16))

@@ -88,10 +88,18 @@ uint64_t criupy_space_next_missing(const struct criupy_space *space, uint64_t *p
 
 #define CRIUPY_FRAME_24 24
 #define CRIUPY_FRAME_32 32
-#define CRIUPY_CMD_GET 7
+#define CRIUPY_CMD_ADD 1
+#define CRIUPY_CMD_HOLE 2
+#define CRIUPY_CMD_OPEN 3
+#define CRIUPY_CMD_OPEN2 4
+#define CRIUPY_CMD_PARENT 5
 #define CRIUPY_CMD_ADD_F 6
+#define CRIUPY_CMD_GET 7
 #define CRIUPY_CMD_CLOSE 0x1023
 #define CRIUPY_CMD_FORCE_CLOSE 0x1024
+#define CRIUPY_CMD_MASK 0xffff		/* the page flags are above */
+#define CRIUPY_PE_PARENT 1
+#define CRIUPY_PE_LAZY 2
 #define CRIUPY_PE_PRESENT 4
 
 struct criupy_frame {
@@ -105,6 +113,10 @@ struct criupy_frame {
  * for a count that 24 bytes cannot carry. */
 int criupy_frame_encode(const struct criupy_frame *frame, uint8_t *out, size_t size);
 int criupy_frame_decode(struct criupy_frame *frame, const uint8_t *in, size_t size);
+/* The frame size of a client by the first 24 bytes that it sent: 24 or 32, 0
+ * for a leading CLOSE, whose first 24 bytes are the same in both (up to 8 more
+ * may follow), or -EPROTO for what no client starts with. */
+int criupy_frame_detect(const uint8_t *head);
 
 /* What is wrong with a reply to a GET; 0 is nothing. */
 #define CRIUPY_REPLY_COMMAND 1
@@ -246,3 +258,66 @@ int criupy_pager_probe(struct criupy_pager *pager);
 /* After giving up: end the link, with a reset (the source goes on), or having
  * read what is outstanding with CLOSE. Tasks that are left are poisoned. */
 int criupy_pager_end(struct criupy_pager *pager, int reset);
+
+/* ---- the page server (server.c) ------------------------------------------------ */
+
+/* Gives out the lazy pages of dumped tasks from their images, each connection
+ * on a thread of its own. */
+struct criupy_server;
+
+struct criupy_server_config {
+	uint64_t stall_timeout_ns;	/* for the first frame, the rest of one, and a peer that does not read */
+	uint64_t idle_timeout_ns;	/* between requests, 0: for ever */
+};
+
+/* Why a connection ended. From COMMAND on the client broke the protocol. */
+#define CRIUPY_SERVED_CLOSED 0		/* CLOSE was answered, and the peer has closed */
+#define CRIUPY_SERVED_EOF 1		/* the peer closed without CLOSE */
+#define CRIUPY_SERVED_RESET 2
+#define CRIUPY_SERVED_CUT 3		/* by us */
+#define CRIUPY_SERVED_IDLE 4		/* nothing was asked for too long */
+#define CRIUPY_SERVED_STALLED 5		/* the peer took or sent nothing in the middle of something */
+#define CRIUPY_SERVED_DATA 6		/* the images cannot be read; error */
+#define CRIUPY_SERVED_ERROR 7		/* error */
+#define CRIUPY_SERVED_COMMAND 8
+#define CRIUPY_SERVED_COUNT 9
+#define CRIUPY_SERVED_ADDRESS 10
+#define CRIUPY_SERVED_ID 11		/* no such task */
+#define CRIUPY_SERVED_PAGE 12		/* not a lazy page of it */
+#define CRIUPY_SERVED_TRUNCATED 13	/* the peer closed inside a frame */
+#define CRIUPY_SERVED_TRAILING 14	/* something came after CLOSE */
+
+struct criupy_served {
+	uint64_t serial;
+	uint32_t reason;		/* once it has ended */
+	int32_t error;			/* errno */
+	struct criupy_frame frame;	/* the one that broke the protocol */
+	uint64_t offset;		/* bytes received before it */
+	uint32_t frame_size;		/* 0: not known yet */
+	uint32_t ended;
+	uint64_t started_ns;		/* CLOCK_MONOTONIC */
+	uint64_t first_ns;		/* when the first page had gone, 0 before */
+	uint64_t ended_ns;
+	uint64_t nr_requests;
+	uint64_t nr_pages;		/* given out */
+	uint64_t bytes_received;
+};
+
+int criupy_server_create(struct criupy_server **server, const struct criupy_server_config *config);
+/* Cut what is connected, and release everything. */
+void criupy_server_destroy(struct criupy_server *server);
+/* Give out this image's extents, whose data_pages are in the pages file fd. Both
+ * pass to the server when 0 is returned. -EEXIST for an id that is there, -EBUSY
+ * once a connection was. */
+int criupy_server_add_image(struct criupy_server *server, struct criupy_image *image, int fd);
+/* Serve a connected stream socket, which passes to the server when 0 is
+ * returned; serial receives its number. */
+int criupy_server_serve(struct criupy_server *server, int fd, uint64_t *serial);
+/* End a connection; 0 also when it has ended meanwhile. */
+int criupy_server_cut(struct criupy_server *server, uint64_t serial);
+/* An eventfd that becomes readable when a connection has ended. */
+int criupy_server_event_fd(const struct criupy_server *server);
+/* 1 and the account of a connection that has ended, each once, or 0. */
+int criupy_server_next_ended(struct criupy_server *server, struct criupy_served *served);
+/* Copy the accounts of at most room connections that go on; returns their number. */
+int criupy_server_connections(struct criupy_server *server, struct criupy_served *served, int room);

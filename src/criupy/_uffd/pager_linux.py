@@ -8,28 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import errno
 import os
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from criupy.errors import UffdError, UffdUnavailable
-
-try:
-    from criupy._uffd._native import ffi, lib
-except ImportError as error:
-    raise UffdUnavailable(
-        "load criupy's native part", errno.ENOSYS, "it exists on Linux only; install a wheel built there"
-    ) from error
+from criupy._uffd.image_linux import Image, check, ffi, lib
 
 if TYPE_CHECKING:
     from criupy._uffd._native import Stats
 
-__all__ = ["Image", "Link", "Notice", "NoticeKind", "Outcome", "Pager", "Phase", "ReplyFault"]
+__all__ = ["Link", "Notice", "NoticeKind", "Outcome", "Pager", "Phase", "ReplyFault"]
 
 
 class Phase(enum.IntEnum):
@@ -92,74 +82,6 @@ class Notice:
     b: int
 
 
-def _check(operation: str, result: int) -> int:
-    if result < 0:
-        raise UffdError(operation, -result)
-    return result
-
-
-class Image:
-    """What the images say of one dumped task's lazy pages.
-
-    ``starts`` and ``nr_pages`` are the extents in address order (bytes and
-    4096-byte pages), ``data_pages`` each extent's first page in the pages
-    file, ``not_inherited`` a byte per extent that is 1 where a forked child
-    does not get the memory. ``id`` is what the source calls the task.
-    """
-
-    def __init__(
-        self,
-        id: int,
-        starts: array[int],
-        nr_pages: array[int],
-        data_pages: array[int] | None = None,
-        not_inherited: bytes | None = None,
-    ) -> None:
-        tables = {"starts": starts, "nr_pages": nr_pages, "data_pages": data_pages}
-        for name, table in tables.items():
-            # C reads as much as it is told there is.
-            if table is not None and (table.itemsize != 8 or len(table) != len(starts)):
-                raise ValueError(
-                    f"{name}: expected an array('Q') of {len(starts)} extents, "
-                    f"got {table.typecode!r} of {len(table)}"
-                )
-        if not_inherited is not None and len(not_inherited) != len(starts):
-            raise ValueError(f"not_inherited: expected {len(starts)} bytes, got {len(not_inherited)}")
-        out = ffi.new("struct criupy_image **")
-        _check(
-            "take over lazy extents",
-            lib.criupy_image_create(
-                out,
-                id,
-                ffi.from_buffer("uint64_t[]", starts),
-                ffi.from_buffer("uint64_t[]", nr_pages),
-                ffi.NULL if data_pages is None else ffi.from_buffer("uint64_t[]", data_pages),
-                ffi.NULL if not_inherited is None else ffi.from_buffer("uint8_t[]", not_inherited),
-                len(starts),
-            ),
-        )
-        self._image: Any = ffi.gc(out[0], lib.criupy_image_destroy)
-
-    @property
-    def nr_pages(self) -> int:
-        """Lazy pages in all extents."""
-        return int(lib.criupy_image_nr_pages(self._image))
-
-    def map(self, path: Path) -> None:
-        """Serve from this pages file."""
-        with path.open("rb") as file:
-            _check("map the pages file", lib.criupy_image_map(self._image, file.fileno()))
-
-    def _to_give(self) -> Any:
-        if self._image == ffi.NULL:
-            raise ValueError("the image already belongs to a pager: each task needs its own")
-        return self._image
-
-    def _given(self) -> None:
-        ffi.gc(self._image, None)
-        self._image = ffi.NULL
-
-
 class Pager:
     """The thread that serves every task of one restore.
 
@@ -187,7 +109,7 @@ class Pager:
             },
         )
         out = ffi.new("struct criupy_pager **")
-        _check("start the pager", lib.criupy_pager_create(out, config))
+        check("start the pager", lib.criupy_pager_create(out, config))
         self._pager: Any = out[0]
         self._told = 0
 
@@ -265,5 +187,5 @@ class Pager:
         self._tell("end", lib.criupy_pager_end(self._pager, reset))
 
     def _tell(self, what: str, result: int) -> None:
-        _check(f"tell the pager: {what}", result)
+        check(f"tell the pager: {what}", result)
         self._told += 1

@@ -9,7 +9,15 @@ everything but the pages. Works on any system; needs no CRIU.
 from __future__ import annotations
 
 from criupy.images._dump import Dump, parent_chain, read_dump
-from criupy.images._lazy import NO_PAGE_INDEX, FrameSize, LazyExtents, frame_size, lazy_extents
+from criupy.images._lazy import (
+    NO_PAGE_INDEX,
+    FrameSize,
+    LazyEntries,
+    LazyExtents,
+    frame_size,
+    lazy_entries,
+    lazy_extents,
+)
 from criupy.images._memory import (
     AreaTotals,
     PageTotals,
@@ -68,6 +76,7 @@ __all__ = [
     "DumpStats",
     "FrameSize",
     "Inventory",
+    "LazyEntries",
     "LazyExtents",
     "MadvBits",
     "Mm",
@@ -89,6 +98,7 @@ __all__ = [
     "check_pages",
     "frame_size",
     "is_zombie",
+    "lazy_entries",
     "lazy_extents",
     "page_totals",
     "pages_path",

@@ -65,12 +65,18 @@ def _flag_mask(pagemap: Pagemap, flag: PageFlags) -> bytes:
     return pagemap.flags.tobytes().translate(table)
 
 
-def lazy_extents(pagemap: Pagemap, mm: Mm) -> LazyExtents:
-    """Take the LAZY entries of a pagemap, split at VMA borders.
+@dataclass(frozen=True, slots=True)
+class LazyEntries:
+    """The LAZY entries of a pagemap, as parallel arrays that mean what those of LazyExtents do."""
 
-    Raise an ImageError for an entry that leaves the VMAs: a page server asked
-    for it might hang, and nothing could be installed there.
-    """
+    starts: array[int]
+    nr_pages: array[int]
+    page_indices: array[int]
+    present: array[int]
+
+
+def lazy_entries(pagemap: Pagemap) -> LazyEntries:
+    """Take the LAZY entries of a pagemap as they are."""
     lazy = _flag_mask(pagemap, PageFlags.LAZY)
     has_bytes = _flag_mask(pagemap, PageFlags.PRESENT)
     first_pages = accumulate(map(mul, pagemap.nr_pages, has_bytes), initial=0)
@@ -83,6 +89,22 @@ def lazy_extents(pagemap: Pagemap, mm: Mm) -> LazyExtents:
             index if there else NO_PAGE_INDEX
             for index, there in zip(compress(first_pages, lazy), present, strict=True)
         ),
+    )
+    return LazyEntries(starts, nr_pages, page_indices, present)
+
+
+def lazy_extents(pagemap: Pagemap, mm: Mm) -> LazyExtents:
+    """Take the LAZY entries of a pagemap, split at VMA borders.
+
+    Raise an ImageError for an entry that leaves the VMAs: a page server asked
+    for it might hang, and nothing could be installed there.
+    """
+    entries = lazy_entries(pagemap)
+    starts, nr_pages, page_indices, present = (
+        entries.starts,
+        entries.nr_pages,
+        entries.page_indices,
+        entries.present,
     )
     out = LazyExtents(pagemap.path, array("Q"), array("Q"), array("Q"), array("I"), array("B"))
 

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Literal
 import trio
 
 from criupy._kill_linux import kill_trees
-from criupy._uffd.pager_linux import Image, Link, Outcome, Pager, Phase
+from criupy._uffd.image_linux import Image
+from criupy._uffd.pager_linux import Link, Outcome, Pager, Phase
 from criupy.errors import CriupyError, LazyPagesError
 from criupy.images import frame_size
 from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask

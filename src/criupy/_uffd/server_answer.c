@@ -1,0 +1,71 @@
+/* Answering a GET from the images.
+ *
+ * A short answer is read into the buffer behind the answers before it, and all
+ * go with one send: at one page each, system calls are what costs. A long one
+ * goes from the page cache to the socket. Nothing is mapped, so nothing of an
+ * image is ever resident here. */
+
+#include <unistd.h>
+
+#include "server.h"
+
+static int read_pages(struct connection *c, int fd, uint64_t offset, uint8_t *into, size_t length)
+{
+	while (length) {
+		ssize_t got = pread(fd, into, length, (off_t)offset);
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got <= 0)
+			return connection_fail(c, CRIUPY_SERVED_DATA, got ? errno : ENODATA);
+		into += got;
+		offset += (uint64_t)got;
+		length -= (size_t)got;
+	}
+	return 0;
+}
+
+int answer_get(struct connection *c, const struct criupy_frame *frame)
+{
+	struct criupy_frame reply = *frame;
+	const struct served_image *served;
+	const struct extent *e;
+	uint64_t page, offset;
+	size_t i, length;
+
+	if (frame->vaddr % CRIUPY_PAGE_SIZE)
+		return connection_fail(c, CRIUPY_SERVED_ADDRESS, 0);
+	if (!frame->nr_pages)
+		return connection_fail(c, CRIUPY_SERVED_COUNT, 0);
+	served = server_find(c->server, frame->dst_id);
+	if (!served)
+		return connection_fail(c, CRIUPY_SERVED_ID, 0);
+	i = image_extent_after(served->image, frame->vaddr);
+	e = &served->image->extents[i];
+	if (i == served->image->nr_extents || frame->vaddr < e->start)
+		return connection_fail(c, CRIUPY_SERVED_PAGE, 0);
+	page = (frame->vaddr - e->start) >> PAGE_SHIFT;
+	reply.cmd = CRIUPY_CMD_ADD_F | CRIUPY_PE_PRESENT << 16;
+	reply.nr_pages = min_u64(min_u64(frame->nr_pages, e->nr_pages - page), SERVER_ANSWER_PAGES);
+	offset = (e->data + page) << PAGE_SHIFT;
+	length = (size_t)reply.nr_pages << PAGE_SHIFT;
+
+	if (reply.nr_pages < SERVER_SENDFILE_PAGES) {
+		if (c->out_length + c->frame_size + length > SERVER_OUT && connection_flush(c, true) < 0)
+			return -1;
+		criupy_frame_encode(&reply, c->out + c->out_length, c->frame_size);
+		c->out_length += c->frame_size;
+		if (read_pages(c, served->fd, offset, c->out + c->out_length, length) < 0)
+			return -1;
+		c->out_length += length;
+	} else {
+		if (c->out_length + c->frame_size > SERVER_OUT && connection_flush(c, true) < 0)
+			return -1;
+		criupy_frame_encode(&reply, c->out + c->out_length, c->frame_size);
+		c->out_length += c->frame_size;
+		if (connection_flush(c, true) < 0 || stream_send_file(c, served->fd, offset, length) < 0)
+			return -1;
+	}
+	c->counted.nr_pages += reply.nr_pages;
+	return 0;
+}

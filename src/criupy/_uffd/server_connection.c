@@ -1,0 +1,161 @@
+/* One connection of the page server, on a thread of its own.
+ *
+ * A client that neither sends nor takes costs its own thread and two small
+ * buffers, and no other client anything. All requests that have arrived are answered, in order, before more are received.
+ *
+ * What ends it is found out here and told in the account. Whatever it is, the
+ * images are only read: a client can come again. */
+
+#include "server.h"
+
+int connection_fail(struct connection *c, uint32_t reason, int error)
+{
+	c->counted.reason = reason;
+	c->counted.error = error;
+	return -1;
+}
+
+int connection_flush(struct connection *c, bool more)
+{
+	size_t length = c->out_length;
+
+	c->out_length = 0;
+	return length ? stream_send(c, c->out, length, more) : 0;
+}
+
+/* How long the next receive may take: between requests as long as it likes, for
+ * the first frame and the rest of one that began only so long in all. */
+static int arm(struct connection *c)
+{
+	const struct criupy_server_config *config = &c->server->config;
+	uint64_t passed;
+
+	if (c->in_start == c->in_end && c->counted.nr_requests && !c->closing) {
+		c->partial_ns = 0;
+		return stream_set_timeout(c, config->idle_timeout_ns);
+	}
+	if (!c->partial_ns)
+		c->partial_ns = server_now_ns();
+	passed = server_now_ns() - c->partial_ns;
+	if (passed >= config->stall_timeout_ns)
+		return connection_fail(c, CRIUPY_SERVED_STALLED, 0);
+	return stream_set_timeout(c, config->stall_timeout_ns - passed);
+}
+
+static void publish(struct connection *c)
+{
+	pthread_mutex_lock(&c->server->lock);
+	c->account = c->counted;
+	pthread_mutex_unlock(&c->server->lock);
+}
+
+/* Receive more. 1 when something came, 0 at the peer's end, -1. */
+static int receive(struct connection *c)
+{
+	ssize_t got;
+
+	if (c->in_start == c->in_end) {
+		c->in_start = c->in_end = 0;
+	} else if (c->in_end == SERVER_IN) {
+		memmove(c->in, c->in + c->in_start, c->in_end - c->in_start);
+		c->in_end -= c->in_start;
+		c->in_start = 0;
+	}
+	if (arm(c) < 0)
+		return -1;
+	got = stream_receive(c, c->in + c->in_end, SERVER_IN - c->in_end);
+	if (got > 0) {
+		c->in_end += (size_t)got;
+		c->counted.bytes_received += (uint64_t)got;
+	}
+	if (got < 0 && c->counted.reason == CRIUPY_SERVED_STALLED && !c->partial_ns)
+		c->counted.reason = CRIUPY_SERVED_IDLE;
+	return got < 0 ? -1 : got > 0;
+}
+
+static int learn_frame_size(struct connection *c)
+{
+	int size = criupy_frame_detect(c->in + c->in_start);
+
+	if (size < 0) {
+		criupy_frame_decode(&c->counted.frame, c->in + c->in_start, CRIUPY_FRAME_24);
+		return connection_fail(c, CRIUPY_SERVED_COMMAND, 0);
+	}
+	c->frame_size = size ? (size_t)size : CRIUPY_FRAME_24;
+	c->counted.frame_size = (uint32_t)size;
+	return 0;
+}
+
+/* After CLOSE: the status, then nothing but the peer's end may come, and soon. */
+static int close_session(struct connection *c)
+{
+	/* A leading CLOSE may be the long one. */
+	size_t rest = c->counted.frame_size ? 0 : CRIUPY_FRAME_32 - CRIUPY_FRAME_24;
+	int got;
+
+	memset(c->out + c->out_length, 0, sizeof(int32_t));
+	c->out_length += sizeof(int32_t);
+	if (connection_flush(c, false) < 0)
+		return -1;
+	c->closing = true;
+	do {
+		if (c->in_end - c->in_start > rest)
+			return connection_fail(c, CRIUPY_SERVED_TRAILING, 0);
+		rest -= c->in_end - c->in_start;
+		c->in_start = c->in_end;
+		got = receive(c);
+	} while (got > 0);
+	if (got < 0 && c->counted.reason != CRIUPY_SERVED_STALLED)
+		return -1;
+	return connection_fail(c, CRIUPY_SERVED_CLOSED, 0);
+}
+
+static int obey(struct connection *c)
+{
+	struct criupy_frame frame;
+
+	criupy_frame_decode(&frame, c->in + c->in_start, c->frame_size);
+	c->counted.frame = frame;
+	c->counted.offset = c->offset;
+	c->in_start += c->frame_size;
+	c->offset += c->frame_size;
+	c->counted.nr_requests++;
+	c->partial_ns = 0;
+	switch (frame.cmd & CRIUPY_CMD_MASK) {
+	case CRIUPY_CMD_GET:
+		return answer_get(c, &frame);
+	case CRIUPY_CMD_CLOSE:
+	case CRIUPY_CMD_FORCE_CLOSE:
+		if (c->out_length + sizeof(int32_t) > SERVER_OUT && connection_flush(c, true) < 0)
+			return -1;
+		return close_session(c);
+	default:
+		return connection_fail(c, CRIUPY_SERVED_COMMAND, 0);
+	}
+}
+
+void connection_serve(struct connection *c)
+{
+	if (stream_init(c) < 0)
+		return;
+	for (;;) {
+		int got = receive(c);
+
+		if (got < 0)
+			return;
+		if (!got) {
+			connection_fail(c, c->in_start == c->in_end ? CRIUPY_SERVED_EOF : CRIUPY_SERVED_TRUNCATED, 0);
+			return;
+		}
+		if (!c->frame_size && c->in_end - c->in_start >= CRIUPY_FRAME_24 && learn_frame_size(c) < 0)
+			return;
+		while (c->frame_size && c->in_end - c->in_start >= c->frame_size)
+			if (obey(c) < 0)
+				return;
+		if (connection_flush(c, false) < 0)
+			return;
+		if (!c->counted.first_ns && c->counted.nr_pages)
+			c->counted.first_ns = server_now_ns();
+		publish(c);
+	}
+}

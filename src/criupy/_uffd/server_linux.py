@@ -1,0 +1,161 @@
+"""The page server's data path, as Python drives it.
+
+Each connection of a :class:`Server` is served on a thread of its own, without
+the interpreter. Everything here happens once per task or connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from criupy._uffd.image_linux import Image, check, ffi, lib
+
+if TYPE_CHECKING:
+    from criupy._uffd._native import Served
+
+__all__ = ["Account", "Ending", "Server"]
+
+
+class Ending(enum.IntEnum):
+    """Why a connection ended; from COMMAND on the client broke the protocol."""
+
+    CLOSED = lib.CRIUPY_SERVED_CLOSED
+    EOF = lib.CRIUPY_SERVED_EOF
+    RESET = lib.CRIUPY_SERVED_RESET
+    CUT = lib.CRIUPY_SERVED_CUT
+    IDLE = lib.CRIUPY_SERVED_IDLE
+    STALLED = lib.CRIUPY_SERVED_STALLED
+    DATA = lib.CRIUPY_SERVED_DATA
+    ERROR = lib.CRIUPY_SERVED_ERROR
+    COMMAND = lib.CRIUPY_SERVED_COMMAND
+    COUNT = lib.CRIUPY_SERVED_COUNT
+    ADDRESS = lib.CRIUPY_SERVED_ADDRESS
+    ID = lib.CRIUPY_SERVED_ID
+    PAGE = lib.CRIUPY_SERVED_PAGE
+    TRUNCATED = lib.CRIUPY_SERVED_TRUNCATED
+    TRAILING = lib.CRIUPY_SERVED_TRAILING
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a connection did so far, or in all.
+
+    ``ending`` is None while it goes on; ``errno`` belongs to DATA and ERROR.
+    ``command`` (without flags), ``nr_pages``, ``address`` and ``id`` are of the
+    last frame, which began ``offset`` bytes into the stream. ``frame_size`` is 0
+    until the first frame showed it. Times are seconds of CLOCK_MONOTONIC;
+    ``first_page`` is when the first page had gone, ``ended`` when all was over.
+    """
+
+    serial: int
+    ending: Ending | None
+    errno: int
+    command: int
+    nr_pages: int
+    address: int
+    id: int
+    offset: int
+    frame_size: int
+    started: float
+    first_page: float | None
+    ended: float | None
+    requests: int
+    pages: int
+    bytes_received: int
+
+
+def _account(served: Served) -> Account:
+    return Account(
+        serial=served.serial,
+        ending=Ending(served.reason) if served.ended else None,
+        errno=served.error,
+        command=served.frame.cmd & lib.CRIUPY_CMD_MASK,
+        nr_pages=served.frame.nr_pages,
+        address=served.frame.vaddr,
+        id=served.frame.dst_id,
+        offset=served.offset,
+        frame_size=served.frame_size,
+        started=served.started_ns / 1e9,
+        first_page=served.first_ns / 1e9 if served.first_ns else None,
+        ended=served.ended_ns / 1e9 if served.ended else None,
+        requests=served.nr_requests,
+        pages=served.nr_pages,
+        bytes_received=served.bytes_received,
+    )
+
+
+class Server:
+    """Gives out the lazy pages of dumped tasks from their images.
+
+    A peer has ``stall_timeout`` seconds for its first frame, for the rest of
+    one that it began, and to take something of what it asked for;
+    ``idle_timeout`` is how long it may ask for nothing (None: for ever).
+    """
+
+    def __init__(self, *, stall_timeout: float, idle_timeout: float | None) -> None:
+        config = ffi.new(
+            "struct criupy_server_config *",
+            {
+                "stall_timeout_ns": int(stall_timeout * 1e9),
+                "idle_timeout_ns": 0 if idle_timeout is None else int(idle_timeout * 1e9),
+            },
+        )
+        out = ffi.new("struct criupy_server **")
+        check("make a page server", lib.criupy_server_create(out, config))
+        self._server: Any = out[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cut what is connected, and release everything."""
+        server, self._server = self._server, None
+        if server is not None:
+            lib.criupy_server_destroy(server)
+
+    def add_image(self, image: Image, fd: int) -> None:
+        """Give out an image's extents, from the pages file ``fd``; both are the server's now.
+
+        Only before the first connection.
+        """
+        check("serve an image", lib.criupy_server_add_image(self._server, image._to_give(), fd))
+        image._given()
+
+    def serve(self, fd: int) -> int:
+        """Serve a connected socket, which is the server's now; return the connection's number."""
+        serial = ffi.new("uint64_t *")
+        check("serve a connection", lib.criupy_server_serve(self._server, fd, serial))
+        return int(serial[0])
+
+    def cut(self, serial: int) -> None:
+        """End a connection, unless it has ended."""
+        check("cut a connection", lib.criupy_server_cut(self._server, serial))
+
+    @property
+    def event_fd(self) -> int:
+        """Readable when a connection has ended; ``ended`` resets it."""
+        return int(lib.criupy_server_event_fd(self._server))
+
+    def ended(self) -> Iterator[Account]:
+        """Take the accounts of connections that have ended, each once."""
+        with contextlib.suppress(BlockingIOError):  # nothing new since the last call
+            os.eventfd_read(self.event_fd)
+        served = ffi.new("struct criupy_served *")
+        while lib.criupy_server_next_ended(self._server, served):
+            yield _account(served)
+
+    def connections(self, room: int) -> list[Account]:
+        """Return the accounts of at most ``room`` connections that go on."""
+        served = ffi.new("struct criupy_served[]", room)
+        return [_account(served[i]) for i in range(lib.criupy_server_connections(self._server, served, room))]
