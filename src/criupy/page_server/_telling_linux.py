@@ -21,7 +21,7 @@ _PROBLEMS: Final = {
     Ending.DATA: "the images cannot be read any more: {error}",
     Ending.ERROR: "{error}",
     Ending.COMMAND: "{frame}: nothing that is done here",
-    Ending.COUNT: "{frame}: no pages",
+    Ending.COUNT: "{frame}: no pages, or more than there are addresses",
     Ending.ADDRESS: "{frame}: not the address of a page",
     Ending.ID: "{frame}: there is no such process in the images",
     Ending.PAGE: "{frame}: that is no lazy page of it",
