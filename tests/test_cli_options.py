@@ -16,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from criupy.errors import LazyPagesError
-from criupy.lazy_pages._getopt import CRIU_OPTIONS, Argument, GetoptError, Option, normalise
-from criupy.lazy_pages._options import Answer, LazyPagesOptions, TlsNotYetError, UsageError, parse
-from criupy.lazy_pages._parser import OWN_OPTIONS, REFUSED
+from criupy._command.getopt import CRIU_OPTIONS, Argument, GetoptError, Option, normalise
+from criupy._command.line import Answer, TlsNotYetError
+from criupy._command.parser import REFUSED, UsageError
+from criupy.errors import CommandError
+from criupy.lazy_pages._options import LazyPagesOptions, parse
+from criupy.lazy_pages._parser import OWN_OPTIONS
 
 DEFAULT = LazyPagesOptions()
 REMOTE = ["--page-server", "--address", "a.example", "--port", "1234"]
@@ -325,7 +327,7 @@ def test_rejected(line: str, words: str) -> None:
 def test_tls_is_not_yet(line: str) -> None:
     with pytest.raises(TlsNotYetError, match="not yet") as caught:
         parse([*REMOTE, *line.split()])
-    assert isinstance(caught.value, LazyPagesError)
+    assert isinstance(caught.value, CommandError)
     assert options(*REMOTE, "--tls", "--no-tls").page_server == ("a.example", 1234)
 
 
