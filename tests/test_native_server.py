@@ -1,4 +1,4 @@
-"""The page server's data path: what it gives out, to whom, and what it makes of clients that break the rules."""
+"""The page server's data path: what it gives out, and what it makes of clients that break the rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 
@@ -251,7 +251,7 @@ def test_a_server_that_ends_cuts_all(serve: Serve) -> None:
         assert waiting.is_over()
 
 
-# ---- what breaks the rules -----------------------------------------------------------------------------------
+# ---- what breaks the rules -------------------------------------------------------------------------------
 
 A = 0x10_0000_0000
 """Where the first area of a workload begins."""
@@ -404,12 +404,11 @@ def test_images_in_the_wrong_order(serve: Serve) -> None:
         served.server.add_image(image(task.pid), 0)
     with pytest.raises(UffdError, match="Invalid argument"):
         served.server.add_image(Image(7, entries.starts, entries.nr_pages), 0)
-    with served.connect():
-        with pytest.raises(UffdError, match="busy"):
-            served.server.add_image(image(7), 0)
+    with served.connect(), pytest.raises(UffdError, match="busy"):
+        served.server.add_image(image(7), 0)
 
 
-# ---- the model -------------------------------------------------------------------------------------------------
+# ---- the model -------------------------------------------------------------------------------------------
 
 
 @given(head=st.binary(min_size=24, max_size=24))
@@ -431,6 +430,7 @@ def test_first_frames_are_read_as_the_model_reads_them(
 
 
 def _detects_alike(head: bytes) -> None:
+    expected: int
     try:
         expected = detect_frame_size(head) or 0
     except RemoteProtocolError:

@@ -19,7 +19,7 @@ from criupy._uffd.server_linux import Account, Ending, Server
 from criupy.errors import PageServerError
 from criupy.page_server._access import Network, is_allowed, is_loopback
 from criupy.page_server._images import ServedTask, load_tasks
-from criupy.page_server._telling import tell
+from criupy.page_server._telling_linux import tell
 
 __all__ = ["Account", "Config", "Ending", "PageServer", "open_page_server"]
 
@@ -68,6 +68,7 @@ class PageServer:
         self._listener = listener
         self._peers: dict[int, str] = {}
         self._accepting = trio.CancelScope()
+        self._accepts = True
         self._changed = trio.Event()
         self.address: str
         self.port: int
@@ -85,12 +86,13 @@ class PageServer:
 
     async def wait(self) -> None:
         """Wait until nothing more is accepted and every connection has ended."""
-        while self._peers or not self._accepting.cancel_called:
+        while self._peers or self._accepts:
             await self._changed.wait()
 
     async def _accept(self) -> None:
         with self._accepting, self._listener:
-            while True:
+            served = False
+            while not (served and self._config.once):
                 try:
                     connection, peer = await self._listener.accept()
                 except OSError as error:
@@ -99,8 +101,8 @@ class PageServer:
                     log.warning("a connection cannot be accepted: %s", error.strerror)
                     await trio.sleep(_PAUSE)
                     continue
-                if self._admit(connection, peer) and self._config.once:
-                    self.stop()
+                served = self._admit(connection, peer)
+        self._accepts = False
         self._notify()
 
     def _admit(self, connection: trio.socket.SocketType, peer: tuple[str, int]) -> bool:
@@ -129,7 +131,7 @@ class PageServer:
         while True:
             await trio.lowlevel.wait_readable(self._native.event_fd)
             for account in self._native.ended():
-                tell(account, self._peers.pop(account.serial), self._config.stall_timeout)
+                tell(account, self._peers.pop(account.serial))
                 self.last = account
             self._notify()
 
@@ -206,8 +208,17 @@ async def open_page_server(config: Config) -> AsyncIterator[PageServer]:
                 server.address,
                 server.port,
             )
+        error: BaseException | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server._accept)
             nursery.start_soon(server._reap)
-            yield server
+            try:
+                yield server
+            except BaseException as raised:  # noqa: BLE001 - raised below, as it is and in no group
+                error = raised
             nursery.cancel_scope.cancel()
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
