@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from criu_judge import criu_accepts, needs_criu
 from criupy._command.getopt import CRIU_OPTIONS, Argument
 from criupy._command.line import Answer, TlsNotYetError
 from criupy._command.parser import REFUSED, UsageError
 from criupy.page_server._options import PageServerOptions, parse
 from criupy.page_server._parser import OWN_OPTIONS
-from test_cli_options import criu_accepts, needs_criu
 
 DEFAULT = PageServerOptions()
 HERE = ["--address", "127.0.0.1"]

@@ -11,7 +11,7 @@ __all__ = ["hold_signals", "stop_on_signal"]
 
 # A terminal that closes must not end what running tasks depend on: SIGHUP stops like SIGTERM.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# By default these would end the daemon at once, and what has not come would read as zeros.
+# By default these would end the daemon at once, and leave running tasks without their memory.
 _IGNORED_SIGNALS = (
     signal.SIGQUIT,
     signal.SIGUSR1,

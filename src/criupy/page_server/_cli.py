@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -117,7 +117,7 @@ async def _serve(options: PageServerOptions, config: Config, tasks: list[ServedT
     from criupy._command.signals_linux import stop_on_signal
     from criupy.page_server._server_linux import open_page_server
 
-    async with open_page_server(config, tasks=tasks) as server, trio.open_nursery() as nursery:
+    async with open_page_server(config, tasks=_taken(tasks)) as server, trio.open_nursery() as nursery:
         await nursery.start(stop_on_signal, _Stopping(server, nursery, options.stop_timeout))
         failure = None
         try:
@@ -138,6 +138,13 @@ async def _serve(options: PageServerOptions, config: Config, tasks: list[ServedT
         _check_only(server.last)
     _check_all(statistics)
     return 0
+
+
+def _taken(tasks: list[ServedTask]) -> Iterator[ServedTask]:
+    # What is in the native part is not kept here as well.
+    tasks.reverse()
+    while tasks:
+        yield tasks.pop()
 
 
 class _Stopping:
