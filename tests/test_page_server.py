@@ -22,7 +22,7 @@ from criupy.errors import ImageError, PageServerError
 from criupy.page_server import Config, Ending, PageServer
 from criupy.testing.images import WrittenImages, write_images
 from criupy.testing.spec import WorkloadSpec
-from page_server_clients import GET, PAGE, Destination
+from page_server_clients import GET, PAGE, Destination, loopback
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
@@ -201,3 +201,40 @@ async def test_what_cannot_be_served(images: WrittenImages, tmp_path: Path) -> N
         with pytest.raises(PageServerError, match="Address already in use"):
             async with serving(images, port=server.port):
                 pass
+
+
+async def test_cutting(images: WrittenImages) -> None:
+    async with serving(images) as server:
+        with connect(server) as first, connect(server) as second:
+            await get(first, 2)
+            await get(second)
+            server.stop()
+            server.cut()
+            await server.wait()
+            server.cut()  # of nothing
+            assert await is_over(first)
+            assert await is_over(second)
+        told = server.statistics
+        assert (told.ended, told.refused, told.requests, told.pages) == (2, 0, 2, 3)
+        assert dict(told.endings) == {"cut": 2}
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+async def test_an_inherited_connection_and_nothing_else(images: WrittenImages, family: int) -> None:
+    ours, theirs = loopback() if family == socket.AF_INET else socket.socketpair()
+    with Destination(ours) as destination:
+        async with serving(images, connection=theirs) as server:
+            assert (server.address, server.port) == ("", 0)
+            assert await get(destination)
+            assert await close(destination) == 0
+            await server.wait()
+            assert server.last is not None
+            assert server.last.ending is Ending.CLOSED
+
+
+async def test_an_inherited_connection_that_is_none(images: WrittenImages) -> None:
+    with socket.socket() as unconnected:
+        async with serving(images, connection=unconnected) as server:
+            await server.wait()
+            assert server.last is not None
+            assert server.last.ending is Ending.ERROR

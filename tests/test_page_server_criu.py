@@ -13,6 +13,7 @@ from criupy.testing.control_linux import Order
 from criupy.testing.criu_linux import Criu, dump, lazy_pages_daemon, our_command, restore, stock_command
 from criupy.testing.spec import WorkloadSpec
 from criupy.testing.workload_linux import Workload, start_workload
+from page_server_command import Running, command
 
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
 
@@ -21,7 +22,12 @@ SPEC = WorkloadSpec(size=48 * MIB, areas=3, tree=2, fragmented=True)
 
 
 async def restore_and_verify(
-    criu: Criu, server: PageServer, workload: Workload, room: Path, name: str, daemon: tuple[str, ...]
+    criu: Criu,
+    server: PageServer | Running,
+    workload: Workload,
+    room: Path,
+    name: str,
+    daemon: tuple[str, ...],
 ) -> None:
     """Restore a copy of the workload elsewhere, touching it all the while, and look at every byte."""
     work = room / name
@@ -67,3 +73,15 @@ async def test_five_restores_at_the_same_time(criu: Criu, room: Path) -> None:
             await server.wait()
             assert server.last is not None
             assert server.last.ending is Ending.CLOSED
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["our-daemon", "stock-daemon"])
+async def test_the_command_for_one_restore(criu: Criu, room: Path, ours: bool) -> None:
+    daemon = our_command() if ours else stock_command(criu)
+    async with start_workload(SPEC, room) as workload:
+        await dump(criu, workload.pid, room / "images")
+        await trio.Path(room / "serving").mkdir()
+        with command(room / "images", room / "serving", "--once") as served:
+            await restore_and_verify(criu, served, workload, room, "restoring", daemon)
+            assert await trio.to_thread.run_sync(served.ended) == 0
+            assert served.errors == served.warnings == []
