@@ -10,7 +10,15 @@ import trio
 
 from criupy.page_server import Config, Ending, PageServer, open_page_server
 from criupy.testing.control_linux import Order
-from criupy.testing.criu_linux import Criu, dump, lazy_pages_daemon, our_command, restore, stock_command
+from criupy.testing.criu_linux import (
+    Criu,
+    dump,
+    find_criu,
+    lazy_pages_daemon,
+    our_command,
+    restore,
+    stock_command,
+)
 from criupy.testing.spec import WorkloadSpec
 from criupy.testing.workload_linux import Workload, start_workload
 from page_server_command import Running, command
@@ -85,3 +93,21 @@ async def test_the_command_for_one_restore(criu: Criu, room: Path, ours: bool) -
             await restore_and_verify(criu, served, workload, room, "restoring", daemon)
             assert await trio.to_thread.run_sync(served.ended) == 0
             assert served.errors == served.warnings == []
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["our-daemon", "stock-daemon"])
+async def test_an_older_criu_dumped(room: Path, ours: bool) -> None:
+    """The images tell the size of frames of who wrote them, and the server takes that of who asks."""
+    found, _ = find_criu()
+    if len({criu.frame_size for criu in found}) < 2:
+        pytest.skip("needs two CRIUs, of 4.1 or before and of 4.2 or later: `make test` fetches them")
+    criu, older = found[0], found[-1]
+    async with start_workload(SPEC, room) as workload:
+        await dump(older, workload.pid, room / "images")
+        async with open_page_server(Config(room / "images")) as server:
+            daemon = our_command() if ours else stock_command(criu)
+            await restore_and_verify(criu, server, workload, room, "restoring", daemon)
+            server.stop()
+            await server.wait()
+            assert server.last is not None
+            assert server.last.frame_size == (older.frame_size if ours else criu.frame_size)
