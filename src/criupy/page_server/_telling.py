@@ -62,5 +62,5 @@ def tell(account: Account, peer: str, stall_timeout: float) -> None:
     if problem is None:
         log.info("connection %d: %s has ended, %s", account.serial, peer, did)
     else:
-        where = f", byte {account.offset}" if account.ending is not None and account.ending >= 8 else ""
+        where = f", byte {account.offset}" if account.ending is not None and account.ending >= Ending.COMMAND else ""
         log.warning("connection %d: %s: %s%s; closed after %s", account.serial, peer, problem, where, did)
