@@ -432,7 +432,7 @@ def test_first_frames_are_read_as_the_model_reads_them(
 
 def _detects_alike(head: bytes) -> None:
     try:
-        expected = detect_frame_size(head) or 0
+        expected: int = detect_frame_size(head) or 0
     except RemoteProtocolError:
         expected = -71  # EPROTO
     assert lib.criupy_frame_detect(head) == expected

@@ -150,9 +150,7 @@ class Server:
     goes for the first frame of an upload too.
     """
 
-    def __init__(
-        self, *, stall_timeout: float, idle_timeout: float | None, receives: bool = False
-    ) -> None:
+    def __init__(self, *, stall_timeout: float, idle_timeout: float | None, receives: bool = False) -> None:
         config = ffi.new(
             "struct criupy_server_config *",
             {

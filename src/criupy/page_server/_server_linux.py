@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
 from criupy._uffd.image_linux import Image
-from criupy._uffd.server_linux import Account, Ending, Server
+from criupy._uffd.server_linux import Account, Ending, Question, Server
 from criupy.errors import PageServerError
 from criupy.page_server._access import Network, is_allowed, is_loopback
 from criupy.page_server._images import ServedTask, load_tasks
@@ -56,15 +57,32 @@ class Config:
     idle_timeout: float | None = None
 
 
+class Uploads(Protocol):
+    """What a server that receives does with the images that come."""
+
+    async def answer(self, question: Question) -> None:
+        """Answer what a connection asked."""
+
+    async def end(self, account: Account, peer: str) -> None:
+        """Discard what an ended connection left unfinished, and tell of it."""
+
+
 class PageServer:
-    """A page server that listens; made by ``open_page_server``.
+    """A page server that listens; made by ``open_page_server`` or ``open_page_receiver``.
 
     ``address`` and ``port`` are where.
     """
 
-    def __init__(self, config: Config, native: Server, listener: trio.socket.SocketType) -> None:
+    def __init__(
+        self,
+        config: Config,
+        native: Server,
+        listener: trio.socket.SocketType,
+        uploads: Uploads | None = None,
+    ) -> None:
         self._config = config
         self._native = native
+        self._uploads = uploads
         self._listener = listener
         self._peers: dict[int, str] = {}
         self._accepting = trio.CancelScope()
@@ -126,12 +144,24 @@ class PageServer:
         return True
 
     async def _reap(self) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(self._native.event_fd)
-            for account in self._native.ended():
-                tell(account, self._peers.pop(account.serial), self._config.stall_timeout)
-                self.last = account
-            self._notify()
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.lowlevel.wait_readable(self._native.event_fd)
+                for account in self._native.ended():
+                    nursery.start_soon(self._end, account)
+                if self._uploads is not None:
+                    for question in self._native.questions():
+                        nursery.start_soon(self._uploads.answer, question)
+
+    async def _end(self, account: Account) -> None:
+        peer = self._peers[account.serial]
+        if self._uploads is None:
+            tell(account, peer, self._config.stall_timeout)
+        else:
+            await self._uploads.end(account, peer)
+        self._peers.pop(account.serial)
+        self.last = account
+        self._notify()
 
     def _notify(self) -> None:
         self._changed.set()
@@ -166,7 +196,7 @@ def _serve_task(native: Server, task: ServedTask) -> int:
     return sum(entries.nr_pages)
 
 
-async def _listen(config: Config) -> trio.socket.SocketType:
+async def listen(config: Config) -> trio.socket.SocketType:
     where = f"{config.address}:{config.port}"
     if config.listener is not None:
         return trio.socket.from_stdlib_socket(config.listener)
@@ -189,6 +219,16 @@ async def _listen(config: Config) -> trio.socket.SocketType:
 
 
 @contextlib.asynccontextmanager
+async def running(server: PageServer) -> AsyncIterator[None]:
+    """Let it accept while the block runs."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server._accept)
+        nursery.start_soon(server._reap)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+@contextlib.asynccontextmanager
 async def open_page_server(config: Config) -> AsyncIterator[PageServer]:
     """Serve the lazy pages of images while the block runs, to any number of destinations.
 
@@ -197,7 +237,7 @@ async def open_page_server(config: Config) -> AsyncIterator[PageServer]:
     """
     with Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout) as native:
         await trio.to_thread.run_sync(partial(_serve_images, native, config.images_dir))
-        listener = await _listen(config)
+        listener = await listen(config)
         server = PageServer(config, native, listener)
         if not is_loopback(server.address) and not config.allow:
             log.warning(
@@ -206,8 +246,5 @@ async def open_page_server(config: Config) -> AsyncIterator[PageServer]:
                 server.address,
                 server.port,
             )
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(server._accept)
-            nursery.start_soon(server._reap)
+        async with running(server):
             yield server
-            nursery.cancel_scope.cancel()

@@ -1,0 +1,308 @@
+"""Real CRIUs that dump to our page server, and restore what it wrote, byte by byte."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
+
+import criupy
+from criupy.images import PageFlags, Pagemap, check_pages, read_dump, read_pagemap, read_shared_pagemap
+from criupy.page_server import Config, Ending, PageServer, open_page_receiver
+from criupy.testing.criu_linux import Criu
+from page_server_clients import PAGE, PE_PARENT, PE_PRESENT, Dumper, shmem, task
+from rpc_victims import disk, state_of, subreaper, until, until_reaped
+
+pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("nothing_is_left")]
+
+# Every page has its number, but for some that were never touched; on SIGUSR1 it looks at each byte.
+_VICTIM = """
+import mmap, os, signal, sys
+path, nr = sys.argv[1], 2000
+os.chdir("/")
+def fill(area, salt):
+    for n in range(nr):
+        if n % 7:
+            area[4096 * n : 4096 * n + 4096] = (salt + n).to_bytes(8, "little") * 512
+def good(area, salt):
+    return all(
+        area[4096 * n : 4096 * n + 4096] == (salt + n).to_bytes(8, "little") * 512 if n % 7
+        else not any(area[4096 * n : 4096 * n + 4096])
+        for n in range(nr)
+    )
+private = mmap.mmap(-1, 4096 * nr, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+shared = mmap.mmap(-1, 4096 * nr)
+fill(private, 1 << 32)
+fill(shared, 1 << 33)
+asked = 0
+def look(*_):
+    global asked
+    asked += 1
+    said = "good" if good(private, 1 << 32) and good(shared, 1 << 33) else "bad"
+    with open(path, "w") as file:
+        file.write("%s %d" % (said, asked))
+signal.signal(signal.SIGUSR1, look)
+look()
+while True:
+    signal.pause()
+"""
+
+
+@dataclass(slots=True)
+class Victim:
+    """A process whose memory can be judged."""
+
+    process: subprocess.Popen[bytes]
+    path: Path
+    asked: int = 1
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def assert_good(self) -> None:
+        self.asked += 1
+        self.process.send_signal(signal.SIGUSR1) if self.process.poll() is None else _signal(self.pid)
+        until(lambda: self.path.read_text().endswith(f" {self.asked}"), "it does not answer")
+        assert self.path.read_text() == f"good {self.asked}"
+
+
+def _signal(pid: int) -> None:
+    import os
+
+    os.kill(pid, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def victim(directory: Path) -> Iterator[Victim]:
+    path = directory / "said"
+    path.touch()
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _VICTIM, path],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        until(lambda: path.read_text() == "good 1", "it does not start")
+        yield Victim(process, path)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.asynccontextmanager
+async def restored(criu: Criu, pid: int, images: Path) -> AsyncIterator[None]:
+    """Restore what was dumped and killed, on this machine; it is killed in the end."""
+    with subreaper():
+        await trio.to_thread.run_sync(until_reaped, pid)
+        client = criupy.AsyncCriu(criu.path)
+        try:
+            result = await client.restore(images_dir=images)
+            assert result.pid == pid
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                import os
+
+                os.kill(pid, signal.SIGKILL)
+            await trio.to_thread.run_sync(until_reaped, pid)
+
+
+@contextlib.asynccontextmanager
+async def receive(directory: Path, **options: Any) -> AsyncIterator[PageServer]:
+    directory.mkdir(exist_ok=True)
+    more = {name: options.pop(name) for name in ("prev_images_dir", "auto_dedup") if name in options}
+    async with open_page_receiver(Config(directory, **options), **more) as server:
+        yield server
+
+
+async def ended(server: PageServer) -> Ending | None:
+    with trio.fail_after(30):
+        while server.last is None or server._peers:
+            await trio.sleep(0.005)
+    return server.last.ending
+
+
+@pytest.mark.parametrize("apart", [False, True])
+async def test_dump_to_us_and_restore(criu: Criu, apart: bool, tmp_path: Path) -> None:
+    """Both write into one directory, or each into its own and what is in them is put together."""
+    images, pages = tmp_path / "images", tmp_path / ("pages" if apart else "images")
+    images.mkdir()
+    with victim(tmp_path) as process:
+        async with receive(pages, once=True) as server:
+            client = criupy.AsyncCriu(criu.path)
+            await client.dump(process.pid, images_dir=images, page_server=("127.0.0.1", server.port))
+            await server.wait()
+            assert server.last is not None
+            assert server.last.ending is Ending.CLOSED
+            assert server.last.frame_size == criu.frame_size
+        if apart:
+            for path in pages.iterdir():
+                shutil.copy(path, images)
+        found = read_dump(images)
+        assert found.shared
+        async with restored(criu, process.pid, images):
+            process.assert_good()
+
+
+async def test_pre_dump_to_us(criu: Criu, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    with victim(tmp_path) as process:
+        async with receive(tmp_path / "pages", once=True) as server:
+            client = criupy.AsyncCriu(criu.path)
+            await client.single_pre_dump(
+                process.pid, images_dir=images, page_server=("127.0.0.1", server.port), track_mem=False
+            )
+            await server.wait()
+            assert server.last is not None
+            assert server.last.ending is Ending.CLOSED
+        process.assert_good()
+        assert len(read_pagemap(tmp_path / "pages", process.pid)) > 100
+
+
+# ---- chains ------------------------------------------------------------------------------------------------
+
+
+def level(page: int) -> int:
+    """Tell which of three dumps a page was changed before; later ones have other bytes of nearly all."""
+    return (page * 7 // 3) % 3
+
+
+def upload(dumper: Dumper, image: int, pagemap: Pagemap, content: bytes, number: int) -> None:
+    """Upload one of three dumps: what changed since the one before, the rest is left to that."""
+    assert dumper.open(image) is (number > 0)
+    done = 0
+    for start, nr, flags in zip(pagemap.starts, pagemap.nr_pages, pagemap.flags, strict=True):
+        assert flags & PageFlags.PRESENT.value
+        for n in range(nr):
+            if level(done) < number:
+                dumper.entry(image, start + n * PAGE, 1, PE_PARENT)
+            else:
+                data = content[done * PAGE : done * PAGE + PAGE] if level(done) == number else b"\xee" * PAGE
+                dumper.add(image, start + n * PAGE, data, flags | PE_PRESENT)
+            done += 1
+
+
+@pytest.mark.parametrize("auto_dedup", [False, True])
+async def test_a_chain_of_two_parents(criu: Criu, auto_dedup: bool, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    with victim(tmp_path) as process:
+        await criupy.AsyncCriu(criu.path).dump(process.pid, images_dir=full)
+        pagemaps = {task(process.pid): read_pagemap(full, process.pid)}
+        for piece in read_dump(full).shared:
+            pagemaps[shmem(piece.shmid)] = read_shared_pagemap(full, piece.shmid)
+        assert len(pagemaps) == 2
+        for number in range(3):
+            previous = f"../{number - 1}" if number else None
+            room = tmp_path / str(number)
+            async with receive(room, prev_images_dir=previous, auto_dedup=auto_dedup) as server:
+                await trio.to_thread.run_sync(
+                    partial(push, server.port, criu.frame_size, pagemaps, full, number)
+                )
+                assert await ended(server) is Ending.CLOSED
+        for path in full.glob("*.img"):
+            if not path.name.startswith(("pagemap-", "pages-")):
+                shutil.copy(path, tmp_path / "2")
+        used = [sum(p.stat().st_blocks for p in (tmp_path / str(n)).glob("pages-*")) for n in range(3)]
+        whole = sum(p.stat().st_blocks for p in full.glob("pages-*"))
+        if auto_dedup:
+            assert sum(used) <= whole + 64
+        else:
+            assert sum(used) > 1.5 * whole
+        async with restored(criu, process.pid, tmp_path / "2"):
+            process.assert_good()
+
+
+def push(port: int, frame_size: int, pagemaps: dict[int, Pagemap], full: Path, number: int) -> None:
+    import socket
+
+    with Dumper(socket.create_connection(("127.0.0.1", port)), frame_size) as dumper:
+        for image, pagemap in pagemaps.items():
+            assert dumper.has_parent(image) == (number > 0)
+            upload(dumper, image, pagemap, check_pages(full, pagemap).read_bytes(), number)
+        assert dumper.close() == 0
+
+
+# ---- failures --------------------------------------------------------------------------------------------
+
+
+async def dump_fails(criu: Criu, process: Victim, images: Path, port: int) -> criupy.CriuError:
+    images.mkdir(exist_ok=True)
+    with trio.fail_after(60):
+        with pytest.raises(criupy.CriuError) as caught:
+            await criupy.AsyncCriu(criu.path).dump(
+                process.pid, images_dir=images, page_server=("127.0.0.1", port), log_level=4
+            )
+    assert state_of(process.pid) in {"S", "R"}
+    process.assert_good()
+    print(caught.value.log_errors)
+    return caught.value
+
+
+async def test_a_full_disk_fails_the_dump(criu: Criu, tmp_path: Path) -> None:
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    with disk(pages, "size=4m"), victim(tmp_path) as process:
+        async with receive(pages) as server:
+            await dump_fails(criu, process, tmp_path / "images", server.port)
+            assert await ended(server) is Ending.DISK
+            assert list(pages.iterdir()) == []
+
+
+async def test_a_refused_image_fails_the_dump(criu: Criu, tmp_path: Path) -> None:
+    """No inode is left: the answer to OPEN2 never comes."""
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    with disk(pages, "nr_inodes=1"), victim(tmp_path) as process:
+        async with receive(pages) as server:
+            await dump_fails(criu, process, tmp_path / "images", server.port)
+            assert await ended(server) is Ending.REFUSED
+
+
+async def test_a_status_that_is_not_0_fails_the_dump(
+    criu: Criu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All has come, but it cannot be given its names."""
+    from criupy.page_server import _writer
+
+    def fail(path: Path) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(_writer, "_sync_directory", fail)
+    with victim(tmp_path) as process:
+        async with receive(tmp_path / "pages") as server:
+            await dump_fails(criu, process, tmp_path / "images", server.port)
+            assert await ended(server) is Ending.REFUSED
+            assert list((tmp_path / "pages").iterdir()) == []
+
+
+async def test_a_cut_fails_the_dump(criu: Criu, tmp_path: Path) -> None:
+    with victim(tmp_path) as process:
+        async with receive(tmp_path / "pages") as server:
+            native = server._native
+            ask: Callable[..., None] = native.answer
+
+            def cut_instead(serial: int, answer: int, fd: int = -1) -> None:
+                native.cut(serial)
+                ask(serial, answer, fd)
+
+            native.answer = cut_instead  # type: ignore[method-assign]
+            await dump_fails(criu, process, tmp_path / "images", server.port)
+            assert await ended(server) is Ending.CUT
+            assert list((tmp_path / "pages").iterdir()) == []
