@@ -22,6 +22,7 @@ from criupy.errors import PageServerError
 from criupy.images import read_pagemap, read_shared_pagemap
 from criupy.images._pagemap import PagemapStyle
 from criupy.page_server import Account, Config, Ending, PageServer, open_page_receiver
+from criupy.testing.wait import until
 from images_writer import Run, pagemap
 from page_server_clients import (
     ADD,
@@ -76,9 +77,8 @@ class Receiving:
 
     async def end(self) -> Account:
         """Wait until all connections have ended and return the last one's account."""
-        with trio.fail_after(30):
-            while self.server.last is None or self.server._peers:
-                await trio.sleep(0.005)
+        await until(lambda: self.server.last is not None and not self.server._peers)
+        assert self.server.last is not None
         return self.server.last
 
     def names(self) -> set[str]:

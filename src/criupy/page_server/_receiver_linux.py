@@ -55,7 +55,8 @@ class Uploads:
         fd = -1
         async with upload.lock:
             try:
-                answer, fd = await trio.to_thread.run_sync(partial(_decide, upload, self._directory, question))
+                decide = partial(_decide, upload, self._directory, question)
+                answer, fd = await trio.to_thread.run_sync(decide)
             except (OSError, ImageError) as error:
                 answer, upload.why = _refusal(error)
                 # Before the dumper hears of it.
