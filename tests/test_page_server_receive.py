@@ -7,14 +7,17 @@ import logging
 import os
 import socket
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import hypothesis.strategies as st
 import pytest
 import trio
+from hypothesis import given
 
 pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 
@@ -22,8 +25,9 @@ from criupy.errors import PageServerError
 from criupy.images import read_pagemap, read_shared_pagemap
 from criupy.images._pagemap import PagemapStyle
 from criupy.page_server import Account, Config, Ending, PageServer, open_page_receiver
+from criupy.page_server._writer import _records
 from criupy.testing.wait import until
-from images_writer import Run, pagemap
+from images_writer import Run, pagemap, record
 from page_server_clients import (
     ADD,
     ADD_F,
@@ -222,6 +226,27 @@ async def test_many_entries(tmp_path: Path) -> None:
         assert (r.directory / f"pages-{found.pages_id}.img").read_bytes() == pages(0, nr)
 
 
+@given(
+    entries=st.lists(
+        st.tuples(
+            st.one_of(st.integers(0, 2000), st.integers(0, (1 << 52) - (1 << 40) - 1)),
+            st.one_of(st.integers(1, 300), st.integers(1, (1 << 32) - 1)),
+            st.sampled_from([1, 2, 4, 6]),
+        ),
+        max_size=50,
+    ),
+    style=st.sampled_from(["old", "new"]),
+)
+def test_entries_are_encoded_as_an_independent_writer_does(
+    entries: list[tuple[int, int, int]], style: str
+) -> None:
+    starts = array("Q", [page << 12 for page, _, _ in entries])
+    counts = array("Q", [count for _, count, _ in entries])
+    flags = array("B", [flag for _, _, flag in entries])
+    expected = [record(Run(page << 12, count, flag).body(style)) for page, count, flag in entries]
+    assert list(_records(PagemapStyle(style), starts, counts, flags)) == expected
+
+
 # ---- what ends an upload --------------------------------------------------------------------------------
 
 
@@ -271,8 +296,8 @@ async def test_a_wrong_frame(case: str, size: int, tmp_path: Path, caplog: pytes
             assert got == (b"" if case != "hole-without-parent" else (-22).to_bytes(4, "little", signed=True))
         assert (await r.end()).ending is ending
         assert r.names() == set()
-    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert "nothing of it is left" in record.getMessage()
+    (warning,) = [line for line in caplog.records if line.levelname == "WARNING"]
+    assert "nothing of it is left" in warning.getMessage()
 
 
 @pytest.mark.parametrize("command", [ADD, HOLE, ADD_F | 4 << 16])
@@ -389,8 +414,8 @@ async def test_a_full_disk(
             account = await r.end()
             assert account.ending is (Ending.REFUSED if nr_inodes == 3 else Ending.DISK)
             assert r.names() == set()
-    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert "No space left on device" in record.getMessage()
+    (warning,) = [line for line in caplog.records if line.levelname == "WARNING"]
+    assert "No space left on device" in warning.getMessage()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")

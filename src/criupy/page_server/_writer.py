@@ -30,6 +30,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Final, TypeAlias
 
@@ -311,22 +312,59 @@ def _sync_directory(path: Path) -> None:
 def _write_pagemap(
     file: BinaryIO, image: _Image, starts: array[int], nr_pages: array[int], flags: array[int]
 ) -> None:
-    pack = struct.Struct("<I").pack
-    write = file.write
-    write(struct.pack("<II", COMMON_MAGIC, PAGEMAP.magic))
     head = PagemapHead(pages_id=image.pages_id).SerializeToString()
-    write(pack(len(head)) + head)
-    entry = PagemapEntry()
-    entry.compat_nr_pages = 0  # required by all who read it
+    file.write(struct.pack("<II", COMMON_MAGIC, PAGEMAP.magic))
+    file.write(_size(len(head)) + head)
+    records = _records(image.style, starts, nr_pages, flags)
+    while batch := b"".join(islice(records, 4096)):
+        file.write(batch)
+
+
+_size: Final = struct.Struct("<I").pack
+
+# An address's varint is three bytes for its low 21 bits, of which a page has 512, and those of the rest.
+_LOW_BITS: Final = 21
+_LOW_VARINTS: Final = tuple(
+    bytes((0x80, 0x80 | page << 5 & 0x7F, 0x80 | page >> 2)) for page in range(1 << _LOW_BITS - PAGE_SHIFT)
+)
+_VADDR_TAG: Final = PagemapEntry(vaddr=0).SerializeToString()[:1]
+
+
+def _records(
+    style: PagemapStyle, starts: array[int], nr_pages: array[int], flags: array[int]
+) -> Iterator[bytes]:
+    """Encode entries, each behind its size.
+
+    A dumper stands still for this, and there may be millions: so a message is
+    put together of parts that were encoded before, which protobuf allows.
+    """
+    rests: dict[tuple[int, int], bytes] = {}
+    high = -1
+    high_varint = b""
+    sizes = [_size(length) for length in range(64)]
     for start, count, flag in zip(starts, nr_pages, flags, strict=True):
-        entry.vaddr = start
-        entry.flags = flag
-        if image.style is PagemapStyle.NEW:
-            entry.nr_pages = count
+        rest = rests.get((count, flag))
+        if rest is None:
+            if len(rests) > 1 << 16:
+                rests.clear()
+            rest = rests[count, flag] = _without_address(style, count, flag)
+        if start >> _LOW_BITS != high:
+            high = start >> _LOW_BITS
+            high_varint = PagemapEntry(vaddr=high).SerializeToString()[1:]
+        if high:
+            low = _LOW_VARINTS[start >> PAGE_SHIFT & 0x1FF]
+            body = b"".join((_VADDR_TAG, low, high_varint, rest))
         else:
-            entry.compat_nr_pages = count
-        message = entry.SerializeToString()
-        write(pack(len(message)) + message)
+            body = PagemapEntry(vaddr=start).SerializeToString() + rest
+        yield sizes[len(body)] + body
+
+
+def _without_address(style: PagemapStyle, count: int, flag: int) -> bytes:
+    if style is PagemapStyle.NEW:
+        entry = PagemapEntry(compat_nr_pages=0, flags=flag, nr_pages=count)  # the 0 is required
+    else:
+        entry = PagemapEntry(compat_nr_pages=count, flags=flag)
+    return entry.SerializeToString()
 
 
 # ---- ranges --------------------------------------------------------------------------------------
