@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import socket
 import time
 from array import array
@@ -17,12 +18,14 @@ from typing import Any, TypeVar
 import hypothesis.strategies as st
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 
 pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 
-from criupy.errors import PageServerError
-from criupy.images import read_pagemap, read_shared_pagemap
+from criupy._uffd.image_linux import Image
+from criupy._uffd.server_linux import Server
+from criupy.errors import PageServerError, UffdError
+from criupy.images import check_pages, present_pages, read_pagemap, read_shared_pagemap
 from criupy.images._pagemap import PagemapStyle
 from criupy.page_server import Account, Config, Ending, PageServer, open_page_receiver
 from criupy.page_server._writer import _records
@@ -36,12 +39,14 @@ from page_server_clients import (
     GET,
     HOLE,
     OPEN,
+    OPEN2,
     PAGE,
     PARENT,
     PE_LAZY,
     PE_PRESENT,
     Dumper,
     frame,
+    loopback,
     shmem,
     task,
 )
@@ -386,6 +391,93 @@ async def test_two_dumpers_and_one_image(size: int, tmp_path: Path) -> None:
         assert await r.dump(first) == 0
         await r.end()
         assert r.names() == {"pagemap-7.img", "pages-65537.img"}
+
+
+FRAMES = st.one_of(
+    st.tuples(st.sampled_from([OPEN, OPEN2]), st.just(0), st.just(0), st.sampled_from([task(7), shmem(7)])),
+    st.tuples(
+        st.sampled_from([ADD, HOLE, ADD_F | 2 << 16, ADD_F | 4 << 16, ADD_F | 6 << 16, ADD_F | 5 << 16]),
+        st.integers(0, 3),
+        st.integers(0, 40).map(lambda n: n * PAGE // 2 * 2),
+        st.sampled_from([task(7), task(7), task(7), shmem(7), 7]),
+    ),
+    st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 40), st.integers(0, 1 << 20)),
+    st.just((CLOSE, 0, 0, 0)),
+)
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_whatever_comes_an_image_is_whole(close: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Frames in any order, with the pages they say they have, or less of them."""
+
+    @given(
+        frames=st.lists(FRAMES, max_size=12),
+        frame_size=st.sampled_from([24, 32]),
+        cut=st.integers(0, 20000) if not close else st.just(0),
+    )
+    @settings(max_examples=60, deadline=None)
+    def check(frames: list[tuple[int, int, int, int]], frame_size: int, cut: int) -> None:
+        directory = tmp_path_factory.mktemp("images")
+        stream = frame(frame_size, OPEN, dst_id=task(7))
+        for command, nr, address, image in frames:
+            stream += frame(frame_size, command, nr, address, image)
+            has_pages = command == ADD or (command & 0xFFFF == ADD_F and command >> 16 & PE_PRESENT)
+            stream += pages(address, nr) if has_pages else b""
+        if close:
+            stream += frame(frame_size, CLOSE)
+        stream = stream[: max(24, len(stream) - cut)]
+
+        def dump(dumper: Dumper) -> None:
+            with contextlib.suppress(ConnectionError):
+                dumper.sock.sendall(stream)
+                dumper.sock.shutdown(socket.SHUT_WR)
+                while dumper.sock.recv(4096):
+                    pass
+
+        async def main() -> None:
+            async with receive(directory, frame_size) as r:
+                await r.dump(dump)
+                account = await r.end()
+                names = r.names()
+                if account.ending is not Ending.CLOSED and account.ending is not Ending.TRAILING:
+                    assert names == set()
+                assert not any(name.endswith(".partial") for name in names)
+                for name in names:
+                    if name.startswith("pagemap-"):
+                        read = read_shared_pagemap if "shmem" in name else read_pagemap
+                        found = read(directory, 7)
+                        size = check_pages(directory, found).stat().st_size
+                        assert size == present_pages(found) * PAGE
+
+        trio.run(main)
+
+    check()
+
+
+def test_answers_that_do_not_fit(tmp_path: Path) -> None:
+    """The native part takes no descriptor where there is nothing to write, and needs one where there is."""
+    with Server(stall_timeout=30, idle_timeout=None, receives=True) as server:
+        ours, theirs = loopback()
+        with Dumper(ours) as dumper:
+            serial = server.serve(theirs.detach())
+            dumper.send(OPEN2, dst_id=task(7))
+            assert select.select([server.event_fd], [], [], 30)[0]
+            assert list(server.ended()) == []
+            (question,) = server.questions()
+            assert (question.serial, question.command, question.id) == (serial, OPEN2, task(7))
+            assert list(server.questions()) == []
+            with pytest.raises(UffdError, match="Invalid argument"):
+                server.answer(serial, 1)
+            with (tmp_path / "pages").open("wb") as file:
+                with pytest.raises(UffdError, match="Invalid argument"):
+                    server.answer(serial, -5, file.fileno())
+                server.answer(serial + 1, 1, file.fileno())  # there is no such connection
+                server.answer(serial, 1, file.fileno())
+                assert dumper.receive(1) == b"\1"
+                server.answer(serial, 1, file.fileno())  # it waits no more
+            image = Image(7, array("Q", [BASE]), array("Q", [1]), array("Q", [0]))
+            with pytest.raises(UffdError):
+                server.add_image(image, 0)
 
 
 # ---- the disk -----------------------------------------------------------------------------------------

@@ -117,8 +117,9 @@ def _image_id(question: Question) -> tuple[ImageType, int]:
 
 
 @contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[None]:
-    """Keep other page servers of ours from receiving into a directory."""
+def _claimed(path: Path) -> Iterator[bool]:
+    """Keep other page servers of ours from receiving into a directory; tell whether that can be."""
+    is_ours = True
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -130,7 +131,8 @@ def _claimed(path: Path) -> Iterator[None]:
             raise PageServerError(f"{path}: another page server receives into it") from error
         except OSError as error:  # not every file system can
             log.debug("%s cannot be locked: %s", path, error.strerror)
-        yield
+            is_ours = False
+        yield is_ours
     finally:
         os.close(fd)
 
@@ -158,12 +160,12 @@ def _link_parent(images_dir: Path, previous: str | os.PathLike[str]) -> None:
         )
 
 
-def _prepare(directory: ImagesDirectory, previous: str | os.PathLike[str] | None) -> None:
+def _prepare(directory: ImagesDirectory, previous: str | os.PathLike[str] | None, *, is_ours: bool) -> None:
     if previous is not None:
         _link_parent(directory.path, previous)
     parents = directory.parents()
     try:
-        removed = directory.remove_left_overs()
+        removed = directory.remove_left_overs() if is_ours else 0
     except OSError as error:
         raise PageServerError(f"{directory.path}: {error.strerror}; see --images-dir") from error
     if removed:
@@ -195,8 +197,8 @@ async def open_page_receiver(
     directory = ImagesDirectory(config.images_dir, auto_dedup=auto_dedup, punch_hole=punch_hole)
     native = Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout, receives=True)
     uploads = Uploads(native, directory, config.stall_timeout)
-    with native, _claimed(config.images_dir):
-        await trio.to_thread.run_sync(partial(_prepare, directory, prev_images_dir))
+    with native, _claimed(config.images_dir) as is_ours:
+        await trio.to_thread.run_sync(partial(_prepare, directory, prev_images_dir, is_ours=is_ours))
         listener = await listen(config)
         server = PageServer(config, native, listener, uploads)
         if not is_loopback(server.address) and not config.allow:
