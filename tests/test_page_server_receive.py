@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import socket
+import struct
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable
@@ -337,6 +338,30 @@ async def test_a_stream_that_ends_wrongly(tail: bytes, ending: Ending, tmp_path:
         # What follows CLOSE comes too late to make whole images bad ones.
         whole = {"pagemap-7.img", "pages-65537.img"}
         assert r.names() == (whole if ending is Ending.TRAILING else set())
+
+
+async def test_a_dumper_that_dies(size: int, tmp_path: Path) -> None:
+    def dump(dumper: Dumper) -> None:
+        opened(dumper)
+        dumper.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    async with receive(tmp_path / "images", size) as r:
+        await r.dump(dump)
+        assert (await r.end()).ending is Ending.RESET
+        assert r.names() == set()
+
+
+async def test_a_dumper_that_dies_before_it_hears_the_status(size: int, tmp_path: Path) -> None:
+    """It has all been received; that the dumper does not know it is the dumper's."""
+
+    def dump(dumper: Dumper) -> None:
+        opened(dumper)
+        dumper.send(CLOSE)
+
+    async with receive(tmp_path / "images", size) as r:
+        await r.dump(dump)
+        assert (await r.end()).ending in {Ending.CLOSED, Ending.RESET}
+        assert r.names() == {"pagemap-7.img", "pages-65537.img"}
 
 
 async def test_a_dumper_that_stands_still(size: int, tmp_path: Path) -> None:

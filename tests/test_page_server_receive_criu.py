@@ -167,6 +167,22 @@ async def test_dump_to_us_and_restore(criu: Criu, apart: bool, tmp_path: Path) -
             process.assert_good()
 
 
+async def test_dump_to_us_by_a_socket_that_stays_open(criu: Criu, tmp_path: Path) -> None:
+    """As it is when another program made the connection and gave it to CRIU."""
+    images = tmp_path / "images"
+    images.mkdir()
+    with victim(tmp_path) as process:
+        async with receive(images, once=True) as server:
+            with socket.create_connection(("127.0.0.1", server.port)) as kept:
+                await criupy.AsyncCriu(criu.path).dump(process.pid, images_dir=images, ps_socket=kept)
+                with trio.fail_after(10):
+                    await server.wait()
+            assert server.last is not None
+            assert server.last.ending is Ending.CLOSED
+        async with restored(criu, process, images):
+            process.assert_good()
+
+
 async def test_pre_dump_to_us(criu: Criu, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()

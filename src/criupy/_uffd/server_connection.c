@@ -89,8 +89,9 @@ static int learn_frame_size(struct connection *c)
 	return 0;
 }
 
-/* After CLOSE: the status, then nothing but the peer's end may come, and soon. */
-static int close_session(struct connection *c, int32_t status)
+/* After CLOSE: the status, then nothing but the peer's end may come, and soon.
+ * After FORCE_CLOSE not even that: it says that others hold the peer's socket. */
+static int close_session(struct connection *c, int32_t status, bool force)
 {
 	/* A leading CLOSE may be the long one. */
 	size_t rest = c->counted.frame_size ? 0 : CRIUPY_FRAME_32 - CRIUPY_FRAME_24;
@@ -106,7 +107,7 @@ static int close_session(struct connection *c, int32_t status)
 			return connection_fail(c, CRIUPY_SERVED_TRAILING, 0);
 		rest -= c->in_end - c->in_start;
 		c->in_start = c->in_end;
-		got = receive(c);
+		got = force && !rest ? 0 : receive(c);
 	} while (got > 0);
 	if (status)
 		return connection_fail(c, CRIUPY_SERVED_REFUSED, -status);
@@ -135,7 +136,7 @@ static int obey(struct connection *c)
 			return -1;
 		if (c->out_length + sizeof(status) > SERVER_OUT && connection_flush(c, true) < 0)
 			return -1;
-		return close_session(c, status);
+		return close_session(c, status, (frame.cmd & CRIUPY_CMD_MASK) == CRIUPY_CMD_FORCE_CLOSE);
 	case CRIUPY_CMD_GET:
 		if (!receives)
 			return answer_get(c, &frame);
