@@ -503,6 +503,9 @@ def test_answers_that_do_not_fit(tmp_path: Path) -> None:
             image = Image(7, array("Q", [BASE]), array("Q", [1]), array("Q", [0]))
             with pytest.raises(UffdError):
                 server.add_image(image, 0)
+            dumper.send(PARENT, dst_id=task(7))
+            assert select.select([server.event_fd], [], [], 30)[0]
+            # The end of the server does not wait for an answer.
 
 
 # ---- the disk -----------------------------------------------------------------------------------------
@@ -657,6 +660,22 @@ async def test_what_is_uploaded_again_is_given_back(auto_dedup: bool, size: int,
     assert blocks(tmp_path / "0/pages-1.img", 8) == [True, False, False, True, True, True, True, False]
     assert blocks(tmp_path / "1/pages-1.img", 4) == [False, True, True, False]
     assert (tmp_path / "1/pages-1.img").read_bytes()[PAGE : 3 * PAGE] == page(103) + page(106)
+
+
+async def test_a_parent_that_cannot_be_read(tmp_path: Path) -> None:
+    """What is restored would need it, whether or not this dump leaves pages to it."""
+    write_parent(tmp_path / "0", [Run(BASE, 4, 4)], pages(0, 4), "new")
+    with (tmp_path / "0" / "pagemap-7.img").open("ab") as file:
+        file.write(b"x")
+
+    def dump(dumper: Dumper) -> bytes:
+        dumper.send(OPEN2, dst_id=task(7))
+        return dumper.receive(1)
+
+    async with receive(tmp_path / "1", prev_images_dir="../0") as r:
+        assert await r.dump(dump) == b""
+        assert (await r.end()).ending is Ending.REFUSED
+        assert r.names() == {"parent"}
 
 
 async def test_a_parent_that_is_not_there(tmp_path: Path) -> None:

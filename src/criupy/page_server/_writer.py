@@ -125,7 +125,7 @@ class _Image:
     number: int
     pages_id: int
     style: PagemapStyle
-    has_parent: bool
+    parent: Pagemap | None  # until it is finished
     pages: int = 0
     present: tuple[Range, ...] = ()  # of addresses; what the parents need not have any more
 
@@ -159,13 +159,15 @@ class UploadedImages:
         name = _pagemap_name(image_type, number)
         if any(image.name == name for image in self._done):
             raise OSError(errno.EEXIST, "it was uploaded before on this connection", name)
-        has_parent = self._directory.has_parent(image_type, number)
-        if has_parent:
-            _read(self._directory.parents()[0], image_type, number)  # an error is told before the pages come
+        parents = self._directory.parents()
+        parent = None
+        if parents and (parents[0] / name).exists():
+            # What is wrong with it is told before the pages come.
+            parent = _read(parents[0], image_type, number)
         pages_id = self._directory._reserve(name)
-        self._image = _Image(image_type, number, pages_id, style, has_parent)
+        self._image = _Image(image_type, number, pages_id, style, parent)
         self._pages_fd = _create(self._path / (self._image.pages_name + _PARTIAL))
-        return self._pages_fd, has_parent
+        return self._pages_fd, parent is not None
 
     def finish(self, starts: array[int], nr_pages: array[int], flags: array[int]) -> None:
         """End the image, if there is one, with its entries; all pages are written."""
@@ -174,8 +176,9 @@ class UploadedImages:
             return
         if _PARENT in flags:
             self._check_holes(image, starts, nr_pages, flags)
-        if self._directory._punch_hole is not None and image.has_parent:
+        if self._directory._punch_hole is not None and image.parent is not None:
             image.present = tuple(_joined(_with_flag(starts, nr_pages, flags, _PRESENT)))
+        image.parent = None
         image.pages = sum(count for count, flag in zip(nr_pages, flags, strict=True) if flag & _PRESENT)
         size = os.fstat(self._pages_fd).st_size
         if size != image.pages << PAGE_SHIFT:
@@ -199,11 +202,15 @@ class UploadedImages:
         replaced = [self._old_pages(image) for image in self._done]
         named: list[Path] = []
         try:
-            for image in self._done:
-                for name in (image.pages_name, image.name):
+            # A machine that goes down between the two leaves pages of nobody, but no pagemap without its pages.
+            for names in (
+                [image.pages_name for image in self._done],
+                [image.name for image in self._done],
+            ):
+                for name in names:
                     (self._path / (name + _PARTIAL)).replace(self._path / name)
                     named.append(self._path / name)
-            _sync_directory(self._path)
+                _sync_directory(self._path)
         except BaseException:
             for path in reversed(named):  # a pagemap before its pages
                 with contextlib.suppress(OSError):
@@ -244,8 +251,8 @@ class UploadedImages:
     ) -> None:
         """Check that the parent has all pages that the dumper left to it."""
         holes = _joined(_with_flag(starts, nr_pages, flags, _PARENT))
-        parents = self._directory.parents()
-        if not image.has_parent or not parents:
+        parent = image.parent
+        if parent is None:
             start, _ = next(holes)
             raise ImageError(
                 self._path / image.name,
@@ -253,7 +260,6 @@ class UploadedImages:
                 f"expected a parent that has the page at {start:#x}: the dump is incremental, "
                 "and these images have no parent with this pagemap",
             )
-        parent = _read(parents[0], image.image_type, image.number)
         there = _joined(_with_flag(parent.starts, parent.nr_pages, parent.flags, 0xFF))
         end = 0
         begin = 0
