@@ -202,7 +202,7 @@ class UploadedImages:
         replaced = [self._old_pages(image) for image in self._done]
         named: list[Path] = []
         try:
-            # A machine that goes down between the two leaves pages of nobody, but no pagemap without its pages.
+            # A machine that goes down in between leaves pages of nobody, but no pagemap without its pages.
             for names in (
                 [image.pages_name for image in self._done],
                 [image.name for image in self._done],
