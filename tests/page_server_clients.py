@@ -97,3 +97,41 @@ def loopback() -> tuple[socket.socket, socket.socket]:
 def resident() -> int:
     """Return the bytes that this process has in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+# ---- what a dumper does ----------------------------------------------------------------------------
+
+ADD, HOLE, OPEN, OPEN2, PARENT, ADD_F = 1, 2, 3, 4, 5, 6
+PE_PARENT, PE_LAZY, PE_PRESENT = 1, 2, 4
+
+
+def task(pid: int) -> int:
+    """Name the pagemap of a task."""
+    return pid << 8 | 1
+
+
+def shmem(shmid: int) -> int:
+    """Name the pagemap of a piece of shared memory."""
+    return shmid << 8 | 2
+
+
+class Dumper(Destination):
+    """A connection of a dump to a page server; ``sent`` is what it has sent so far."""
+
+    def open(self, image: int) -> bool:
+        """Begin an image; return whether there is a parent."""
+        self.send(OPEN2, dst_id=image)
+        return bool(self.receive(1)[0])
+
+    def has_parent(self, image: int) -> int:
+        self.send(PARENT, dst_id=image)
+        return int(struct.unpack("<i", self.receive(4))[0])
+
+    def add(self, image: int, address: int, data: bytes, flags: int = PE_PRESENT) -> None:
+        """Send pages."""
+        self.send(flags << 16 | ADD_F, len(data) // PAGE, address, image)
+        self.sock.sendall(data)
+
+    def entry(self, image: int, address: int, nr_pages: int, flags: int = PE_PARENT) -> None:
+        """Send an entry without pages."""
+        self.send(flags << 16 | ADD_F, nr_pages, address, image)

@@ -84,11 +84,23 @@ class Served(Protocol):
     nr_pages: int
     bytes_received: int
 
+class AskedByUpload(Protocol):
+    """``struct criupy_question``."""
+
+    serial: int
+    frame: Frame
+    frame_size: int
+    nr_entries: int
+    starts: Any
+    nr_pages: Any
+    flags: Any
+
 class _FFI(Protocol):
     NULL: Any
     def new(self, cdecl: str, init: Any = ...) -> Any: ...
     def cast(self, cdecl: str, value: int | Any) -> Any: ...
     def gc(self, cdata: Any, destructor: Any, size: int = ...) -> Any: ...
+    def buffer(self, cdata: Any, size: int) -> Buffer: ...
     def from_buffer(self, cdecl: str, buffer: Buffer) -> Any: ...
 
 ffi: _FFI

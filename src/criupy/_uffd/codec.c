@@ -61,9 +61,9 @@ int criupy_frame_decode(struct criupy_frame *frame, const uint8_t *in, size_t si
 
 /* What the dst_id of everything but a GET numbers: 1 is a task, 2 is shared
  * memory; the rest was sent by CRIU before 3.3. */
-static bool is_image_type(uint64_t type)
+bool frame_names_image(uint64_t dst_id)
 {
-	switch (type) {
+	switch (dst_id & 0xff) {
 	case 1: case 10: case 11: case 16: case 17:
 	case 2: case 27: case 28: case 29: case 32: case 33: case 34:
 		return true;
@@ -92,7 +92,7 @@ int criupy_frame_detect(const uint8_t *head)
 	case CRIUPY_CMD_ADD_F:
 		/* Short: dst_id with a type in its low byte. Long: the address,
 		 * which is aligned (0 in OPEN), and no type is zero. */
-		if (is_image_type(third & 0xff))
+		if (frame_names_image(third))
 			return CRIUPY_FRAME_24;
 		if (third % CRIUPY_PAGE_SIZE == 0)
 			return CRIUPY_FRAME_32;

@@ -261,13 +261,14 @@ int criupy_pager_end(struct criupy_pager *pager, int reset);
 
 /* ---- the page server (server.c) ------------------------------------------------ */
 
-/* Gives out the lazy pages of dumped tasks from their images, each connection
- * on a thread of its own. */
+/* Gives out the lazy pages of dumped tasks from their images, or receives what
+ * a dumper uploads, each connection on a thread of its own. */
 struct criupy_server;
 
 struct criupy_server_config {
-	uint64_t stall_timeout_ns;	/* for the first frame, the rest of one, and a peer that does not read */
-	uint64_t idle_timeout_ns;	/* between requests, 0: for ever */
+	uint32_t receives;		/* uploads; no image can be added, no page asked for */
+	uint64_t stall_timeout_ns;	/* for the first GET, the rest of a frame, and a peer that does not read */
+	uint64_t idle_timeout_ns;	/* between requests, and before the first of an upload; 0: for ever */
 };
 
 /* Why a connection ended. From COMMAND on the client broke the protocol. */
@@ -279,13 +280,18 @@ struct criupy_server_config {
 #define CRIUPY_SERVED_STALLED 5		/* the peer took or sent nothing in the middle of something */
 #define CRIUPY_SERVED_DATA 6		/* the images cannot be read; error */
 #define CRIUPY_SERVED_ERROR 7		/* error */
-#define CRIUPY_SERVED_COMMAND 8
-#define CRIUPY_SERVED_COUNT 9
-#define CRIUPY_SERVED_ADDRESS 10
-#define CRIUPY_SERVED_ID 11		/* no such task */
-#define CRIUPY_SERVED_PAGE 12		/* not a lazy page of it */
-#define CRIUPY_SERVED_TRUNCATED 13	/* the peer closed inside a frame */
-#define CRIUPY_SERVED_TRAILING 14	/* something came after CLOSE */
+#define CRIUPY_SERVED_DISK 8		/* what was uploaded cannot be written; error */
+#define CRIUPY_SERVED_REFUSED 9		/* an answer said no; error */
+#define CRIUPY_SERVED_COMMAND 10
+#define CRIUPY_SERVED_COUNT 11
+#define CRIUPY_SERVED_ADDRESS 12
+#define CRIUPY_SERVED_ID 13		/* no such task, or of no type that a pagemap has */
+#define CRIUPY_SERVED_PAGE 14		/* not a lazy page of it */
+#define CRIUPY_SERVED_TRUNCATED 15	/* the peer closed inside a frame, or inside pages */
+#define CRIUPY_SERVED_TRAILING 16	/* something came after CLOSE */
+#define CRIUPY_SERVED_FLAGS 17		/* an entry with flags that mean nothing */
+#define CRIUPY_SERVED_ORDER 18		/* an entry that begins before the end of the last */
+#define CRIUPY_SERVED_UNOPENED 19	/* an entry of another image than the one that is open */
 
 struct criupy_served {
 	uint64_t serial;
@@ -299,7 +305,7 @@ struct criupy_served {
 	uint64_t first_ns;		/* when the first page had gone, 0 before */
 	uint64_t ended_ns;
 	uint64_t nr_requests;
-	uint64_t nr_pages;		/* given out */
+	uint64_t nr_pages;		/* given out or received */
 	uint64_t bytes_received;
 };
 
@@ -315,9 +321,33 @@ int criupy_server_add_image(struct criupy_server *server, struct criupy_image *i
 int criupy_server_serve(struct criupy_server *server, int fd, uint64_t *serial);
 /* End a connection; 0 also when it has ended meanwhile. */
 int criupy_server_cut(struct criupy_server *server, uint64_t serial);
-/* An eventfd that becomes readable when a connection has ended. */
+/* An eventfd that becomes readable when a connection has ended or asks something. */
 int criupy_server_event_fd(const struct criupy_server *server);
 /* 1 and the account of a connection that has ended, each once, or 0. */
 int criupy_server_next_ended(struct criupy_server *server, struct criupy_served *served);
 /* Copy the accounts of at most room connections that go on; returns their number. */
 int criupy_server_connections(struct criupy_server *server, struct criupy_served *served, int room);
+
+/* What the thread of an upload cannot decide: it waits for the answer. */
+struct criupy_question {
+	uint64_t serial;		/* of the connection */
+	struct criupy_frame frame;	/* OPEN, OPEN2, PARENT, CLOSE or FORCE_CLOSE */
+	uint32_t frame_size;		/* 0: a CLOSE and nothing else */
+	/* The image that an OPEN or CLOSE ends: its entries, in address order. They
+	 * stay until the answer, or until the connection's account is taken. */
+	uint64_t nr_entries;
+	const uint64_t *starts;
+	const uint64_t *nr_pages;
+	const uint8_t *flags;
+};
+
+/* 1 and a question, each once, or 0. */
+int criupy_server_next_question(struct criupy_server *server, struct criupy_question *question);
+/* Answer it: an OPEN or PARENT with 0 or 1 (there is a parent) or with -errno,
+ * which ends the connection; a CLOSE with its status, 0 or -errno. fd is where
+ * to write the pages of what was opened, -1 otherwise; it passes to the server
+ * when 0 is returned. -ESRCH when the connection waits no more. */
+int criupy_server_answer(struct criupy_server *server, uint64_t serial, int answer, int fd);
+
+/* Give the blocks of this range of a file back; it reads as zeros afterwards. */
+int criupy_punch_hole(int fd, uint64_t offset, uint64_t length);

@@ -24,6 +24,11 @@ static inline uint64_t max_u64(uint64_t a, uint64_t b)
 	return a > b ? a : b;
 }
 
+/* ---- codec.c ---------------------------------------------------------------- */
+
+/* Whether a dst_id has a type that a pagemap has. */
+bool frame_names_image(uint64_t dst_id);
+
 /* ---- image.c ---------------------------------------------------------------- */
 
 struct extent {

@@ -1,5 +1,6 @@
 /* The page server, as Python drives it: images go in, then connected sockets,
- * and out come the accounts of connections that have ended. */
+ * and out come the accounts of connections that have ended, and the questions
+ * of uploads. */
 
 #include <fcntl.h>
 #include <signal.h>
@@ -49,11 +50,14 @@ static void cut(struct connection *c)
 		return;
 	c->cut = true;
 	(void)shutdown(c->fd, SHUT_RDWR);
+	pthread_cond_signal(&c->answered);
 }
 
 static void connection_free(struct connection *c)
 {
 	pthread_join(c->thread, NULL);
+	upload_free(c->upload);
+	pthread_cond_destroy(&c->answered);
 	free(c);
 }
 
@@ -112,7 +116,7 @@ int criupy_server_add_image(struct criupy_server *server, struct criupy_image *i
 
 	if (server->nr_connections)
 		return -EBUSY;
-	if (!image->has_data)
+	if (!image->has_data || server->config.receives)
 		return -EINVAL;
 	if (server_find(server, image->id))
 		return -EEXIST;
@@ -133,11 +137,19 @@ int criupy_server_add_image(struct criupy_server *server, struct criupy_image *i
 
 /* ---- connections ---------------------------------------------------------------------- */
 
+void server_wake(const struct criupy_server *server)
+{
+	uint64_t one = 1;
+
+	/* It can fail only when the counter is full, and then it is readable. */
+	if (write(server->event_fd, &one, sizeof(one)) < 0)
+		return;
+}
+
 static void *run(void *argument)
 {
 	struct connection *c = argument;
 	struct criupy_server *server = c->server;
-	uint64_t one = 1;
 
 	connection_serve(c);
 	pthread_mutex_lock(&server->lock);
@@ -148,9 +160,7 @@ static void *run(void *argument)
 	c->counted.ended = 1;
 	c->account = c->counted;
 	pthread_mutex_unlock(&server->lock);
-	/* It can fail only when the counter is full, and then it is readable. */
-	if (write(server->event_fd, &one, sizeof(one)) < 0)
-		return NULL;
+	server_wake(server);
 	return NULL;
 }
 
@@ -180,6 +190,7 @@ int criupy_server_serve(struct criupy_server *server, int fd, uint64_t *serial)
 	c->server = server;
 	c->fd = fd;
 	c->counted.started_ns = server_now_ns();
+	pthread_cond_init(&c->answered, NULL);
 	pthread_mutex_lock(&server->lock);
 	c->counted.serial = server->nr_connections;
 	c->account = c->counted;
@@ -190,8 +201,10 @@ int criupy_server_serve(struct criupy_server *server, int fd, uint64_t *serial)
 		server->connections = c;
 	}
 	pthread_mutex_unlock(&server->lock);
-	if (result < 0)
+	if (result < 0) {
+		pthread_cond_destroy(&c->answered);
 		free(c);
+	}
 	return result;
 }
 
@@ -243,4 +256,50 @@ int criupy_server_connections(struct criupy_server *server, struct criupy_served
 			served[nr++] = c->account;
 	pthread_mutex_unlock(&server->lock);
 	return nr;
+}
+
+/* ---- questions --------------------------------------------------------------------------- */
+
+int criupy_server_next_question(struct criupy_server *server, struct criupy_question *question)
+{
+	struct connection *c;
+
+	pthread_mutex_lock(&server->lock);
+	for (c = server->connections; c; c = c->next)
+		if (c->asking == ASKS && !c->cut)
+			break;
+	if (c) {
+		c->asking = WAITS;
+		*question = c->question;
+	}
+	pthread_mutex_unlock(&server->lock);
+	return c ? 1 : 0;
+}
+
+static bool opens(const struct connection *c)
+{
+	uint32_t cmd = c->question.frame.cmd & CRIUPY_CMD_MASK;
+
+	return cmd == CRIUPY_CMD_OPEN || cmd == CRIUPY_CMD_OPEN2;
+}
+
+int criupy_server_answer(struct criupy_server *server, uint64_t serial, int answer, int fd)
+{
+	struct connection *c;
+	int result = -ESRCH;
+
+	pthread_mutex_lock(&server->lock);
+	for (c = server->connections; c; c = c->next)
+		if (c->account.serial == serial)
+			break;
+	if (c && c->asking == WAITS && !c->cut)
+		result = (fd >= 0) == (opens(c) && answer >= 0) ? 0 : -EINVAL;
+	if (result == 0) {
+		c->answer = answer;
+		c->answer_fd = fd;
+		c->asking = IS_ANSWERED;
+		pthread_cond_signal(&c->answered);
+	}
+	pthread_mutex_unlock(&server->lock);
+	return result;
 }

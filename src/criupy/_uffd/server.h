@@ -17,6 +17,15 @@
 /* The longest answer: what a stock server gives at most, so what every client has met. */
 #define SERVER_ANSWER_PAGES 1024
 
+/* Uploaded pages that are written at once. */
+#define SERVER_HELD (256 << 10)
+/* So much is written before the disk is told to begin with it. */
+#define SERVER_WRITEBACK (8 << 20)
+/* An upload's image has at most so many entries, of at most so many pages in
+ * all: 1 TiB of single pages, and 4 PiB. */
+#define SERVER_ENTRIES (UINT64_C(1) << 28)
+#define SERVER_IMAGE_PAGES (UINT64_C(1) << 40)
+
 struct served_image {
 	struct criupy_image *image;
 	int fd;			/* its pages file */
@@ -33,19 +42,44 @@ struct criupy_server {
 	struct connection *connections;
 };
 
+/* The image that a dumper uploads. */
+struct upload {
+	uint64_t id;			/* dst_id, 0: none is open */
+	int fd;				/* its pages file, or -1 */
+	uint64_t end;			/* of the last entry */
+	uint64_t pages;			/* of all entries */
+	uint64_t written;		/* bytes of the file */
+	uint64_t written_back;		/* of which the disk was told */
+	uint64_t nr, room;
+	uint64_t *starts;
+	uint64_t *nr_pages;
+	uint8_t *flags;
+	size_t held;
+	uint8_t hold[SERVER_HELD];	/* received, and not yet written */
+};
+
+enum asking { ASKS_NOTHING, ASKS, WAITS, IS_ANSWERED };
+
 struct connection {
 	struct criupy_server *server;
 	struct connection *next;
 	pthread_t thread;
 	int fd;
-	bool cut;			/* under the server's lock */
-	struct criupy_served account;	/* under the server's lock */
+	/* Under the server's lock. */
+	bool cut;
+	struct criupy_served account;
+	enum asking asking;
+	struct criupy_question question;
+	int answer;
+	int answer_fd;
+	pthread_cond_t answered;	/* or cut */
 	/* The rest belongs to the thread. */
 	struct criupy_served counted;	/* copied to the account between batches */
 	size_t frame_size;
 	uint64_t timeout_ns;		/* what the socket's receive timeout is set to */
 	uint64_t partial_ns;		/* since when a frame is incomplete */
 	bool closing;			/* CLOSE was answered */
+	struct upload *upload;		/* NULL until something is opened */
 	uint64_t offset;		/* in the stream, of the next frame */
 	size_t in_start, in_end;
 	size_t out_length;
@@ -54,6 +88,8 @@ struct connection {
 };
 
 uint64_t server_now_ns(void);
+/* Make the eventfd readable. */
+void server_wake(const struct criupy_server *server);
 const struct served_image *server_find(const struct criupy_server *server, uint64_t id);
 
 /* ---- server_connection.c ------------------------------------------------------- */
@@ -62,6 +98,8 @@ const struct served_image *server_find(const struct criupy_server *server, uint6
 void connection_serve(struct connection *c);
 /* Each returns 0, or -1 with the reason in c->counted. */
 int connection_fail(struct connection *c, uint32_t reason, int error);
+/* Let the account show what was counted so far. */
+void connection_publish(struct connection *c);
 /* Send what is in c->out; with more, the kernel may wait for what follows. */
 int connection_flush(struct connection *c, bool more);
 
@@ -81,5 +119,15 @@ int stream_send_file(struct connection *c, int fd, uint64_t start, size_t length
 /* ---- server_answer.c --------------------------------------------------------------------- */
 
 int answer_get(struct connection *c, const struct criupy_frame *frame);
+
+/* ---- server_receive.c ----------------------------------------------------------------------- */
+
+/* Each returns 0, or -1 with the reason in c->counted. */
+int receive_open(struct connection *c, const struct criupy_frame *frame);
+int receive_parent(struct connection *c, const struct criupy_frame *frame);
+int receive_add(struct connection *c, const struct criupy_frame *frame);
+/* status receives what CLOSE is answered with. */
+int receive_close(struct connection *c, const struct criupy_frame *frame, int32_t *status);
+void upload_free(struct upload *upload);
 
 #endif

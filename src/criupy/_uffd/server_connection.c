@@ -3,8 +3,9 @@
  * A client that neither sends nor takes costs its own thread and two small
  * buffers, and no other client anything. All requests that have arrived are answered, in order, before more are received.
  *
- * What ends it is found out here and told in the account. Whatever it is, the
- * images are only read: a client can come again. */
+ * What ends it is found out here and told in the account. Whatever it is, images
+ * that are given out are only read: a client can come again. An upload counts
+ * when its CLOSE was answered with 0. */
 
 #include "server.h"
 
@@ -28,9 +29,11 @@ int connection_flush(struct connection *c, bool more)
 static int arm(struct connection *c)
 {
 	const struct criupy_server_config *config = &c->server->config;
+	/* A dumper connects first and collects its pages then. */
+	bool begun = c->counted.nr_requests || config->receives;
 	uint64_t passed;
 
-	if (c->in_start == c->in_end && c->counted.nr_requests && !c->closing) {
+	if (c->in_start == c->in_end && begun && !c->closing) {
 		c->partial_ns = 0;
 		return stream_set_timeout(c, config->idle_timeout_ns);
 	}
@@ -42,7 +45,7 @@ static int arm(struct connection *c)
 	return stream_set_timeout(c, config->stall_timeout_ns - passed);
 }
 
-static void publish(struct connection *c)
+void connection_publish(struct connection *c)
 {
 	pthread_mutex_lock(&c->server->lock);
 	c->account = c->counted;
@@ -86,15 +89,16 @@ static int learn_frame_size(struct connection *c)
 	return 0;
 }
 
-/* After CLOSE: the status, then nothing but the peer's end may come, and soon. */
-static int close_session(struct connection *c)
+/* After CLOSE: the status, then nothing but the peer's end may come, and soon.
+ * After FORCE_CLOSE not even that: it says that others hold the peer's socket. */
+static int close_session(struct connection *c, int32_t status, bool force)
 {
 	/* A leading CLOSE may be the long one. */
 	size_t rest = c->counted.frame_size ? 0 : CRIUPY_FRAME_32 - CRIUPY_FRAME_24;
 	int got;
 
-	memset(c->out + c->out_length, 0, sizeof(int32_t));
-	c->out_length += sizeof(int32_t);
+	memcpy(c->out + c->out_length, &status, sizeof(status));
+	c->out_length += sizeof(status);
 	if (connection_flush(c, false) < 0)
 		return -1;
 	c->closing = true;
@@ -103,8 +107,10 @@ static int close_session(struct connection *c)
 			return connection_fail(c, CRIUPY_SERVED_TRAILING, 0);
 		rest -= c->in_end - c->in_start;
 		c->in_start = c->in_end;
-		got = receive(c);
+		got = force && !rest ? 0 : receive(c);
 	} while (got > 0);
+	if (status)
+		return connection_fail(c, CRIUPY_SERVED_REFUSED, -status);
 	if (got < 0 && c->counted.reason != CRIUPY_SERVED_STALLED)
 		return -1;
 	return connection_fail(c, CRIUPY_SERVED_CLOSED, 0);
@@ -112,7 +118,9 @@ static int close_session(struct connection *c)
 
 static int obey(struct connection *c)
 {
+	bool receives = c->server->config.receives;
 	struct criupy_frame frame;
+	int32_t status = 0;
 
 	criupy_frame_decode(&frame, c->in + c->in_start, c->frame_size);
 	c->counted.frame = frame;
@@ -122,16 +130,34 @@ static int obey(struct connection *c)
 	c->counted.nr_requests++;
 	c->partial_ns = 0;
 	switch (frame.cmd & CRIUPY_CMD_MASK) {
-	case CRIUPY_CMD_GET:
-		return answer_get(c, &frame);
 	case CRIUPY_CMD_CLOSE:
 	case CRIUPY_CMD_FORCE_CLOSE:
-		if (c->out_length + sizeof(int32_t) > SERVER_OUT && connection_flush(c, true) < 0)
+		if (receives && receive_close(c, &frame, &status) < 0)
 			return -1;
-		return close_session(c);
-	default:
-		return connection_fail(c, CRIUPY_SERVED_COMMAND, 0);
+		if (c->out_length + sizeof(status) > SERVER_OUT && connection_flush(c, true) < 0)
+			return -1;
+		return close_session(c, status, (frame.cmd & CRIUPY_CMD_MASK) == CRIUPY_CMD_FORCE_CLOSE);
+	case CRIUPY_CMD_GET:
+		if (!receives)
+			return answer_get(c, &frame);
+		break;
+	case CRIUPY_CMD_OPEN:
+	case CRIUPY_CMD_OPEN2:
+		if (receives)
+			return receive_open(c, &frame);
+		break;
+	case CRIUPY_CMD_PARENT:
+		if (receives)
+			return receive_parent(c, &frame);
+		break;
+	case CRIUPY_CMD_ADD:
+	case CRIUPY_CMD_ADD_F:
+	case CRIUPY_CMD_HOLE:
+		if (receives)
+			return receive_add(c, &frame);
+		break;
 	}
+	return connection_fail(c, CRIUPY_SERVED_COMMAND, 0);
 }
 
 void connection_serve(struct connection *c)
@@ -156,6 +182,6 @@ void connection_serve(struct connection *c)
 			return;
 		if (!c->counted.first_ns && c->counted.nr_pages)
 			c->counted.first_ns = server_now_ns();
-		publish(c);
+		connection_publish(c);
 	}
 }

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import os
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Self
 from criupy._uffd.image_linux import Image, check, ffi, lib
 
 if TYPE_CHECKING:
-    from criupy._uffd._native import Served
+    from criupy._uffd._native import AskedByUpload, Served
 
-__all__ = ["Account", "Ending", "Server"]
+__all__ = ["Account", "Ending", "Question", "Server", "punch_hole"]
 
 
 class Ending(enum.IntEnum):
@@ -33,6 +35,8 @@ class Ending(enum.IntEnum):
     STALLED = lib.CRIUPY_SERVED_STALLED
     DATA = lib.CRIUPY_SERVED_DATA
     ERROR = lib.CRIUPY_SERVED_ERROR
+    DISK = lib.CRIUPY_SERVED_DISK
+    REFUSED = lib.CRIUPY_SERVED_REFUSED
     COMMAND = lib.CRIUPY_SERVED_COMMAND
     COUNT = lib.CRIUPY_SERVED_COUNT
     ADDRESS = lib.CRIUPY_SERVED_ADDRESS
@@ -40,14 +44,17 @@ class Ending(enum.IntEnum):
     PAGE = lib.CRIUPY_SERVED_PAGE
     TRUNCATED = lib.CRIUPY_SERVED_TRUNCATED
     TRAILING = lib.CRIUPY_SERVED_TRAILING
+    FLAGS = lib.CRIUPY_SERVED_FLAGS
+    ORDER = lib.CRIUPY_SERVED_ORDER
+    UNOPENED = lib.CRIUPY_SERVED_UNOPENED
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
     """What a connection did so far, or in all.
 
-    ``ending`` is None while it goes on; ``errno`` belongs to DATA and ERROR.
-    ``command`` (without flags), ``nr_pages``, ``address`` and ``id`` are of the
+    ``ending`` is None while it goes on; ``errno`` belongs to DATA, ERROR, DISK
+    and REFUSED. ``command`` (without flags), ``nr_pages``, ``address`` and ``id`` are of the
     last frame, which began ``offset`` bytes into the stream. ``frame_size`` is 0
     until the first frame showed it. Times are seconds of CLOCK_MONOTONIC;
     ``first_page`` is when the first page had gone, ``ended`` when all was over.
@@ -90,18 +97,64 @@ def _account(served: Served) -> Account:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the thread of an upload waits to be told.
+
+    ``command`` and ``id`` are of the frame: OPEN, OPEN2, PARENT, CLOSE or
+    FORCE_CLOSE. ``starts`` and ``nr_pages`` (array 'Q') and ``flags`` (array
+    'B') are the entries of the image that an OPEN or CLOSE ends, if one is open.
+    """
+
+    serial: int
+    command: int
+    id: int
+    frame_size: int
+    starts: array[int]
+    nr_pages: array[int]
+    flags: array[int]
+
+
+def _copy(typecode: str, items: Any, nr: int) -> array[int]:
+    copy = array(typecode)
+    if nr:
+        copy.frombytes(memoryview(ffi.buffer(items, nr * copy.itemsize)))
+    return copy
+
+
+def _question(asked: AskedByUpload) -> Question:
+    return Question(
+        serial=asked.serial,
+        command=asked.frame.cmd & lib.CRIUPY_CMD_MASK,
+        id=asked.frame.dst_id,
+        frame_size=asked.frame_size,
+        starts=_copy("Q", asked.starts, asked.nr_entries),
+        nr_pages=_copy("Q", asked.nr_pages, asked.nr_entries),
+        flags=_copy("B", asked.flags, asked.nr_entries),
+    )
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give the blocks of this range of a file back to the file system; it reads as zeros then."""
+    result = lib.criupy_punch_hole(fd, offset, length)
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+
+
 class Server:
-    """Gives out the lazy pages of dumped tasks from their images.
+    """Gives out the lazy pages of dumped tasks from their images, or ``receives`` uploads.
 
     A peer has ``stall_timeout`` seconds for its first frame, for the rest of
     one that it began, and to take something of what it asked for;
-    ``idle_timeout`` is how long it may ask for nothing (None: for ever).
+    ``idle_timeout`` is how long it may ask for nothing (None: for ever). That
+    goes for the first frame of an upload too.
     """
 
-    def __init__(self, *, stall_timeout: float, idle_timeout: float | None) -> None:
+    def __init__(self, *, stall_timeout: float, idle_timeout: float | None, receives: bool = False) -> None:
         config = ffi.new(
             "struct criupy_server_config *",
             {
+                "receives": receives,
                 "stall_timeout_ns": int(stall_timeout * 1e9),
                 "idle_timeout_ns": 0 if idle_timeout is None else int(idle_timeout * 1e9),
             },
@@ -144,7 +197,7 @@ class Server:
 
     @property
     def event_fd(self) -> int:
-        """Readable when a connection has ended; ``ended`` resets it."""
+        """Readable when a connection has ended or asks something; ``ended`` resets it."""
         return int(lib.criupy_server_event_fd(self._server))
 
     def ended(self) -> Iterator[Account]:
@@ -154,6 +207,26 @@ class Server:
         served = ffi.new("struct criupy_served *")
         while lib.criupy_server_next_ended(self._server, served):
             yield _account(served)
+
+    def questions(self) -> Iterator[Question]:
+        """Take what uploads ask, each once. Call ``ended`` before."""
+        asked = ffi.new("struct criupy_question *")
+        while lib.criupy_server_next_question(self._server, asked):
+            yield _question(asked)
+
+    def answer(self, serial: int, answer: int, fd: int = -1) -> None:
+        """Answer what a connection asked, unless it waits no more.
+
+        An OPEN or PARENT is told 0 or 1 (there is a parent) or -errno, which
+        ends the connection, a CLOSE its status, 0 or -errno. ``fd`` is where
+        to write the pages of what was opened; a duplicate of it is used.
+        """
+        own = os.dup(fd) if fd >= 0 else -1
+        result = lib.criupy_server_answer(self._server, serial, answer, own)
+        if result < 0 and own >= 0:
+            os.close(own)
+        if result != -errno.ESRCH:
+            check("answer an upload", result)
 
     def connections(self, room: int) -> list[Account]:
         """Return the accounts of at most ``room`` connections that go on."""

@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
 from criupy._uffd.image_linux import Image
-from criupy._uffd.server_linux import Account, Ending, Server
+from criupy._uffd.server_linux import Account, Ending, Question, Server
 from criupy.errors import PageServerError
 from criupy.page_server._access import Network, is_allowed, is_loopback
 from criupy.page_server._images import ServedTask, load_tasks
@@ -59,15 +60,31 @@ class Config:
     idle_timeout: float | None = None
 
 
+class Uploads(Protocol):
+    """What a server that receives does with the images that come."""
+
+    async def answer(self, question: Question) -> None:
+        """Answer what a connection asked."""
+
+    async def end(self, account: Account, peer: str) -> None:
+        """Discard what an ended connection left unfinished, and tell of it."""
+
+
+def at(host: str, port: int) -> str:
+    """Write an address and a port as people do."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class PageServer:
-    """A page server that listens; made by ``open_page_server``.
+    """A page server that listens; made by ``open_page_server`` or ``open_page_receiver``.
 
     ``address`` and ``port`` are where ("" and 0 with an inherited connection).
     """
 
-    def __init__(self, config: Config, native: Server) -> None:
+    def __init__(self, config: Config, native: Server, uploads: Uploads | None = None) -> None:
         self._config = config
         self._native = native
+        self._uploads = uploads
         self._peers: dict[int, str] = {}
         self._accepting = trio.CancelScope()
         self._accepts = True
@@ -116,7 +133,7 @@ class PageServer:
     def _admit(self, connection: trio.socket.SocketType, peer: tuple[str, int]) -> bool:
         """Serve a connection, or refuse it; tell which."""
         host, port = peer[:2]
-        name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        name = at(host, port)
         with connection:
             if not is_allowed(host, self._config.allow):
                 log.warning("%s: refused, it is in no network that is allowed", name)
@@ -148,14 +165,25 @@ class PageServer:
         log.info("connection %d: from %s", serial, name)
 
     async def _reap(self) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(self._native.event_fd)
-            for account in self._native.ended():
-                peer = self._peers.pop(account.serial)
-                tell(account, peer)
-                self.statistics.add(account, peer)
-                self.last = account
-            self._notify()
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.lowlevel.wait_readable(self._native.event_fd)
+                for account in self._native.ended():
+                    nursery.start_soon(self._end, account)
+                if self._uploads is not None:
+                    for question in self._native.questions():
+                        nursery.start_soon(self._uploads.answer, question)
+
+    async def _end(self, account: Account) -> None:
+        peer = self._peers[account.serial]
+        if self._uploads is None:
+            tell(account, peer)
+        else:
+            await self._uploads.end(account, peer)
+        del self._peers[account.serial]
+        self.statistics.add(account, peer)
+        self.last = account
+        self._notify()
 
     def _notify(self) -> None:
         self._changed.set()
@@ -194,7 +222,7 @@ def _serve_task(native: Server, task: ServedTask) -> int:
 
 def listen(address: str, port: int) -> socket.socket:
     """Listen on an address; raise PageServerError, in one line, where that is not possible."""
-    where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    where = at(address, port)
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
@@ -220,6 +248,34 @@ async def _listener(config: Config) -> trio.socket.SocketType:
 
 
 @contextlib.asynccontextmanager
+async def running(server: PageServer, config: Config, warning: str) -> AsyncIterator[None]:
+    """Accept connections while the block runs; ``warning`` is what everyone can do who reaches it."""
+    listener = None
+    if config.connection is not None:
+        server._adopt(trio.socket.from_stdlib_socket(config.connection))
+    else:
+        listener = await _listener(config)
+        server.address, server.port = listener.getsockname()[:2]
+        if not is_loopback(server.address) and not config.allow:
+            log.warning("%s: %s; --allow says who may", at(server.address, server.port), warning)
+    error: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        if listener is not None:
+            nursery.start_soon(server._accept, listener)
+        nursery.start_soon(server._reap)
+        try:
+            yield
+        except BaseException as raised:  # noqa: BLE001 - raised below, as it is and in no group
+            error = raised
+        nursery.cancel_scope.cancel()
+    try:
+        if error is not None:
+            raise error
+    finally:
+        del error
+
+
+@contextlib.asynccontextmanager
 async def open_page_server(
     config: Config, *, tasks: Iterable[ServedTask] | None = None
 ) -> AsyncIterator[PageServer]:
@@ -232,31 +288,6 @@ async def open_page_server(
     with Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout) as native:
         await trio.to_thread.run_sync(partial(_serve_images, native, config, tasks))
         server = PageServer(config, native)
-        listener = None
-        if config.connection is not None:
-            server._adopt(trio.socket.from_stdlib_socket(config.connection))
-        else:
-            listener = await _listener(config)
-            server.address, server.port = listener.getsockname()[:2]
-            if not is_loopback(server.address) and not config.allow:
-                log.warning(
-                    "the memory of these processes is given in clear text to everyone who reaches %s:%d; "
-                    "--allow says who may have it",
-                    server.address,
-                    server.port,
-                )
-        error: BaseException | None = None
-        async with trio.open_nursery() as nursery:
-            if listener is not None:
-                nursery.start_soon(server._accept, listener)
-            nursery.start_soon(server._reap)
-            try:
-                yield server
-            except BaseException as raised:  # noqa: BLE001 - raised below, as it is and in no group
-                error = raised
-            nursery.cancel_scope.cancel()
-        try:
-            if error is not None:
-                raise error
-        finally:
-            del error
+        warning = "whoever reaches it is given the memory of these processes, in clear text"
+        async with running(server, config, warning):
+            yield server

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Final
 
 from criupy._uffd.server_linux import Account, Ending
-from criupy.wire.page_server import Command
+from criupy.page_server._writer import Finished
+from criupy.wire.page_server import Command, ImageType, decode_image_id
 
-__all__ = ["tell"]
+__all__ = ["tell", "tell_upload"]
 
 log = logging.getLogger("criupy.page_server")
 
@@ -28,23 +30,83 @@ _PROBLEMS: Final = {
     Ending.TRUNCATED: "the stream ended inside a frame",
     Ending.TRAILING: "something came after CLOSE",
 }
+_UPLOAD_PROBLEMS: Final = _PROBLEMS | {
+    Ending.EOF: "the peer closed without CLOSE",
+    Ending.CUT: "it was cut here",
+    Ending.IDLE: "nothing came for too long (--idle-timeout)",
+    Ending.DISK: "the images cannot be written: {error}",
+    Ending.REFUSED: "{why}",
+    Ending.COUNT: "{frame}: not a possible number of pages",
+    Ending.ID: "{frame}: not the type of a pagemap",
+    Ending.TRUNCATED: "the stream ended inside a frame or its pages",
+    Ending.FLAGS: "{frame}: its flags mean nothing",
+    Ending.ORDER: "{frame}: it begins before the end of the entry before",
+    Ending.UNOPENED: "{frame}: that is not what was opened",
+}
+
+_RUNS: Final = frozenset({Command.GET, Command.ADD, Command.ADD_F, Command.HOLE})
+_OPENS: Final = frozenset({Command.OPEN, Command.OPEN2, Command.PARENT})
+_TYPES: Final = {ImageType.TASK: "process", ImageType.SHMEM: "shared memory"}
 
 
 def _frame(account: Account) -> str:
-    if account.command == Command.GET:
-        plural = "" if account.nr_pages == 1 else "s"
-        return f"GET of {account.nr_pages} page{plural} at {account.address:#x} of process {account.id}"
-    return f"command {account.command:#x}"
+    command = Command(account.command)
+    if command not in _RUNS | _OPENS:
+        return f"command {account.command:#x}"
+    if command is Command.GET:
+        whose = f"process {account.id}"
+    elif decoded := decode_image_id(account.id):
+        whose = f"{_TYPES[decoded[0]]} {decoded[1]}"
+    else:
+        whose = f"id {account.id:#x}"
+    if command in _OPENS:
+        return f"{command.name} of {whose}"
+    plural = "" if account.nr_pages == 1 else "s"
+    return f"{command.name} of {account.nr_pages} page{plural} at {account.address:#x} of {whose}"
+
+
+def _problem(problems: Mapping[Ending, str], account: Account, why: str | None = None) -> str | None:
+    """Say what was wrong, and where; None for an end that is as it should be."""
+    if account.ending is None or account.ending not in problems:
+        return None
+    error = os.strerror(account.errno)
+    said = problems[account.ending].format(error=error, frame=_frame(account), why=why or error)
+    return f"{said}, byte {account.offset}" if account.ending >= Ending.COMMAND else said
+
+
+def _seconds(account: Account) -> float:
+    return (account.ended or account.started) - account.started
 
 
 def tell(account: Account, peer: str) -> None:
     """Log the end of a connection, in one line."""
-    seconds = (account.ended or account.started) - account.started
-    did = f"{account.pages} pages for {account.requests} requests in {seconds:.3f} s"
-    ending = account.ending
-    if ending is None or ending not in _PROBLEMS:
+    did = f"{account.pages} pages for {account.requests} requests in {_seconds(account):.3f} s"
+    problem = _problem(_PROBLEMS, account)
+    if problem is None:
         log.info("connection %d: %s has ended, %s", account.serial, peer, did)
+    else:
+        log.warning("connection %d: %s: %s; closed after %s", account.serial, peer, problem, did)
+
+
+def tell_upload(account: Account, peer: str, finished: Finished | None, why: str | None) -> None:
+    """Log the end of an upload, in one line; ``why`` is what was refused."""
+    seconds = _seconds(account)
+    problem = _problem(_UPLOAD_PROBLEMS, account, why)
+    if problem is None or (finished is None and not account.requests):
+        what = "nothing was uploaded"
+        if finished is not None:
+            what = f"{finished.pages} pages in {finished.images} images"
+            if finished.bytes_given_back:
+                what += f", {finished.bytes_given_back >> 10} KiB given back by their parents"
+        log.info("connection %d: %s has ended, %s in %.3f s", account.serial, peer, what, seconds)
         return
-    problem = _PROBLEMS[ending].format(error=os.strerror(account.errno), frame=_frame(account))
-    where = f", byte {account.offset}" if ending >= Ending.COMMAND else ""
-    log.warning("connection %d: %s: %s%s; closed after %s", account.serial, peer, problem, where, did)
+    left = "nothing of it is left" if finished is None else "its images are whole and stay"
+    log.warning(
+        "connection %d: %s: %s; closed after %d pages in %.3f s, %s",
+        account.serial,
+        peer,
+        problem,
+        account.pages,
+        seconds,
+        left,
+    )

@@ -1,0 +1,426 @@
+"""Writing what a dumper uploads: pagemap and pages images as CRIU's own page server writes them.
+
+Nothing here has its final name before the dumper has said that it is through:
+
+    open     pages-N.img.partial is made; is there a parent?
+    finish   it is on disk, and so is pagemap-ID.img.partial, which needs all entries
+    commit   all of them get their names, the pages before the pagemap that tells of them
+    discard  all of them go away
+
+So a pagemap image in the directory is always whole, and so are its pages. An
+upload into a directory that has the same pagemap replaces it, and only then
+the pages of the old one go.
+
+The parent of the images is where the link ``parent`` in the directory leads.
+A page that is said to be in it must be, or the images could never be restored;
+with ``auto_dedup`` the parents give the blocks of pages back that were uploaded
+again. CRIU does that while the pages come; here it is done when the upload is
+whole, because a dump that fails must not cost the one before.
+(CRIU: criu/page-xfer.c, criu/pagemap.c, criu/image.c.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import struct
+import threading
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, Final, TypeAlias
+
+from criupy.errors import ImageError
+from criupy.images import (
+    PageFlags,
+    Pagemap,
+    PagemapStyle,
+    check_pages,
+    parent_chain,
+    read_pagemap,
+    read_shared_pagemap,
+)
+from criupy.images._framing import COMMON_MAGIC, PAGEMAP
+from criupy.images._pagemap import pages_path
+from criupy.images._schema_pb2 import PagemapEntry, PagemapHead
+from criupy.wire.page_server import PAGE_SHIFT, ImageType
+
+__all__ = ["Finished", "ImagesDirectory", "PunchHole", "UploadedImages"]
+
+PunchHole: TypeAlias = Callable[[int, int, int], None]
+
+#: CRIU's page server counts from here, so that it and a dump can write into one directory (criu/image.c).
+_FIRST_PAGES_ID: Final = 0x10001
+_PARTIAL: Final = ".partial"
+_LEFT_OVER: Final = re.compile(r"(pages|pagemap|pagemap-shmem)-\d+\.img\.partial")
+
+_PRESENT: Final = PageFlags.PRESENT.value
+_PARENT: Final = PageFlags.PARENT.value
+
+#: First bytes, one after the last; of addresses or of a file.
+Range: TypeAlias = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a commit wrote, in all; ``warnings`` are what could not be given back of the parents."""
+
+    images: int
+    pages: int
+    bytes_given_back: int
+    warnings: tuple[str, ...]
+
+
+class ImagesDirectory:
+    """The directory that uploads go into, and what is being written there."""
+
+    def __init__(self, path: Path, *, auto_dedup: bool = False, punch_hole: PunchHole | None = None) -> None:
+        if auto_dedup and punch_hole is None:
+            raise ValueError("auto_dedup: expected a function that punches holes")
+        self.path = path
+        self._punch_hole = punch_hole if auto_dedup else None
+        self._lock = threading.Lock()
+        self._next_id = _FIRST_PAGES_ID
+        self._uploading: set[str] = set()
+
+    def remove_left_overs(self) -> int:
+        """Remove what a page server that died was writing; only when no other one is alive here."""
+        found = [path for path in self.path.iterdir() if _LEFT_OVER.fullmatch(path.name)]
+        for path in found:
+            path.unlink()
+        return len(found)
+
+    def parents(self) -> tuple[Path, ...]:
+        """Return the directories that these images are based on, the nearest first."""
+        return parent_chain(self.path)
+
+    def has_parent(self, image_type: ImageType, number: int) -> bool:
+        """Tell whether the parent images have this pagemap."""
+        parents = self.parents()
+        return bool(parents) and (parents[0] / _pagemap_name(image_type, number)).exists()
+
+    def _reserve(self, name: str) -> int:
+        """Reserve a pagemap's name and a number for its pages."""
+        with self._lock:
+            if name in self._uploading:
+                raise OSError(errno.EBUSY, "another connection uploads it at this moment", name)
+            while pages_path(self.path, self._next_id).exists():
+                self._next_id += 1
+            self._uploading.add(name)
+            self._next_id += 1
+            return self._next_id - 1
+
+    def _release(self, names: set[str]) -> None:
+        with self._lock:
+            self._uploading -= names
+
+
+@dataclass(slots=True)
+class _Image:
+    image_type: ImageType
+    number: int
+    pages_id: int
+    style: PagemapStyle
+    parent: Pagemap | None  # until it is finished
+    pages: int = 0
+    present: tuple[Range, ...] = ()  # of addresses; what the parents need not have any more
+
+    @property
+    def name(self) -> str:
+        return _pagemap_name(self.image_type, self.number)
+
+    @property
+    def pages_name(self) -> str:
+        return f"pages-{self.pages_id}.img"
+
+
+class UploadedImages:
+    """The images of one upload. One call at a time; each may block on the disk.
+
+    What goes wrong is an OSError, or an ImageError that says what the parent
+    images lack; then the upload is to be discarded.
+    """
+
+    def __init__(self, directory: ImagesDirectory) -> None:
+        self._directory = directory
+        self._path = directory.path
+        self._done: list[_Image] = []
+        self._image: _Image | None = None
+        self._pages_fd = -1
+
+    def open(self, image_type: ImageType, number: int, style: PagemapStyle) -> tuple[int, bool]:
+        """Begin an image; return where to write its pages, which stay ours, and if there is a parent."""
+        if self._image is not None:
+            raise ValueError("open: the image before is not finished")
+        name = _pagemap_name(image_type, number)
+        if any(image.name == name for image in self._done):
+            raise OSError(errno.EEXIST, "it was uploaded before on this connection", name)
+        parents = self._directory.parents()
+        parent = None
+        if parents and (parents[0] / name).exists():
+            # What is wrong with it is told before the pages come.
+            parent = _read(parents[0], image_type, number)
+        pages_id = self._directory._reserve(name)
+        self._image = _Image(image_type, number, pages_id, style, parent)
+        self._pages_fd = _create(self._path / (self._image.pages_name + _PARTIAL))
+        return self._pages_fd, parent is not None
+
+    def finish(self, starts: array[int], nr_pages: array[int], flags: array[int]) -> None:
+        """End the image, if there is one, with its entries; all pages are written."""
+        image = self._image
+        if image is None:
+            return
+        if _PARENT in flags:
+            self._check_holes(image, starts, nr_pages, flags)
+        if self._directory._punch_hole is not None and image.parent is not None:
+            image.present = tuple(_joined(_with_flag(starts, nr_pages, flags, _PRESENT)))
+        image.parent = None
+        image.pages = sum(count for count, flag in zip(nr_pages, flags, strict=True) if flag & _PRESENT)
+        size = os.fstat(self._pages_fd).st_size
+        if size != image.pages << PAGE_SHIFT:
+            raise OSError(
+                errno.EIO, f"it has {size} bytes, {image.pages} pages were received", image.pages_name
+            )
+        os.fsync(self._pages_fd)
+        fd, self._pages_fd = self._pages_fd, -1
+        os.close(fd)
+        with os.fdopen(_create(self._path / (image.name + _PARTIAL)), "wb") as file:
+            _write_pagemap(file, image, starts, nr_pages, flags)
+            file.flush()
+            os.fsync(file.fileno())
+        self._done.append(image)
+        self._image = None
+
+    def commit(self) -> Finished:
+        """Give all images their names; nothing is left to discard."""
+        if self._image is not None:
+            raise ValueError("commit: the last image is not finished")
+        replaced = [self._old_pages(image) for image in self._done]
+        named: list[Path] = []
+        try:
+            # A machine that goes down in between leaves pages of nobody, but no pagemap without its pages.
+            for names in (
+                [image.pages_name for image in self._done],
+                [image.name for image in self._done],
+            ):
+                for name in names:
+                    (self._path / (name + _PARTIAL)).replace(self._path / name)
+                    named.append(self._path / name)
+                _sync_directory(self._path)
+        except BaseException:
+            for path in reversed(named):  # a pagemap before its pages
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            raise
+        done, self._done = self._done, []
+        self._directory._release({image.name for image in done})
+        for old in replaced:
+            if old is not None:
+                with contextlib.suppress(OSError):
+                    old.unlink()
+        given_back, warnings = self._deduplicate(done)
+        return Finished(len(done), sum(image.pages for image in done), given_back, tuple(warnings))
+
+    def discard(self) -> None:
+        """Remove what was not committed."""
+        if self._pages_fd >= 0:
+            os.close(self._pages_fd)
+            self._pages_fd = -1
+        images = self._done if self._image is None else [*self._done, self._image]
+        self._done, self._image = [], None
+        for image in images:
+            for name in (image.name, image.pages_name):
+                with contextlib.suppress(OSError):
+                    (self._path / (name + _PARTIAL)).unlink()
+        self._directory._release({image.name for image in images})
+
+    def _old_pages(self, image: _Image) -> Path | None:
+        """Name the pages of a pagemap that is about to be replaced."""
+        try:
+            pagemap = _read(self._path, image.image_type, image.number)
+        except ImageError:
+            return None
+        return pages_path(self._path, pagemap.pages_id)
+
+    def _check_holes(
+        self, image: _Image, starts: array[int], nr_pages: array[int], flags: array[int]
+    ) -> None:
+        """Check that the parent has all pages that the dumper left to it."""
+        holes = _joined(_with_flag(starts, nr_pages, flags, _PARENT))
+        parent = image.parent
+        if parent is None:
+            start, _ = next(holes)
+            raise ImageError(
+                self._path / image.name,
+                None,
+                f"expected a parent that has the page at {start:#x}: the dump is incremental, "
+                "and these images have no parent with this pagemap",
+            )
+        there = _joined(_with_flag(parent.starts, parent.nr_pages, parent.flags, 0xFF))
+        end = 0
+        begin = 0
+        for start, stop in holes:
+            while end <= start:
+                begin, end = next(there, (1 << 65, 1 << 65))
+            if not (begin <= start and stop <= end):
+                missing = start if begin > start else end
+                raise ImageError(
+                    parent.path,
+                    None,
+                    f"expected the page at {missing:#x}, which the dumper left to this parent",
+                )
+
+    def _deduplicate(self, images: list[_Image]) -> tuple[int, list[str]]:
+        """Give back what the parents have and nobody will read there; failing at it harms nothing."""
+        given_back = 0
+        warnings: list[str] = []
+        if self._directory._punch_hole is None or not any(image.present for image in images):
+            return 0, warnings
+        for parent in self._directory.parents():
+            for image in images:
+                if not image.present or not (parent / image.name).exists():
+                    continue
+                try:
+                    given_back += _punch(self._directory._punch_hole, parent, image)
+                except (OSError, ImageError) as error:
+                    warnings.append(
+                        f"{parent / image.name}: its pages take more room than they need: {error}"
+                    )
+        return given_back, warnings
+
+
+def _pagemap_name(image_type: ImageType, number: int) -> str:
+    return f"pagemap-{'shmem-' if image_type is ImageType.SHMEM else ''}{number}.img"
+
+
+def _read(directory: Path, image_type: ImageType, number: int) -> Pagemap:
+    read = read_shared_pagemap if image_type is ImageType.SHMEM else read_pagemap
+    return read(directory, number)
+
+
+def _create(path: Path) -> int:
+    """Make a file for us alone: the memory of a process is nobody else's business."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_pagemap(
+    file: BinaryIO, image: _Image, starts: array[int], nr_pages: array[int], flags: array[int]
+) -> None:
+    head = PagemapHead(pages_id=image.pages_id).SerializeToString()
+    file.write(struct.pack("<II", COMMON_MAGIC, PAGEMAP.magic))
+    file.write(_size(len(head)) + head)
+    records = _records(image.style, starts, nr_pages, flags)
+    while batch := b"".join(islice(records, 4096)):
+        file.write(batch)
+
+
+_size: Final = struct.Struct("<I").pack
+
+# An address's varint is three bytes for its low 21 bits, of which a page has 512, and those of the rest.
+_LOW_BITS: Final = 21
+_LOW_VARINTS: Final = tuple(
+    bytes((0x80, 0x80 | page << 5 & 0x7F, 0x80 | page >> 2)) for page in range(1 << _LOW_BITS - PAGE_SHIFT)
+)
+_VADDR_TAG: Final = PagemapEntry(vaddr=0).SerializeToString()[:1]
+
+
+def _records(
+    style: PagemapStyle, starts: array[int], nr_pages: array[int], flags: array[int]
+) -> Iterator[bytes]:
+    """Encode entries, each behind its size.
+
+    A dumper stands still for this, and there may be millions: so a message is
+    put together of parts that were encoded before, which protobuf allows.
+    """
+    rests: dict[tuple[int, int], bytes] = {}
+    high = -1
+    high_varint = b""
+    sizes = [_size(length) for length in range(64)]
+    for start, count, flag in zip(starts, nr_pages, flags, strict=True):
+        rest = rests.get((count, flag))
+        if rest is None:
+            if len(rests) > 1 << 16:
+                rests.clear()
+            rest = rests[count, flag] = _without_address(style, count, flag)
+        if start >> _LOW_BITS != high:
+            high = start >> _LOW_BITS
+            high_varint = PagemapEntry(vaddr=high).SerializeToString()[1:]
+        if high:
+            low = _LOW_VARINTS[start >> PAGE_SHIFT & 0x1FF]
+            body = b"".join((_VADDR_TAG, low, high_varint, rest))
+        else:
+            body = PagemapEntry(vaddr=start).SerializeToString() + rest
+        yield sizes[len(body)] + body
+
+
+def _without_address(style: PagemapStyle, count: int, flag: int) -> bytes:
+    if style is PagemapStyle.NEW:
+        entry = PagemapEntry(compat_nr_pages=0, flags=flag, nr_pages=count)  # the 0 is required
+    else:
+        entry = PagemapEntry(compat_nr_pages=count, flags=flag)
+    return entry.SerializeToString()
+
+
+# ---- ranges --------------------------------------------------------------------------------------
+
+
+def _with_flag(starts: array[int], nr_pages: array[int], flags: array[int], wanted: int) -> Iterator[Range]:
+    """Yield the addresses of the entries that have one of the flags."""
+    for start, count, flag in zip(starts, nr_pages, flags, strict=True):
+        if flag & wanted:
+            yield start, start + (count << PAGE_SHIFT)
+
+
+def _joined(ranges: Iterator[Range]) -> Iterator[Range]:
+    """Join ranges that touch; they ascend."""
+    begin = end = 0
+    for start, stop in ranges:
+        if start != end:
+            if begin != end:
+                yield begin, end
+            begin = start
+        end = stop
+    if begin != end:
+        yield begin, end
+
+
+def _in_file(pagemap: Pagemap, present: tuple[Range, ...]) -> Iterator[Range]:
+    """Yield where a pages file has the pages of these addresses."""
+    wanted = iter(present)
+    begin, end = next(wanted, (1 << 65, 1 << 65))
+    offset = 0
+    for start, count, flag in zip(pagemap.starts, pagemap.nr_pages, pagemap.flags, strict=True):
+        stop = start + (count << PAGE_SHIFT)
+        if not flag & _PRESENT:
+            continue
+        while begin < stop:
+            low, high = max(begin, start), min(end, stop)
+            if low < high:
+                yield offset + low - start, offset + high - start
+            if end > stop:
+                break
+            begin, end = next(wanted, (1 << 65, 1 << 65))
+        offset += stop - start
+
+
+def _punch(punch_hole: PunchHole, parent: Path, image: _Image) -> int:
+    pagemap = _read(parent, image.image_type, image.number)
+    holes = _joined(_in_file(pagemap, image.present))
+    total = 0
+    with check_pages(parent, pagemap).open("r+b") as file:
+        for start, stop in holes:
+            punch_hole(file.fileno(), start, stop - start)
+            total += stop - start
+    return total
