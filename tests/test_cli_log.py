@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from criupy.errors import LazyPagesError
-from criupy.lazy_pages import _log
-from criupy.lazy_pages._log import CriuFormatter, LogHandler, open_log
+from criupy._command import log as log_module
+from criupy._command.log import CriuFormatter, LogHandler, open_log
+from criupy.errors import CommandError
 
 log = logging.getLogger("criupy.lazy_pages")
 HERE = "criupy/lazy_pages/_daemon_linux.py"
@@ -36,7 +36,7 @@ def put_back() -> Iterator[None]:
 def record(
     level: int, text: str, *args: object, after: float = 0.012345, line: int = 123
 ) -> logging.LogRecord:
-    pathname = str(Path(_log.__file__).with_name("_daemon_linux.py"))
+    pathname = str(Path(log_module.__file__).parents[1] / "lazy_pages" / "_daemon_linux.py")
     made = logging.LogRecord("criupy.x", level, pathname, line, text, args, None)
     made.created = after
     return made
@@ -144,7 +144,7 @@ def test_lines_of_two_writers_do_not_overwrite_each_other(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["no/such/dir.log", "."])
 def test_a_log_that_cannot_be_opened_is_one_line(name: str, tmp_path: Path) -> None:
-    with pytest.raises(LazyPagesError, match="--log-file") as caught:
+    with pytest.raises(CommandError, match="--log-file") as caught:
         open_log(2, name, tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -154,7 +154,7 @@ def test_a_log_that_cannot_be_opened_is_one_line(name: str, tmp_path: Path) -> N
 def test_standard_streams_outlive_their_closing(path: str | None, stream: str) -> None:
     # A daemon puts /dev/null on 0, 1 and 2; CRIU's log goes on to where it went.
     program = (
-        "import logging, os; from criupy.lazy_pages._log import open_log\n"
+        "import logging, os; from criupy._command.log import open_log\n"
         f"open_log(2, {path!r}, '.')\n"
         "null = os.open(os.devnull, os.O_RDWR)\n"
         "[os.dup2(null, fd) for fd in range(3)]\n"
@@ -181,7 +181,7 @@ def test_a_reader_that_went_away_costs_lines_and_nothing_else() -> None:
     with open(reader, encoding="ascii") as file:  # noqa: PTH123 - a descriptor
         lines = file.read().splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("Warn  (criupy/lazy_pages/_log.py): 2 records")
+    assert lines[0].startswith("Warn  (criupy/_command/log.py): 2 records")
     assert lines[1].endswith("seen")
 
 

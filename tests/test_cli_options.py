@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from criupy.errors import LazyPagesError
-from criupy.lazy_pages._getopt import CRIU_OPTIONS, Argument, GetoptError, Option, normalise
-from criupy.lazy_pages._options import Answer, LazyPagesOptions, TlsNotYetError, UsageError, parse
-from criupy.lazy_pages._parser import OWN_OPTIONS, REFUSED
+from criu_judge import CRIU, criu_accepts, needs_criu
+from criupy._command.getopt import CRIU_OPTIONS, Argument, GetoptError, Option, normalise
+from criupy._command.line import Answer, TlsNotYetError
+from criupy._command.parser import REFUSED, UsageError
+from criupy.errors import CommandError
+from criupy.lazy_pages._options import LazyPagesOptions, parse
+from criupy.lazy_pages._parser import OWN_OPTIONS
 
 DEFAULT = LazyPagesOptions()
 REMOTE = ["--page-server", "--address", "a.example", "--port", "1234"]
@@ -325,7 +326,7 @@ def test_rejected(line: str, words: str) -> None:
 def test_tls_is_not_yet(line: str) -> None:
     with pytest.raises(TlsNotYetError, match="not yet") as caught:
         parse([*REMOTE, *line.split()])
-    assert isinstance(caught.value, LazyPagesError)
+    assert isinstance(caught.value, CommandError)
     assert options(*REMOTE, "--tls", "--no-tls").page_server == ("a.example", 1234)
 
 
@@ -485,42 +486,6 @@ def test_getopt_long_reads_the_same(argv: list[str]) -> None:
 
 
 # ---- CRIU itself --------------------------------------------------------------------
-
-
-def _criu() -> str | None:
-    """Find a CRIU that has this table (4.2 or later) and starts here."""
-    named = [name for name in os.environ.get("CRIUPY_CRIU", "").split(":") if name]
-    cached = sorted(map(str, Path("/var/cache/criupy").glob("criu-*/bin/criu")), reverse=True)
-    for name in [*named, *cached, shutil.which("criu")]:
-        if name is None or not os.access(name, os.X_OK):
-            continue
-        told = subprocess.run([name, "-V"], capture_output=True, text=True, check=False).stdout
-        version = told.removeprefix("Version: ").split()[:1]
-        if version and tuple(map(int, version[0].split(".")[:2])) >= (4, 2):
-            return name
-    return None
-
-
-CRIU = _criu()
-# With these, CRIU has read and accepted the whole line when it misses this directory.
-MISSING = "/nonexistent/criupy-images"
-needs_criu = pytest.mark.skipif(
-    CRIU is None or os.geteuid() != 0, reason="needs root and a CRIU 4.2 or later that starts here"
-)
-
-
-def criu_accepts(argv: Sequence[str]) -> bool:
-    assert CRIU is not None
-    ended = subprocess.run(
-        [CRIU, *argv, "--no-default-config", "-v2", "-D", MISSING],  # at -v0 it would say nothing
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env={name: value for name, value in os.environ.items() if name != "CRIU_CONFIG_FILE"},
-    )
-    assert ended.returncode == 1
-    return f"Can't open dir {MISSING}" in ended.stderr
 
 
 def is_criu_line(line: str) -> bool:

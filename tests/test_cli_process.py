@@ -13,14 +13,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from criupy.errors import LazyPagesError
-from criupy.lazy_pages._options import LazyPagesOptions, parse
-from criupy.lazy_pages._process_linux import (
-    SOCKET_NAME,
-    bind_restore_socket,
+from criupy._command.process_linux import (
     check_descriptor,
     lower_oom_score,
     raise_descriptor_limit,
@@ -28,12 +25,15 @@ from criupy.lazy_pages._process_linux import (
     status_ready,
     write_pidfile,
 )
+from criupy.errors import CommandError, LazyPagesError
+from criupy.lazy_pages._options import LazyPagesOptions, parse
+from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_socket
 from criupy.lazy_pages._sock_diag_linux import find_listener
 
 NOBODY = 65534
 
 
-def refusal(error: pytest.ExceptionInfo[LazyPagesError], *words: object) -> None:
+def refusal(error: pytest.ExceptionInfo[Any], *words: object) -> None:
     text = str(error.value)
     assert "\n" not in text
     for word in words:
@@ -195,7 +195,7 @@ def test_nothing_is_left_open_after_a_refusal(tmp_path: Path) -> None:
 
 DAEMON = """
 import os, sys
-from criupy.lazy_pages._process_linux import daemonize
+from criupy._command.process_linux import daemonize
 from pathlib import Path
 report, go = int(sys.argv[1]), int(sys.argv[2])
 os.chdir(sys.argv[3])
@@ -239,7 +239,7 @@ def test_pidfile(tmp_path: Path) -> None:
     write_pidfile(path, 12345)
     assert path.read_bytes() == b"12345"
     assert path.stat().st_mode & 0o777 == 0o600 & ~_umask()
-    with pytest.raises(LazyPagesError) as caught:
+    with pytest.raises(CommandError) as caught:
         write_pidfile(path, 1)
     refusal(caught, path, "exists", "remove")
     assert path.read_bytes() == b"12345"
@@ -252,7 +252,7 @@ def _umask() -> int:
 
 
 def test_pidfile_in_no_directory(tmp_path: Path) -> None:
-    with pytest.raises(LazyPagesError) as caught:
+    with pytest.raises(CommandError) as caught:
         write_pidfile(tmp_path / "no" / "pid", 1)
     refusal(caught, tmp_path / "no" / "pid", "No such file")
 
@@ -274,7 +274,7 @@ def test_status_on_a_standard_descriptor(fd: int) -> None:
     # The number must stay taken: what opens next would become standard output.
     program = (
         "import os, sys\n"
-        "from criupy.lazy_pages._process_linux import status_ready\n"
+        "from criupy._command.process_linux import status_ready\n"
         "status_ready(int(sys.argv[1]))\n"
         "assert os.open('/', os.O_RDONLY) > 2\n"
         "print('swallowed', file=sys.stdout if sys.argv[1] == '1' else sys.stderr)\n"
@@ -287,7 +287,7 @@ def test_status_without_a_reader_is_an_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        with pytest.raises(LazyPagesError) as caught:
+        with pytest.raises(CommandError) as caught:
             status_ready(writer)
         refusal(caught, f"--status-fd {writer}", "Broken pipe")
     finally:
@@ -299,16 +299,16 @@ def test_descriptors_that_nobody_passed_on_are_told_of() -> None:
     check_descriptor("--status-fd", writer)
     os.close(reader)
     os.close(writer)
-    with pytest.raises(LazyPagesError) as caught:
+    with pytest.raises(CommandError) as caught:
         check_descriptor("--status-fd", writer)
     refusal(caught, f"--status-fd {writer}", "Bad file descriptor", "passed on")
-    with pytest.raises(LazyPagesError) as caught:
+    with pytest.raises(CommandError) as caught:
         status_ready(writer)
     refusal(caught, f"--status-fd {writer}", "Bad file descriptor")
 
 
 def test_daemon_and_a_standard_status_descriptor_do_not_go_together() -> None:
-    with pytest.raises(LazyPagesError, match="above 2"):
+    with pytest.raises(CommandError, match="above 2"):
         parse(["-d", "--status-fd", "2"])
     assert isinstance(parse(["--status-fd", "2"]), LazyPagesOptions)
 
@@ -332,10 +332,10 @@ def test_action_scripts_run_in_order_and_know_what_for(tmp_path: Path) -> None:
 
 
 def test_a_script_may_refuse(tmp_path: Path) -> None:
-    with pytest.raises(LazyPagesError) as caught:
+    with pytest.raises(CommandError) as caught:
         run_action_scripts([script(tmp_path / "no", "exit 3")], "status-ready", tmp_path)
     refusal(caught, tmp_path / "no", "status 3")
-    with pytest.raises(LazyPagesError) as caught:
+    with pytest.raises(CommandError) as caught:
         run_action_scripts([str(tmp_path / "missing")], "status-ready", tmp_path)
     refusal(caught, tmp_path / "missing", "No such file")
 
@@ -344,7 +344,7 @@ def test_a_script_may_refuse(tmp_path: Path) -> None:
 
 OOM = """
 from pathlib import Path
-from criupy.lazy_pages._process_linux import lower_oom_score
+from criupy._command.process_linux import lower_oom_score
 file = Path("/proc/self/oom_score_adj")
 file.write_text("777")
 score = lower_oom_score()
@@ -371,7 +371,7 @@ def test_oom_score_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 NOFILE = """
 import resource
-from criupy.lazy_pages._process_linux import raise_descriptor_limit
+from criupy._command.process_linux import raise_descriptor_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))
 limit = raise_descriptor_limit()
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limit, limit)
@@ -406,7 +406,7 @@ def test_descriptor_limit_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_signals_reach_a_daemon_by_its_pidfile(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
-        "from criupy.lazy_pages._process_linux import daemonize, write_pidfile\n"
+        "from criupy._command.process_linux import daemonize, write_pidfile\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
         "child = daemonize()\n"
         "if child:\n"

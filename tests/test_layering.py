@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "errors": frozenset[str](),
     "_descriptor": frozenset[str](),
     "_kill_linux": frozenset[str](),
+    "_command": frozenset({"errors"}),
     "": frozenset({"errors", "rpc"}),  # criupy/__init__.py
     "wire": frozenset({"errors"}),
     "images": frozenset({"errors"}),
@@ -24,9 +25,9 @@ MAY_IMPORT = {
     "policy": frozenset({"errors", "images", "wire"}),
     "trace": frozenset({"errors", "images", "wire", "_uffd"}),
     "lazy_pages": frozenset(
-        {"errors", "images", "wire", "_uffd", "policy", "trace", "_descriptor", "_kill_linux"}
+        {"errors", "images", "wire", "_uffd", "policy", "trace", "_command", "_descriptor", "_kill_linux"}
     ),
-    "page_server": frozenset({"errors", "images", "wire", "_uffd", "policy", "trace"}),
+    "page_server": frozenset({"errors", "images", "wire", "_uffd", "policy", "trace", "_command"}),
     "commands": frozenset({"errors", "images", "rpc", "_uffd"}),
     "__main__": frozenset({"commands"}),
     # Stand-ins and harnesses may use everything; nobody uses them.
@@ -182,6 +183,8 @@ def test_every_package_folder_is_seen() -> None:
         ("policy/a.py", "from criupy._uffd import space"),
         ("policy/a.py", "from criupy.images._thing_linux import x"),
         ("_uffd/a.py", "import criupy.lazy_pages"),
+        ("_command/a.py", "import criupy.lazy_pages"),
+        ("_command/a.py", "from criupy._uffd import space"),
         ("_uffd/a.py", "import resource"),
         ("lazy_pages/a.py", "import criupy.testing"),
         ("lazy_pages/a.py", "try:\n    import fcntl\nexcept ImportError:\n    raise"),
@@ -210,6 +213,7 @@ def test_rules_refuse(module: str, source: str) -> None:
         ("lazy_pages/a_linux.py", "import fcntl, trio\nfrom criupy._uffd import space"),
         ("lazy_pages/a.py", "import sys\nif sys.platform == 'linux':\n    import fcntl"),
         ("lazy_pages/a.py", "def f():\n    import fcntl"),
+        ("page_server/a.py", "from criupy._command.parser import Group"),
         ("__init__.py", "from criupy.errors import ImageError"),
     ],
 )

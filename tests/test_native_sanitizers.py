@@ -36,6 +36,16 @@ CORE = [
     "uffd",
 ]
 
+SERVER = [
+    "codec",
+    "image",
+    "server",
+    "server_answer",
+    "server_connection",
+    "server_receive",
+    "server_stream",
+]
+
 Build = Callable[[str, list[str], str], Path]
 
 
@@ -92,3 +102,10 @@ def test_pager_under_load(build: Build, sanitizer: str, how: str) -> None:
     program = build("pager_stress", CORE, sanitizer)
     for seed in range(1, 4):
         run(program, target, str(seed), "1000", how)
+
+
+@pytest.mark.parametrize("sanitizer", ["", *RUNTIMES])
+def test_page_server_under_load(build: Build, sanitizer: str) -> None:
+    program = build("server_stress", SERVER, sanitizer)
+    for seed in range(1, 4):
+        run(program, str(seed), "60")

@@ -1,4 +1,4 @@
-"""The page server's data path: what it gives out, to whom, and what it makes of clients that break the rules."""
+"""The page server's data path: what it gives out, and what it makes of clients that break the rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 
@@ -26,6 +26,7 @@ from criupy.page_server._images import load_tasks
 from criupy.testing.images import STACK_BASE, WrittenImages, write_images
 from criupy.testing.spec import WorkloadSpec
 from criupy.wire.page_server import detect_frame_size
+from criupy.wire.page_service import Close, ConnectionClosed, Get, PageService
 from page_server_clients import (
     ADD_F_PRESENT,
     CLOSE,
@@ -71,6 +72,9 @@ class Served:
         (account,) = self.ended()
         return account
 
+    def close(self) -> None:
+        self.server.close()
+
 
 Serve: TypeAlias = Callable[..., Served]
 
@@ -84,7 +88,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         ) -> Served:
             spec = spec or WorkloadSpec(size=256 * PAGE, areas=2, tree=2)
             served = Served(write_images(tmp_path / "images", spec, style="full"), stall=stall, idle=idle)
-            stack.callback(served.server.close)
+            stack.callback(served.close)
             return served
 
         yield make
@@ -147,10 +151,10 @@ def test_a_longest_answer(serve: Serve) -> None:
     images = write_images(
         served.images.directory.with_name("long"), served.images.spec, style="full", entry_pages=4000
     )
-    with contextlib.closing(Served(images).server) as server:
+    with contextlib.closing(Served(images)) as served:
         ours, theirs = loopback()
         with Destination(ours) as destination:
-            server.serve(theirs.detach())
+            served.server.serve(theirs.detach())
             destination.send(GET, 4000, images.tasks[0].runs[0].start, images.tasks[0].pid)
             assert destination.answer()[0] == 1024
 
@@ -247,11 +251,11 @@ def test_a_server_that_ends_cuts_all(serve: Serve) -> None:
         waiting.get(100, start)
         for _ in range(2000):  # more than sockets hold
             reading.send(GET, 128, start, 100)
-        served.server.close()
+        served.close()
         assert waiting.is_over()
 
 
-# ---- what breaks the rules -----------------------------------------------------------------------------------
+# ---- what breaks the rules -------------------------------------------------------------------------------
 
 A = 0x10_0000_0000
 """Where the first area of a workload begins."""
@@ -261,6 +265,7 @@ WRONG = {
     "an upload": ((3, 0, 0, 100 << 8 | 1), Ending.COMMAND),
     "an answer": ((ADD_F_PRESENT, 1, A, 100 << 8 | 1), Ending.COMMAND),
     "no pages": ((GET, 0, A, 100), Ending.COUNT),
+    "pages behind all addresses": ((GET, 2, (1 << 64) - PAGE, 100), Ending.COUNT),
     "an unaligned address": ((GET, 1, A + 8, 100), Ending.ADDRESS),
     "an address before all": ((GET, 1, A - PAGE, 100), Ending.PAGE),
     "an address behind all": ((GET, 1, (1 << 64) - PAGE, 100), Ending.PAGE),
@@ -404,12 +409,11 @@ def test_images_in_the_wrong_order(serve: Serve) -> None:
         served.server.add_image(image(task.pid), 0)
     with pytest.raises(UffdError, match="Invalid argument"):
         served.server.add_image(Image(7, entries.starts, entries.nr_pages), 0)
-    with served.connect():
-        with pytest.raises(UffdError, match="busy"):
-            served.server.add_image(image(7), 0)
+    with served.connect(), pytest.raises(UffdError, match="busy"):
+        served.server.add_image(image(7), 0)
 
 
-# ---- the model -------------------------------------------------------------------------------------------------
+# ---- the model -------------------------------------------------------------------------------------------
 
 
 @given(head=st.binary(min_size=24, max_size=24))
@@ -431,8 +435,110 @@ def test_first_frames_are_read_as_the_model_reads_them(
 
 
 def _detects_alike(head: bytes) -> None:
+    expected: int
     try:
-        expected: int = detect_frame_size(head) or 0
+        expected = detect_frame_size(head) or 0
     except RemoteProtocolError:
         expected = -71  # EPROTO
     assert lib.criupy_frame_detect(head) == expected
+
+
+class Model:
+    """A server in Python: the sans-IO codec over the same images."""
+
+    def __init__(self, images: WrittenImages) -> None:
+        self.images = images
+        self.service = PageService()
+        self.sent = b""
+
+    def run(self, data: bytes) -> str:
+        """Take in a whole stream and its end; return how that ends."""
+        if data:
+            self.service.receive(data)
+        self.service.receive(b"")
+        try:
+            while True:
+                match self.service.next_event():
+                    case Get(pid, address, nr_pages):
+                        if not self.give(pid, address, nr_pages):
+                            return "refused"
+                    case Close():
+                        self.sent += self.service.answer_close()
+                    case ConnectionClosed(after_close):
+                        return "closed" if after_close else "eof"
+                    case _:
+                        return "refused"
+        except RemoteProtocolError:
+            return "refused"
+
+    def give(self, pid: int, address: int, nr_pages: int) -> bool:
+        for task in self.images.tasks:
+            for run in task.runs:
+                first = (address - run.start) // PAGE
+                if task.pid == pid and 0 <= first < run.nr_pages:
+                    nr = min(nr_pages, run.nr_pages - first)
+                    self.sent += self.service.answer_get(nr)
+                    pages = (self.images.spec.page(task.task, run.first + first + n) for n in range(nr))
+                    self.sent += b"".join(pages)
+                    return True
+        return False
+
+
+gets = st.tuples(
+    st.just(GET),
+    st.integers(1, 40),
+    st.integers(-1, 33).map(lambda page: A + page * PAGE),
+    st.sampled_from([100, 101, 101, 102]),
+)
+others = st.sampled_from(
+    [(CLOSE, 0, 0, 0), (FORCE_CLOSE, 0, 0, 0), (3, 0, 0, 100 << 8 | 1), (GET, 0, A, 100)]
+)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> WrittenImages:
+    spec = WorkloadSpec(size=32 * PAGE, tree=2)
+    return write_images(tmp_path_factory.mktemp("small"), spec, style="full")
+
+
+@given(
+    frame_size=st.sampled_from([24, 32]),
+    frames=st.lists(gets, max_size=8),
+    last=st.none() | others,
+    trailing=st.binary(max_size=40),
+    cuts=st.lists(st.integers(1, 60), max_size=12) | st.just([1] * 400),
+)
+def test_a_stream_in_any_pieces_is_answered_as_by_the_model(
+    small: WrittenImages,
+    frame_size: int,
+    frames: list[tuple[int, int, int, int]],
+    last: tuple[int, int, int, int] | None,
+    trailing: bytes,
+    cuts: list[int],
+) -> None:
+    stream = b"".join(frame(frame_size, *words) for words in [*frames, *([last] if last else [])]) + trailing
+    model = Model(small)
+    expected = model.run(stream)
+    with contextlib.closing(Served(small)) as served:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            served.server.serve(theirs.fileno())
+            theirs.detach()
+            with contextlib.suppress(BrokenPipeError):
+                for cut in cuts:
+                    piece, stream = stream[:cut], stream[cut:]
+                    ours.sendall(piece)
+                ours.sendall(stream)
+                ours.shutdown(socket.SHUT_WR)
+            got = bytearray()
+            with contextlib.suppress(ConnectionResetError):
+                while piece := ours.recv(1 << 20):
+                    got += piece
+        ending = served.end().ending
+    if expected == "refused":
+        assert ending is not None
+        assert ending >= Ending.COMMAND
+        assert model.sent.startswith(bytes(got))
+    else:
+        assert ending is (Ending.CLOSED if expected == "closed" else Ending.EOF)
+        assert bytes(got) == model.sent

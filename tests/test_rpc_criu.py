@@ -221,7 +221,7 @@ async def test_every_notification_of_a_container(criu: Criu, kind: str, images: 
         with container() as victim:
             count = last_count(victim.master)
             await client.call("dump", victim.pid, images_dir=images, hooks=dumped, external=mounts, **common)
-            assert state_of(victim.pid) is None
+            assert state_of(victim.pid) in {None, "Z"}  # its parent reaps it when it gets to it
         assert dumped.scripts == ["pre-dump", "network-lock", "query-ext-files", "post-dump"]
         result = await client.call(
             "restore", images_dir=images, hooks=restored, external=["mnt[]"], root="/", **common

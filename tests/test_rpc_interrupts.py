@@ -1,13 +1,19 @@
-"""Ctrl-C at every line of a request whose CRIU hangs: the process is ended, whatever was being done.
+"""Ctrl-C at every line of a request, and from a terminal: no process is left, whatever was being done.
 
 A trace function raises the signal; the handler that Python or trio has installed does the rest.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -15,13 +21,19 @@ import pytest
 import trio
 
 import criupy
+from criupy.testing.criu_linux import Criu
 
 if sys.platform != "linux":
     pytest.skip("CRIU is for Linux", allow_module_level=True)
 
+from criupy.rpc import _async_operation_linux, _operation_linux
+from criupy.rpc._worker_linux import Worker
+from rpc_victims import counter, state_of, subreaper, until
+
 pytestmark = pytest.mark.slow
 
 PID = 1 << 22
+MOMENTS = 60
 PLACES = (f"{Path(criupy.__file__).parent}/", subprocess.__file__)
 
 
@@ -37,8 +49,9 @@ class Interrupt:
         code = frame.f_code
         if not self._started and code.co_name in {"__enter__", "__aenter__"}:
             self._started = code.co_filename.endswith("operation_linux.py")
-        if code.co_name == "__del__":  # Python itself drops what is raised there
-            return None
+        caller = frame.f_back
+        if code.co_name == "__del__" or (caller is not None and caller.f_code.co_name == "__del__"):
+            return None  # Python itself drops what is raised there
         return self._line if self._started and code.co_filename.startswith(PLACES) else None
 
     def _line(self, frame: FrameType, event: str, argument: object) -> object:
@@ -63,13 +76,29 @@ def dump_on_trio(binary: Path, images_dir: Path) -> None:
     trio.run(main)
 
 
+def serve_blocking(binary: Path, images_dir: Path) -> None:
+    with criupy.Criu(binary) as criu:
+        criu.version()
+        criu.page_server_child(images_dir=images_dir)
+
+
+def serve_on_trio(binary: Path, images_dir: Path) -> None:
+    async def main() -> None:
+        async with criupy.AsyncCriu(binary) as criu:
+            await criu.version()
+            await criu.page_server_child(images_dir=images_dir)
+
+    trio.run(main)
+
+
 def children() -> str:
     return "".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
 
 
-# A descriptor whose owner lost it in between is closed by its finalizer, which says so.
+# Of descriptors it is not said: one that its owner loses in between is closed by its finalizer, which tells,
+# or not at all, where it was about to be closed (the other order could close another's).
 @pytest.mark.filterwarnings("ignore:unclosed <Descriptor:ResourceWarning")
-def test_an_interrupt_at_every_line(kind: str, tmp_path: Path) -> None:
+def test_a_request_whose_criu_hangs(kind: str, tmp_path: Path) -> None:
     dump = {"blocking": dump_blocking, "trio": dump_on_trio}[kind]
     hanging = tmp_path / "criu"
     hanging.write_text("#!/bin/sh\nexec sleep 600\n")
@@ -92,3 +121,94 @@ def test_an_interrupt_at_every_line(kind: str, tmp_path: Path) -> None:
             break
         assert caught.type is KeyboardInterrupt, interrupt.place
     assert lines > 200
+
+
+@pytest.mark.criu
+@pytest.mark.filterwarnings("ignore:unclosed <Descriptor:ResourceWarning")
+def test_workers_that_are_kept(kind: str, criu: Criu, tmp_path: Path) -> None:
+    """At spread moments: nothing goes on for longer than CRIU needs to see that its client is gone."""
+    serve = {"blocking": serve_blocking, "trio": serve_on_trio}[kind]
+    start = time.monotonic()
+    serve(criu.path, tmp_path)
+    took = time.monotonic() - start
+    hit = 0
+    with subreaper():
+        for n in range(MOMENTS):
+            timer = threading.Timer(took * n / MOMENTS, os.kill, (os.getpid(), signal.SIGINT))
+            try:
+                timer.start()
+                serve(criu.path, tmp_path)
+                timer.join()
+                time.sleep(0.01)
+            except KeyboardInterrupt:
+                hit += 1
+            timer.join()
+            until(
+                lambda: not any(state_of(int(pid)) != "Z" for pid in children().split()), "a worker is left"
+            )
+    assert hit == MOMENTS
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
+
+
+# ---- two of them, and one from a terminal ------------------------------------------------------
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    started = Worker.start(["/bin/sleep", "600"], request="test", capture=False)
+    yield started
+    started.abandon()
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+@pytest.mark.parametrize("limit", [10.0, math.inf])
+async def test_what_is_waited_for_without_limit_survives(
+    kind: str, worker: Worker, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our lazy-pages daemon: tasks may depend on it."""
+
+    def interrupt(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_operation_linux, "wait_for", interrupt)
+    monkeypatch.setattr(_async_operation_linux, "wait_ended", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        if kind == "blocking":
+            _operation_linux.end_worker(worker, limit)
+        else:
+            await _async_operation_linux.end_worker(worker, limit)
+    assert worker.poll() == (None if limit == math.inf else -signal.SIGKILL)
+
+
+#: Dumps a process, and waits in the first notification.
+DUMP = """
+import sys, time
+import criupy
+
+class Slow(criupy.Hooks):
+    def pre_dump(self):
+        print("now", flush=True)
+        time.sleep(600)
+
+with criupy.Criu(sys.argv[1]) as criu:
+    try:
+        criu.dump(int(sys.argv[2]), images_dir=sys.argv[3], hooks=Slow())
+    except KeyboardInterrupt as interrupted:
+        print(*interrupted.__notes__)
+"""
+
+
+@pytest.mark.criu
+@pytest.mark.usefixtures("nothing_is_left")
+def test_a_terminals_interrupt_does_not_reach_criu(criu: Criu, tmp_path: Path) -> None:
+    """It goes to the foreground's whole process group. CRIU has to undo what it did, and not to die of it."""
+    with counter(tmp_path) as victim:
+        words: list[str | Path] = [sys.executable, "-c", DUMP, criu.path, str(victim.pid), tmp_path]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as program:
+            assert program.stdout is not None
+            assert program.stdout.readline() == "now\n"
+            os.killpg(program.pid, signal.SIGINT)
+            assert program.stdout.read().startswith("CRIU undid it: dump: ")
+        victim.assert_running()

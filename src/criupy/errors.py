@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 __all__ = [
+    "CommandError",
     "CriuDied",
     "CriuError",
     "CriuTimeout",
@@ -19,6 +20,7 @@ __all__ = [
     "LazyPagesError",
     "LocalProtocolError",
     "OptionError",
+    "PageServerError",
     "ProtocolError",
     "RemoteProtocolError",
     "UffdError",
@@ -168,3 +170,7 @@ class LazyPagesError(CriupyError):
 
 class PageServerError(CriupyError):
     """The page server cannot start or go on; the cause, if any, is chained."""
+
+
+class CommandError(CriupyError):
+    """A daemon's command cannot do what its command line says; the cause, if any, is chained."""

@@ -174,7 +174,7 @@ static void wait_until_poisoned(struct criupy_pager *pager, struct criupy_stats 
 	do {
 		usleep(1000);
 		look(pager, stats);
-	} while (stats->link != CRIUPY_LINK_LOST);
+	} while (stats->link != CRIUPY_LINK_LOST || stats->phase == CRIUPY_PHASE_RESTORING);
 	CHECK(!criupy_pager_poison(pager) && !criupy_pager_end(pager, 1));
 }
 
@@ -194,6 +194,7 @@ int main(int argc, char **argv)
 
 	if (argc != 5)
 		return 2;
+	alarm(300); /* a guard: with it go the userfaultfds, and then the targets */
 	early = !strcmp(argv[4], "early");
 	poison = !strcmp(argv[4], "poison");
 	destroy = !strcmp(argv[4], "destroy");

@@ -189,11 +189,11 @@ int criupy_server_serve(struct criupy_server *server, int fd, uint64_t *serial)
 		return -ENOMEM;
 	c->server = server;
 	c->fd = fd;
-	c->counted.serial = server->nr_connections;
 	c->counted.started_ns = server_now_ns();
-	c->account = c->counted;
 	pthread_cond_init(&c->answered, NULL);
 	pthread_mutex_lock(&server->lock);
+	c->counted.serial = server->nr_connections;
+	c->account = c->counted;
 	result = start(c);
 	if (result == 0) {
 		*serial = server->nr_connections++;

@@ -35,7 +35,7 @@ int answer_get(struct connection *c, const struct criupy_frame *frame)
 
 	if (frame->vaddr % CRIUPY_PAGE_SIZE)
 		return connection_fail(c, CRIUPY_SERVED_ADDRESS, 0);
-	if (!frame->nr_pages)
+	if (!frame->nr_pages || (frame->nr_pages - 1) > (UINT64_MAX - frame->vaddr) >> PAGE_SHIFT)
 		return connection_fail(c, CRIUPY_SERVED_COUNT, 0);
 	served = server_find(c->server, frame->dst_id);
 	if (!served)

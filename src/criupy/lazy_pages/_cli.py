@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
-from criupy.errors import CriupyError, LazyPagesError
-from criupy.lazy_pages._log import open_log
-from criupy.lazy_pages._options import PROGRAM, Answer, LazyPagesOptions, UsageError, parse
-from criupy.lazy_pages._progress import Progress, lead_nowhere, make_progress, summary
+from criupy._command.log import open_log
+from criupy._command.run import display, run_command, write_stats
+from criupy.errors import LazyPagesError
+from criupy.lazy_pages._options import LazyPagesOptions, parse
+from criupy.lazy_pages._parser import PROGRAM
+from criupy.lazy_pages._progress import Progress, make_progress, summary
 
 if TYPE_CHECKING:
     import socket
-
-    import trio
 
     from criupy.lazy_pages._daemon_linux import Config, LazyPages
     from criupy.lazy_pages._images import DumpedTask
@@ -30,38 +27,10 @@ __all__ = ["main"]
 
 log = logging.getLogger("criupy.lazy_pages")
 
-# A terminal that closes must not end what running tasks depend on: SIGHUP stops like SIGTERM.
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# By default these would end the daemon at once, and what has not come would read as zeros.
-_IGNORED_SIGNALS = (
-    signal.SIGQUIT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGALRM,
-    signal.SIGVTALRM,
-    signal.SIGPROF,
-    signal.SIGIO,
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 when the restore was served."""
-    try:
-        options = parse(sys.argv[1:] if argv is None else argv, environ=os.environ)
-    except UsageError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
-    if isinstance(options, Answer):
-        print(options.text, end="")
-        return 0
-    try:
-        return _run(options)
-    except CriupyError as error:
-        if logging.getLogger("criupy").handlers:
-            log.error("%s", error)  # noqa: TRY400 - one clear line, no traceback
-        else:
-            print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
+    return run_command(PROGRAM.name, argv, partial(parse, environ=os.environ), _run)
 
 
 def _run(options: LazyPagesOptions) -> int:
@@ -70,19 +39,26 @@ def _run(options: LazyPagesOptions) -> int:
     # once it has connected, and its tasks may run before we look.
     import trio
 
-    from criupy.lazy_pages._daemon_linux import Config
-    from criupy.lazy_pages._images import load_tasks
-    from criupy.lazy_pages._process_linux import (
-        bind_restore_socket,
+    from criupy._command.process_linux import (
+        check_inherited,
         daemonize,
         lower_oom_score,
         raise_descriptor_limit,
         run_action_scripts,
         status_ready,
+        write_child_pidfile,
     )
+    from criupy._command.signals_linux import hold_signals
+    from criupy.lazy_pages._daemon_linux import Config
+    from criupy.lazy_pages._images import load_tasks
+    from criupy.lazy_pages._restore_socket_linux import bind_restore_socket
     from criupy.lazy_pages._source_linux import adopt_source
 
-    _check_inherited(options)
+    check_inherited(
+        {"--status-fd": options.status_fd, "--ps-socket": options.ps_socket},
+        {"--images-dir": options.images_dir, "--work-dir": options.work_dir},
+        options.close_fds,
+    )
     if options.ps_socket is not None:
         # From here on our end, whatever causes it, is a reset, not a FIN: the source goes on.
         adopt_source(options.ps_socket, link_timeout=options.link_timeout)
@@ -104,14 +80,12 @@ def _run(options: LazyPagesOptions) -> int:
     if options.daemon:
         child = daemonize()
         if child:
-            _pidfile(options, child)
+            if options.pidfile is not None:
+                write_child_pidfile(options.work_dir / options.pidfile, child)
             return 0
     log.debug("oom_score_adj %s, RLIMIT_NOFILE %d", lower_oom_score(), raise_descriptor_limit())
     run_action_scripts(options.action_scripts, "status-ready", options.images_dir)
-    # Until _stop_on_signal takes them: by default they would end a daemon that is needed.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    for number in _IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    hold_signals()  # by default they would end a daemon that is needed
     if options.status_fd is not None:
         status_ready(options.status_fd)
     progress = make_progress(options.progress, sys.stderr, background=options.daemon)
@@ -132,6 +106,7 @@ async def _serve(
 ) -> int:
     import trio
 
+    from criupy._command.signals_linux import stop_on_signal
     from criupy.lazy_pages._daemon_linux import open_lazy_pages
 
     status = 0
@@ -140,7 +115,7 @@ async def _serve(
             async with open_lazy_pages(
                 config, work_dir=options.work_dir, dumped=dumped, listener=listener
             ) as daemon:
-                await nursery.start(_stop_on_signal, daemon)
+                await nursery.start(stop_on_signal, daemon.stop)
                 nursery.start_soon(_show, progress, daemon)
         except LazyPagesError as error:
             log.error("%s", error)  # noqa: TRY400 - one clear line, no traceback
@@ -148,43 +123,6 @@ async def _serve(
         nursery.cancel_scope.cancel()
     _report(options, progress, daemon.statistics())
     return status
-
-
-def _check_inherited(options: LazyPagesOptions) -> None:
-    from criupy.lazy_pages._process_linux import check_descriptor
-
-    for option, descriptor in (("--status-fd", options.status_fd), ("--ps-socket", options.ps_socket)):
-        if descriptor is not None:
-            check_descriptor(option, descriptor)
-    for name, directory in (("images", options.images_dir), ("work", options.work_dir)):
-        if not directory.is_dir():
-            raise LazyPagesError(f"--{name}-dir {directory}: no such directory")
-    for descriptor in options.close_fds:
-        with contextlib.suppress(OSError):  # closed already is what was wanted
-            os.close(descriptor)
-
-
-def _pidfile(options: LazyPagesOptions, child: int) -> None:
-    from criupy.lazy_pages._process_linux import write_pidfile
-
-    if options.pidfile is None:
-        return
-    try:
-        write_pidfile(options.work_dir / options.pidfile, child)
-    except LazyPagesError:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        raise
-
-
-async def _stop_on_signal(daemon: LazyPages, *, task_status: trio.TaskStatus[None]) -> None:
-    import trio
-
-    with trio.open_signal_receiver(*_STOP_SIGNALS) as received:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-        task_status.started()
-        async for _ in received:
-            daemon.stop()
 
 
 async def _show(progress: Progress, daemon: LazyPages) -> None:
@@ -198,29 +136,6 @@ async def _show(progress: Progress, daemon: LazyPages) -> None:
 def _report(options: LazyPagesOptions, progress: Progress, statistics: Statistics) -> None:
     progress.close(statistics)
     if options.display_stats:
-        _display(summary(statistics), in_log=options.daemon)
+        display(summary(statistics), in_log=options.daemon)
     if options.stats_file is not None:
-        _write_stats(options.work_dir / options.stats_file, statistics)
-
-
-def _display(text: str, *, in_log: bool) -> None:
-    if in_log:  # where else is nobody to read it
-        for line in text.splitlines():
-            log.info("%s", line)
-        return
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        lead_nowhere(sys.stdout)
-        log.warning("--display-stats: %s", error.strerror)
-
-
-def _write_stats(path: Path, statistics: Statistics) -> None:
-    # Whoever sees the file sees all of it.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps(statistics.to_json(), indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise LazyPagesError(f"--stats-file {path}: {error.strerror}") from error
+        write_stats(options.work_dir / options.stats_file, statistics.to_json())

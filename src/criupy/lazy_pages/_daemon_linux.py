@@ -37,7 +37,7 @@ from criupy.errors import CriupyError, LazyPagesError
 from criupy.images import frame_size
 from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask
 from criupy.lazy_pages._images import DumpedTask, load_tasks
-from criupy.lazy_pages._process_linux import SOCKET_NAME, bind_restore_socket
+from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_socket
 from criupy.lazy_pages._source_linux import adopt_source, connect_source
 from criupy.lazy_pages._statistics import State, Statistics
 from criupy.lazy_pages._telling_linux import log_completion, log_notice, trouble_of

@@ -8,30 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from criupy.lazy_pages._getopt import GetoptError, normalise, show
-from criupy.lazy_pages._parser import (
-    DEFAULT_VERBOSITY,
-    NO_SENSE,
-    OWN_OPTIONS,
-    PROGRAM,
-    REFUSED,
-    UsageError,
-    build_parser,
-    refused_dest,
-)
+from criupy._command.line import Answer, TlsNotYetError, common_warnings, read_line, tls_details
+from criupy._command.parser import DEFAULT_VERBOSITY, UsageError
+from criupy.lazy_pages._parser import PROGRAM, build_parser
 
-__all__ = ["PROGRAM", "Answer", "LazyPagesOptions", "TlsNotYetError", "UsageError", "parse"]
-
-
-class TlsNotYetError(UsageError):
-    """TLS was asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the command line only asked to print on standard output, with exit status 0."""
-
-    text: str
+__all__ = ["LazyPagesOptions", "parse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,52 +56,11 @@ def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> L
     Reads nothing and looks at no file. ``environ`` is only asked for what CRIU
     would read from it. Raises UsageError with one line.
     """
-    if any("\0" in word for word in argv):
-        raise UsageError("a word of the command line holds a NUL byte")
-    parser = build_parser()
-    # CRIU looks for these two words before it reads anything, wherever they stand.
-    if "-h" in argv or "--help" in argv:
-        return Answer(parser.format_help())
-    try:
-        words, rest = normalise(argv, OWN_OPTIONS)
-    except GetoptError as error:
-        raise UsageError(str(error)) from None
-    given = parser.parse_args([_without_bare_dashes(word) for word in words])
-    if given.help:
-        return Answer(parser.format_help())
-    if given.version:
-        return Answer(f"{PROGRAM} {_version()}\n")
-    if rest and rest[0] != "lazy-pages":
-        raise UsageError(f"'{show(rest[0])}': the only command here is lazy-pages; see --help")
-    if len(rest) > 1:
-        raise UsageError(f"'{show(rest[1])}': nothing may follow but options; see --help")
-    return _understand(given, environ or {})
-
-
-def _without_bare_dashes(word: str) -> str:
-    # argparse drops a value that is "--"; the only thing called so could be a file.
-    name, _, value = word.partition("=")
-    return f"{name}=./--" if value == "--" else word
-
-
-def _version() -> str:
-    import importlib.metadata  # takes a sixth of the start-up, for one option
-
-    try:
-        return importlib.metadata.version("criupy")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
+    given = read_line(argv, PROGRAM, build_parser())
+    return given if isinstance(given, Answer) else _understand(given, environ or {})
 
 
 def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> LazyPagesOptions:
-    for name, reason in REFUSED.items():
-        if getattr(given, refused_dest(name)):
-            raise UsageError(f"--{name} {reason}")
-    if given.restore_sibling and not given.daemon:
-        raise UsageError("--restore-sibling is for criu restore --restore-detached only")
-    for name, fd in (("ps-socket", given.ps_socket), ("status-fd", given.status_fd)):
-        if fd is not None and fd <= 2 and given.daemon:
-            raise UsageError(f"--{name} {fd} is closed by --daemon: give a descriptor above 2")
     page_server, ps_socket = _source(given)
     return LazyPagesOptions(
         images_dir=given.images_dir,
@@ -166,15 +106,8 @@ def _source(given: argparse.Namespace) -> tuple[tuple[str, int] | None, int | No
 
 
 def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str]:
-    warnings = [f"{name} {reason}" for name, reason in given.senseless.items()]
-    if given.restore_sibling:
-        warnings.append(f"--restore-sibling {NO_SENSE}")
-    if environ.get("CRIU_CONFIG_FILE"):
-        warnings.append("CRIU_CONFIG_FILE is ignored: CRIU's configuration files are not read")
-    if given.pidfile is not None and not given.daemon:
-        warnings.append("--pidfile is written only with --daemon, as criu lazy-pages does")
-    details = (given.tls_cacert, given.tls_cacrl, given.tls_cert, given.tls_key)
-    if given.tls_no_cn_verify or any(detail is not None for detail in details):
+    warnings = common_warnings(given, PROGRAM, environ)
+    if tls_details(given):
         warnings.append("--tls-... options have no effect without --page-server --tls")
     if given.use_page_server:
         if given.ps_socket is not None and _has_address(given):

@@ -11,17 +11,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Literal, Protocol
 
+from criupy._command.run import lead_nowhere
 from criupy.lazy_pages._statistics import PAGE_SIZE, Rates, State, Statistics
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["Kind", "Progress", "lead_nowhere", "make_progress", "summary"]
+__all__ = ["Kind", "Progress", "make_progress", "summary"]
 
 Kind = Literal["auto", "plain", "json", "none"]
 
@@ -178,16 +178,6 @@ class _Bar:
         self._progress = None
         self.print_above = None
         self.interval = float("inf")
-
-
-def lead_nowhere(stream: IO[str]) -> None:
-    """Point a stream that cannot be written at /dev/null."""
-    # What is left in its buffer fails again when Python flushes it at the end,
-    # and would turn the exit status into 120.
-    with contextlib.suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(null, stream.fileno())
-        os.close(null)
 
 
 @contextlib.contextmanager

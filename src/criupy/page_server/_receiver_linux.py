@@ -17,9 +17,8 @@ import trio
 from criupy._uffd.server_linux import Account, Question, Server, punch_hole
 from criupy.errors import ImageError, PageServerError
 from criupy.images import PagemapStyle
-from criupy.page_server._access import is_loopback
-from criupy.page_server._server_linux import Config, PageServer, listen, running
-from criupy.page_server._telling import tell_upload
+from criupy.page_server._server_linux import Config, PageServer, running
+from criupy.page_server._telling_linux import tell_upload
 from criupy.page_server._writer import Finished, ImagesDirectory, UploadedImages
 from criupy.wire.page_server import Command, ImageType, decode_image_id
 
@@ -28,6 +27,7 @@ __all__ = ["open_page_receiver"]
 log = logging.getLogger("criupy.page_server")
 
 _LINK = "parent"
+_EXPOSED = "everyone who reaches %s:%d can write images here; --allow says who may"
 
 
 @dataclass(slots=True, eq=False)
@@ -43,10 +43,9 @@ class _Upload:
 class Uploads:
     """All uploads into one directory."""
 
-    def __init__(self, native: Server, directory: ImagesDirectory, stall_timeout: float) -> None:
+    def __init__(self, native: Server, directory: ImagesDirectory) -> None:
         self._native = native
         self._directory = directory
-        self._stall_timeout = stall_timeout
         self._uploads: dict[int, _Upload] = {}
 
     async def answer(self, question: Question) -> None:
@@ -74,7 +73,7 @@ class Uploads:
         if finished is not None:
             for warning in finished.warnings:
                 log.warning("connection %d: %s", account.serial, warning)
-        tell_upload(account, peer, self._stall_timeout, finished, why)
+        tell_upload(account, peer, finished, why)
 
     def discard(self) -> None:
         """Discard what all connections left unfinished; they have been cut."""
@@ -196,18 +195,12 @@ async def open_page_receiver(
     """
     directory = ImagesDirectory(config.images_dir, auto_dedup=auto_dedup, punch_hole=punch_hole)
     native = Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout, receives=True)
-    uploads = Uploads(native, directory, config.stall_timeout)
+    uploads = Uploads(native, directory)
     with native, _claimed(config.images_dir) as is_ours:
         await trio.to_thread.run_sync(partial(_prepare, directory, prev_images_dir, is_ours=is_ours))
-        listener = await listen(config)
-        server = PageServer(config, native, listener, uploads)
-        if not is_loopback(server.address) and not config.allow:
-            log.warning(
-                "everyone who reaches %s:%d can write images here; --allow says who may",
-                *listener.getsockname()[:2],
-            )
+        server = PageServer(config, native, uploads)
         try:
-            async with running(server):
+            async with running(server, _EXPOSED):
                 yield server
         finally:
             native.close()  # no thread writes any more

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from criupy._uffd.server_linux import Account, Ending, Question, Server
 from criupy.errors import PageServerError
 from criupy.page_server._access import Network, is_allowed, is_loopback
 from criupy.page_server._images import ServedTask, load_tasks
-from criupy.page_server._telling import tell
+from criupy.page_server._statistics import Statistics
+from criupy.page_server._telling_linux import tell
 
-__all__ = ["Account", "Config", "Ending", "PageServer", "open_page_server"]
+__all__ = ["Account", "Config", "Ending", "PageServer", "listen", "open_page_server"]
 
 log = logging.getLogger("criupy.page_server")
 
@@ -33,23 +34,30 @@ _PAUSE = 0.1
 # Dead peers show within 40 seconds also while they ask for nothing.
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
+_EXPOSED = (
+    "the memory of these processes is given in clear text to everyone who reaches %s:%d; "
+    "--allow says who may have it"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """How to serve.
 
     ``address`` and ``port`` are where to listen (0 lets the kernel choose), or
-    ``listener`` is an inherited socket that listens already. ``allow`` are the
-    networks that peers may come from, all when it is empty. ``once`` serves one
-    connection, as CRIU does. Timeouts are in seconds: ``stall_timeout`` for a
-    peer that stops in the middle of something, ``idle_timeout`` for one that
-    asks for nothing (None: for ever).
+    ``listener`` is an inherited socket that listens already. ``connection`` is
+    an inherited socket that is connected: it is served, and nothing else.
+    ``allow`` are the networks that peers may come from, all when it is empty.
+    ``once`` serves one connection, as CRIU does. Timeouts are in seconds:
+    ``stall_timeout`` for a peer that stops in the middle of something,
+    ``idle_timeout`` for one that asks for nothing (None: for ever).
     """
 
     images_dir: Path
     address: str = "127.0.0.1"
     port: int = 0
     listener: socket.socket | None = None
+    connection: socket.socket | None = None
     allow: tuple[Network, ...] = ()
     once: bool = False
     max_connections: int = 64
@@ -70,26 +78,20 @@ class Uploads(Protocol):
 class PageServer:
     """A page server that listens; made by ``open_page_server`` or ``open_page_receiver``.
 
-    ``address`` and ``port`` are where.
+    ``address`` and ``port`` are where ("" and 0 with an inherited connection).
     """
 
-    def __init__(
-        self,
-        config: Config,
-        native: Server,
-        listener: trio.socket.SocketType,
-        uploads: Uploads | None = None,
-    ) -> None:
+    def __init__(self, config: Config, native: Server, uploads: Uploads | None = None) -> None:
         self._config = config
         self._native = native
         self._uploads = uploads
-        self._listener = listener
         self._peers: dict[int, str] = {}
         self._accepting = trio.CancelScope()
+        self._accepts = True
         self._changed = trio.Event()
-        self.address: str
-        self.port: int
-        self.address, self.port = listener.getsockname()[:2]
+        self.address = ""
+        self.port = 0
+        self.statistics = Statistics()
         #: The account of the only connection of a server with ``once``, when it has ended.
         self.last: Account | None = None
 
@@ -103,22 +105,29 @@ class PageServer:
 
     async def wait(self) -> None:
         """Wait until nothing more is accepted and every connection has ended."""
-        while self._peers or not self._accepting.cancel_called:
+        while self._peers or self._accepts:
             await self._changed.wait()
 
-    async def _accept(self) -> None:
-        with self._accepting, self._listener:
-            while True:
+    def cut(self) -> None:
+        """End every connection now."""
+        for serial in self._peers:
+            self._native.cut(serial)
+
+    async def _accept(self, listener: trio.socket.SocketType) -> None:
+        with self._accepting, listener:
+            served = False
+            while not (served and self._config.once):
                 try:
-                    connection, peer = await self._listener.accept()
+                    connection, peer = await listener.accept()
                 except OSError as error:
                     if error.errno not in _OUT_OF_DESCRIPTORS:
                         raise
                     log.warning("a connection cannot be accepted: %s", error.strerror)
                     await trio.sleep(_PAUSE)
                     continue
-                if self._admit(connection, peer) and self._config.once:
-                    self.stop()
+                served = self._admit(connection, peer)
+                self.statistics.refused += not served
+        self._accepts = False
         self._notify()
 
     def _admit(self, connection: trio.socket.SocketType, peer: tuple[str, int]) -> bool:
@@ -133,33 +142,48 @@ class PageServer:
                 log.warning("%s: refused, %d are connected already", name, len(self._peers))
                 return False
             try:
-                prepare(connection)
-                serial = self._native.serve(connection.fileno())
+                self._serve(connection, name)
             except OSError as error:
                 log.warning("%s: refused, %s", name, error)
                 return False
-            connection.detach()
+        return True
+
+    def _adopt(self, connection: trio.socket.SocketType) -> None:
+        """Serve the only connection that there will be."""
+        self._accepts = False
+        with connection:
+            try:
+                self._serve(connection, f"the inherited socket {connection.fileno()}")
+            except OSError as error:
+                raise PageServerError(f"the inherited socket cannot be served: {error}") from error
+
+    def _serve(self, connection: trio.socket.SocketType, name: str) -> None:
+        prepare(connection)
+        serial = self._native.serve(connection.fileno())
+        connection.detach()
         self._peers[serial] = name
         log.info("connection %d: from %s", serial, name)
-        return True
 
     async def _reap(self) -> None:
         async with trio.open_nursery() as nursery:
             while True:
                 await trio.lowlevel.wait_readable(self._native.event_fd)
                 for account in self._native.ended():
-                    nursery.start_soon(self._end, account)
+                    if self._uploads is None:
+                        tell(account, self._peers[account.serial])
+                        self._ended(account)
+                    else:
+                        nursery.start_soon(self._end_upload, self._uploads, account)
                 if self._uploads is not None:
                     for question in self._native.questions():
                         nursery.start_soon(self._uploads.answer, question)
 
-    async def _end(self, account: Account) -> None:
-        peer = self._peers[account.serial]
-        if self._uploads is None:
-            tell(account, peer, self._config.stall_timeout)
-        else:
-            await self._uploads.end(account, peer)
-        self._peers.pop(account.serial)
+    async def _end_upload(self, uploads: Uploads, account: Account) -> None:
+        await uploads.end(account, self._peers[account.serial])
+        self._ended(account)
+
+    def _ended(self, account: Account) -> None:
+        self.statistics.add(account, self._peers.pop(account.serial))
         self.last = account
         self._notify()
 
@@ -170,17 +194,19 @@ class PageServer:
 
 def prepare(connection: trio.socket.SocketType) -> None:
     """Set what a connection to a destination needs."""
+    if connection.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():
         connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _serve_images(native: Server, images_dir: Path) -> None:
+def _serve_images(native: Server, config: Config, tasks: Iterable[ServedTask] | None) -> None:
     pages = 0
-    for task in load_tasks(images_dir):
+    for task in load_tasks(config.images_dir) if tasks is None else tasks:
         pages += _serve_task(native, task)
-    log.info("%s: %d lazy pages", images_dir, pages)
+    log.info("%s: %d lazy pages", config.images_dir, pages)
 
 
 def _serve_task(native: Server, task: ServedTask) -> int:
@@ -196,21 +222,19 @@ def _serve_task(native: Server, task: ServedTask) -> int:
     return sum(entries.nr_pages)
 
 
-async def listen(config: Config) -> trio.socket.SocketType:
-    where = f"{config.address}:{config.port}"
-    if config.listener is not None:
-        return trio.socket.from_stdlib_socket(config.listener)
+def listen(address: str, port: int) -> socket.socket:
+    """Listen on an address; raise PageServerError, in one line, where that is not possible."""
+    where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     try:
-        found = await trio.socket.getaddrinfo(
-            config.address, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except socket.gaierror as error:
-        raise PageServerError(f"{where}: no such address ({error.strerror}); see --address") from error
-    family, kind, protocol, _, address = found[0]
-    listener = trio.socket.socket(family, kind, protocol)
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else "not a name"
+        raise PageServerError(f"{where}: no such address ({reason}); see --address") from error
+    family, kind, protocol, _, bound = found[0]
+    listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        await listener.bind(address)
+        listener.bind(bound)
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
@@ -218,33 +242,54 @@ async def listen(config: Config) -> trio.socket.SocketType:
     return listener
 
 
+async def _listener(config: Config) -> trio.socket.SocketType:
+    listener = config.listener
+    if listener is None:
+        listener = await trio.to_thread.run_sync(listen, config.address, config.port)
+    return trio.socket.from_stdlib_socket(listener)
+
+
 @contextlib.asynccontextmanager
-async def running(server: PageServer) -> AsyncIterator[None]:
-    """Let it accept while the block runs."""
+async def running(server: PageServer, exposed: str) -> AsyncIterator[None]:
+    """Let a server serve while the block runs; ``exposed`` warns of an address that everyone may reach."""
+    config = server._config
+    listener = None
+    if config.connection is not None:
+        server._adopt(trio.socket.from_stdlib_socket(config.connection))
+    else:
+        listener = await _listener(config)
+        server.address, server.port = listener.getsockname()[:2]
+        if not is_loopback(server.address) and not config.allow:
+            log.warning(exposed, server.address, server.port)
+    error: BaseException | None = None
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(server._accept)
+        if listener is not None:
+            nursery.start_soon(server._accept, listener)
         nursery.start_soon(server._reap)
-        yield
+        try:
+            yield
+        except BaseException as raised:  # noqa: BLE001 - raised below, as it is and in no group
+            error = raised
         nursery.cancel_scope.cancel()
+    try:
+        if error is not None:
+            raise error
+    finally:
+        del error
 
 
 @contextlib.asynccontextmanager
-async def open_page_server(config: Config) -> AsyncIterator[PageServer]:
+async def open_page_server(
+    config: Config, *, tasks: Iterable[ServedTask] | None = None
+) -> AsyncIterator[PageServer]:
     """Serve the lazy pages of images while the block runs, to any number of destinations.
 
     What is connected at the end of the block is cut. Raises ImageError for
     images that cannot be served, PageServerError when it cannot listen.
+    ``tasks`` are what the images hold, where they have been read already.
     """
     with Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout) as native:
-        await trio.to_thread.run_sync(partial(_serve_images, native, config.images_dir))
-        listener = await listen(config)
-        server = PageServer(config, native, listener)
-        if not is_loopback(server.address) and not config.allow:
-            log.warning(
-                "the memory of these processes is given in clear text to everyone who reaches %s:%d; "
-                "--allow says who may have it",
-                server.address,
-                server.port,
-            )
-        async with running(server):
+        await trio.to_thread.run_sync(partial(_serve_images, native, config, tasks))
+        server = PageServer(config, native)
+        async with running(server, _EXPOSED):
             yield server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
@@ -97,17 +98,20 @@ class AsyncCriu:
     async def __aenter__(self) -> Self:
         return self
 
+    @trio.lowlevel.enable_ki_protection
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
 
+    @trio.lowlevel.enable_ki_protection
     async def close(self) -> None:
         """End the workers that wait for requests, and page servers that are their children."""
         self._closed = True
-        for child in list(self._children.values()):
-            await child.close()
-        await self._close_kept()
+        async with contextlib.AsyncExitStack() as stack:  # all, whatever one of them raises
+            stack.push_async_callback(self._close_kept)
+            for child in self._children.values():
+                stack.push_async_callback(child.close)
 
     # ---- questions -------------------------------------------------------------------
 
@@ -442,6 +446,7 @@ class AsyncCriu:
                     request=call.name,
                     inherit=call.inherit,
                     capture=transport.capture_output,
+                    own_group=call.own_group,
                 )
             )
         )
@@ -452,25 +457,30 @@ class AsyncCriu:
         if connection is None:
             return False
         try:
-            if connection.is_alive():
-                take(connection)
-                self._kept = None
-                return True
+            alive = connection.is_alive()
         except BaseException:
             await self._close_kept()
             raise
-        await self._close_kept()
-        return False
+        if not alive:
+            await self._close_kept()
+            return False
+        take(connection)
+        self._kept = None
+        return True
 
     async def _keep(self, connection: Connection) -> None:
+        if self._kept is connection:
+            return  # interrupted when it was kept already
         if self._kept is None and not self._closed:
             self._kept = connection
         else:
             await self._end(connection)
 
     async def _end(self, connection: Connection) -> None:
-        connection.close_socket()
-        await end_worker(connection.worker, self._transport.grace)
+        try:
+            connection.close_socket()
+        finally:
+            await end_worker(connection.worker, self._transport.grace)
 
     async def _close_kept(self) -> None:
         connection, self._kept = self._kept, None
@@ -494,6 +504,8 @@ class AsyncCriu:
         try:
             return await self._run(calls.wait_pid(child.pid), request_timeout, connect=connect)
         except BaseException:
+            if child._connection.fileno() < 0:
+                self._children.pop(child.pid, None)
             if child.pid not in self._children:  # else it can be waited for again
                 child._connection.kill_child(child.pid)
             raise

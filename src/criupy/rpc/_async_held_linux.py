@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
+import trio
+
 from criupy.errors import LocalProtocolError
 from criupy.rpc import _calls_linux as calls
 from criupy.rpc._calls_linux import Call
@@ -35,6 +37,7 @@ class AsyncPageServerChild:
     async def __aenter__(self) -> Self:
         return self
 
+    @trio.lowlevel.enable_ki_protection
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -44,6 +47,7 @@ class AsyncPageServerChild:
         """Wait until it has served its one connection; return its exit status, negative for a signal."""
         return await self._client._wait_for(self, request_timeout)
 
+    @trio.lowlevel.enable_ki_protection
     async def close(self) -> None:
         """End it with its worker."""
         await self._client._drop(self)
@@ -63,6 +67,7 @@ class AsyncPreDumpLoop:
         self._entered = True
         return self
 
+    @trio.lowlevel.enable_ki_protection
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:

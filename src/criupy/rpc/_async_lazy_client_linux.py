@@ -20,6 +20,7 @@ from criupy.rpc._lazy_linux import (
     LazyDumpPlan,
     check_listening,
     daemon_failure,
+    goes_on,
     status_pipe,
 )
 from criupy.rpc._notify import AsyncHooks, Script
@@ -258,7 +259,7 @@ class AsyncLazyRestore:
 
     async def _stop(self, error: BaseException) -> None:
         """End the daemon of a restore that failed; it ends by itself if criu had connected."""
-        worker, self._worker = self._worker, None
+        worker = self._worker
         if worker is None:
             return
         with trio.CancelScope(shield=True):
@@ -271,7 +272,12 @@ class AsyncLazyRestore:
                 error.hint = str(daemon_failure(self._work_dir, worker.output(), status, ready=True))
             # Tasks may run nevertheless, so ours is never killed: it ends by its own rules.
             is_ours = self._plan is not None and self._plan.is_ours
-            await end_worker(worker, math.inf if is_ours else self._client._transport.grace)
+            try:
+                await end_worker(worker, math.inf if is_ours else self._client._transport.grace)
+            except BaseException as interrupted:
+                interrupted.add_note(goes_on(worker))
+                raise
+            self._worker = None
 
     async def wait(self) -> None:
         """Wait for the last page; raise LazyPagesError if it did not come.

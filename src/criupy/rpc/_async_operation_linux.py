@@ -72,7 +72,8 @@ async def wait_ended(worker: Worker) -> int:
 async def end_worker(worker: Worker | Orphan | None, patience: float) -> None:
     """Wait until a worker whose socket is closed has ended, killing it after a time, and let go of it.
 
-    Cancellation does not shorten it: what is started has to be ended.
+    Cancellation does not shorten it: what is started has to be ended. Ctrl-C does, unless ``patience``
+    is without limit (``math.inf``): then it goes on.
     """
     with trio.CancelScope(shield=True):
         if isinstance(worker, Worker):
@@ -82,7 +83,8 @@ async def end_worker(worker: Worker | Orphan | None, patience: float) -> None:
                 worker.kill()
                 await wait_ended(worker)
             except BaseException:
-                worker.abandon()
+                if patience != math.inf:
+                    worker.abandon()
                 raise
             worker.close()
         elif isinstance(worker, Orphan):
@@ -292,6 +294,8 @@ class AsyncOperation(Generic[T]):
         if exchange is None:
             self._call.close()
             return False
+        if exchange.connection.fileno() < 0:  # ended already, and then interrupted
+            self._left = True
         if exchange.over or self._left:
             await self._finish()
             return False
@@ -346,7 +350,9 @@ class AsyncOperation(Generic[T]):
     async def _end(self, patience: float) -> None:
         if self._exchange is not None:
             connection = self._exchange.connection
-            connection.close_socket()
-            await end_worker(connection.worker, patience)
+            try:
+                connection.close_socket()
+            finally:
+                await end_worker(connection.worker, patience)
         self._left = True
         self._call.close()

@@ -69,6 +69,15 @@ class Call(Generic[T]):
         """Whether the worker becomes another program in the end."""
         return bool(self.request.opts.exec_cmd)
 
+    @property
+    def own_group(self) -> bool:
+        """Whether the worker may have a process group of its own.
+
+        What is restored with shell_job joins the worker's, and has to be in the foreground of its
+        terminal; so has, perhaps, what the worker becomes.
+        """
+        return not (self.request.opts.shell_job or self.exec_cmd)
+
     def close(self) -> None:
         """Close the descriptors that were opened for CRIU."""
         self.closed = True

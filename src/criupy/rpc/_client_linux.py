@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -102,9 +103,10 @@ class Criu:
     def close(self) -> None:
         """End the workers that wait for requests, and page servers that are their children."""
         self._closed = True
-        for child in list(self._children.values()):
-            child.close()
-        self._close_kept()
+        with contextlib.ExitStack() as stack:  # all, whatever one of them raises
+            stack.callback(self._close_kept)
+            for child in self._children.values():
+                stack.callback(child.close)
 
     # ---- questions -------------------------------------------------------------------
 
@@ -432,6 +434,7 @@ class Criu:
                         request=call.name,
                         inherit=call.inherit,
                         capture=transport.capture_output,
+                        own_group=call.own_group,
                     )
                 )
 
@@ -441,30 +444,37 @@ class Criu:
         if connection is None:
             return False
         try:
-            if connection.is_alive():
-                take(connection)
-                self._kept = None
-                return True
+            alive = connection.is_alive()
         except BaseException:
             self._close_kept()
             raise
-        self._close_kept()
-        return False
+        if not alive:
+            self._close_kept()
+            return False
+        take(connection)
+        self._kept = None
+        return True
 
     def _keep(self, connection: Connection) -> None:
+        if self._kept is connection:
+            return  # interrupted when it was kept already
         if self._kept is None and not self._closed:
             self._kept = connection
         else:
             self._end(connection)
 
     def _end(self, connection: Connection) -> None:
-        connection.close_socket()
-        end_worker(connection.worker, self._until_grace())
+        try:
+            connection.close_socket()
+        finally:
+            end_worker(connection.worker, self._until_grace())
 
     def _close_kept(self) -> None:
         if self._kept is not None:
-            self._end(self._kept)
-            self._kept = None
+            try:
+                self._end(self._kept)
+            finally:
+                self._kept = None
 
     def _until_grace(self) -> float:
         return time.monotonic() + self._transport.grace
@@ -485,12 +495,16 @@ class Criu:
         try:
             return self._run(calls.wait_pid(child.pid), request_timeout, connect=connect)
         except BaseException:
+            if child._connection.fileno() < 0:
+                self._children.pop(child.pid, None)
             if child.pid not in self._children:  # else it can be waited for again
                 child._connection.kill_child(child.pid)
             raise
 
     def _drop(self, child: PageServerChild) -> None:
         if self._children.get(child.pid) is child:
-            child._connection.kill_child(child.pid)
-            self._end(child._connection)
-            del self._children[child.pid]
+            try:
+                child._connection.kill_child(child.pid)
+            finally:
+                self._end(child._connection)
+                del self._children[child.pid]

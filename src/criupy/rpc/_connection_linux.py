@@ -188,7 +188,13 @@ def _command(binary: str, arguments: Sequence[str], fd: int, request: str) -> li
 
 
 def start_worker(
-    binary: str, arguments: Sequence[str], *, request: str, inherit: Sequence[int], capture: bool
+    binary: str,
+    arguments: Sequence[str],
+    *,
+    request: str,
+    inherit: Sequence[int],
+    capture: bool,
+    own_group: bool,
 ) -> Connection:
     """Start ``criu swrk`` with these descriptors inherited under their own numbers."""
     ours, theirs = _pair()
@@ -196,7 +202,11 @@ def start_worker(
         with theirs:
             command = _command(binary, arguments, theirs.fileno(), request)
             worker = Worker.start(
-                command, request=request, pass_fds=(theirs.fileno(), *inherit), capture=capture
+                command,
+                request=request,
+                pass_fds=(theirs.fileno(), *inherit),
+                capture=capture,
+                own_group=own_group,
             )
     except BaseException:
         ours.close()

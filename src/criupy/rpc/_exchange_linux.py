@@ -190,8 +190,12 @@ class Exchange(Generic[T]):
         if refusal is not None:
             # The packet is small and CRIU reads nothing else: there is room for it.
             self.connection.send_now(refusal, self.call.name)
+        needs_time = self.call.delicate and self.connection.session.state is not State.FAILED
+        if not needs_time and self.connection.worker is not None:
+            # Before its stream ends: a worker that ends by itself leaves page servers to nobody.
+            self.connection.worker.kill()
         self.connection.shut_down()
-        return self.call.delicate and self.connection.session.state is not State.FAILED
+        return needs_time
 
     def take_undone(self, event: Notified | Answer | Ended) -> None:
         """Take in an event while undoing: notifications fail by themselves."""

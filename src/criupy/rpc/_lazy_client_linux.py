@@ -18,6 +18,7 @@ from criupy.rpc._lazy_linux import (
     LazyDumpPlan,
     check_listening,
     daemon_failure,
+    goes_on,
     status_pipe,
 )
 from criupy.rpc._notify import Hooks, Script
@@ -223,7 +224,7 @@ class LazyRestore:
 
     def _stop(self, error: BaseException) -> None:
         """End the daemon of a restore that failed; it ends by itself if criu had connected."""
-        worker, self._worker = self._worker, None
+        worker = self._worker
         if worker is None:
             return
         if worker.poll() is None and not wait_for(time.monotonic() + 1, worker.pidfd):
@@ -232,7 +233,12 @@ class LazyRestore:
             error.hint = str(daemon_failure(self._work_dir, worker.output(), status, ready=True))
         # Tasks may run nevertheless, so ours is never killed: it ends by its own rules.
         is_ours = self._plan is not None and self._plan.is_ours
-        end_worker(worker, math.inf if is_ours else self._client._until_grace())
+        try:
+            end_worker(worker, math.inf if is_ours else self._client._until_grace())
+        except BaseException as interrupted:
+            interrupted.add_note(goes_on(worker))
+            raise
+        self._worker = None
 
     def wait(self) -> None:
         """Wait for the last page; raise LazyPagesError if it did not come.

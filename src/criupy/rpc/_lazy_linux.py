@@ -23,6 +23,7 @@ from criupy.rpc._option_checks import host_file
 from criupy.rpc._option_types import Directory
 from criupy.rpc._report import errors_in
 from criupy.rpc._results import SourceOutcome, Version
+from criupy.rpc._worker_linux import Worker
 
 __all__ = [
     "OUR_DAEMON",
@@ -30,6 +31,7 @@ __all__ = [
     "LazyDumpPlan",
     "check_listening",
     "daemon_failure",
+    "goes_on",
     "make_plan",
     "status_pipe",
 ]
@@ -338,6 +340,13 @@ def daemon_failure(work_dir: Path, output: str, status: int | None, *, ready: bo
     ended = "still runs" if status is None else f"ended with status {status}"
     what = "the lazy-pages daemon" if ready else "the lazy-pages daemon did not become ready: it"
     return LazyPagesError(f"{what} {ended}: {lines[-1] if lines else 'it said nothing'}")
+
+
+def goes_on(worker: Worker) -> str:
+    """Say that a daemon is left behind; what it serves may depend on it."""
+    if worker.poll() is not None:
+        return f"the lazy-pages daemon has ended with status {worker.poll()}"
+    return f"the lazy-pages daemon goes on as process {worker.pid}"
 
 
 @contextlib.contextmanager

@@ -77,15 +77,20 @@ class Process:
 
 
 def end_worker(worker: Worker | Orphan | None, deadline: float) -> None:
-    """Wait until a worker whose socket is closed has ended, killing it at the deadline, and let go of it."""
+    """Wait until a worker whose socket is closed has ended, killing it at the deadline, and let go of it.
+
+    What interrupts this kills it, too, unless there is no deadline (``math.inf``): then it goes on.
+    """
     if isinstance(worker, Worker):
+        until = deadline
         try:
             while worker.poll() is None:
-                if not wait_for(deadline, worker.pidfd):
+                if not wait_for(until, worker.pidfd):
                     worker.kill()
-                    deadline = math.inf
+                    until = math.inf
         except BaseException:
-            worker.abandon()
+            if deadline != math.inf:
+                worker.abandon()
             raise
         worker.close()
     elif isinstance(worker, Orphan):
@@ -263,6 +268,8 @@ class Operation(Generic[T]):
         if exchange is None:
             self._call.close()
             return False
+        if exchange.connection.fileno() < 0:  # ended already, and then interrupted
+            self._left = True
         if exchange.over or self._left:
             self._finish()
             return False
@@ -318,7 +325,9 @@ class Operation(Generic[T]):
     def _end(self, deadline: float) -> None:
         if self._exchange is not None:
             connection = self._exchange.connection
-            connection.close_socket()
-            end_worker(connection.worker, deadline)
+            try:
+                connection.close_socket()
+            finally:
+                end_worker(connection.worker, deadline)
         self._left = True
         self._call.close()

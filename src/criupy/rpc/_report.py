@@ -29,7 +29,7 @@ MAX_LINES: Final = 5
 _ERROR: Final = re.compile(r"^(?:\([0-9.]+\)\s*)?(?:pie: \d+: |\s*\d+: )?(Error \([^)]*\): .*)$")
 _PREFIX: Final = re.compile(r"^Error \([^)]*\): ")
 #: Logged first, without CAP_SYS_RESOURCE or /dev/net/tun, and CRIU reports its first error as the message.
-_HARMLESS: Final = re.compile("Can't setup RLIMIT_NOFILE|tun: Unable to create tun: No such file")
+_HARMLESS: Final = re.compile("Can't setup RLIMIT_NOFILE|tun: Unable to create tun")
 #: Says only that something was said before.
 _EMPTY_WORDS: Final = ("Dumping FAILED", "Restoring FAILED", "Pre-dumping FAILED")
 
@@ -115,7 +115,7 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
         ),
     ),
     (
-        r"make pipe for page-pipe: Too many open files",
+        r"make pipe for page-pipe: Too many open files(?! in system)",
         (
             "every pipe with memory takes two descriptors: raise RLIMIT_NOFILE, and let pipes be larger: "
             "sysctl -w fs.pipe-max-size=8388608 (criupy check)"

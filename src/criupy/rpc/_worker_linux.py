@@ -54,7 +54,7 @@ def _start(command: Sequence[str], request: str, **options: object) -> subproces
 class HeldInterrupt:
     """A block at whose end Ctrl-C comes, if it came in it: what is started there has an owner by then.
 
-    SIGINT alone becomes an exception anywhere, and only in the main thread.
+    Of all signals Python makes an exception of this one only, and in the main thread only.
     """
 
     def __init__(self) -> None:
@@ -62,18 +62,27 @@ class HeldInterrupt:
         self._held: list[FrameType | None] = []
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            handler = signal.getsignal(signal.SIGINT)
-            if callable(handler):
-                self._handler = handler
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            try:
                 signal.signal(signal.SIGINT, lambda _, frame: self._held.append(frame))
+            except ValueError:  # of an interpreter that is not the main one
+                return self
+            except BaseException:  # by the program's handler of another signal
+                signal.signal(signal.SIGINT, handler)
+                raise
+            self._handler = handler
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
+            try:
+                signal.signal(signal.SIGINT, self._handler)
+            except BaseException:  # the same
+                signal.signal(signal.SIGINT, self._handler)
+                raise
             if self._held:
                 self._handler(signal.SIGINT, self._held[0])
 
@@ -85,18 +94,35 @@ class Worker:
         self._process = process
         self._pidfd = Descriptor(os.pidfd_open(process.pid))
         self._output = output
+        self._status: int | None = None
         self._said = ""
 
     @classmethod
     def start(
-        cls, command: Sequence[str], *, request: str, pass_fds: Sequence[int] = (), capture: bool
+        cls,
+        command: Sequence[str],
+        *,
+        request: str,
+        pass_fds: Sequence[int] = (),
+        capture: bool,
+        own_group: bool = True,
     ) -> Worker:
-        """Start a program; what it prints goes where ours goes, or with ``capture`` is kept in memory."""
+        """Start a program; what it prints goes where ours goes, or with ``capture`` is kept in memory.
+
+        In a process group of its own a terminal's Ctrl-C does not reach it: it is ours to pass on.
+        """
         output = Descriptor(os.memfd_create("criupy-output")) if capture else None
         process = None
         try:
             number = None if output is None else output.fileno()
-            process = _start(command, request, pass_fds=pass_fds, stdout=number, stderr=number)
+            process = _start(
+                command,
+                request,
+                pass_fds=pass_fds,
+                stdout=number,
+                stderr=number,
+                process_group=0 if own_group else None,
+            )
             return cls(process, output)
         except BaseException:
             if process is not None:  # no descriptor was left for it
@@ -118,9 +144,18 @@ class Worker:
 
     def poll(self) -> int | None:
         """Reap it if it has ended; return its exit status, negative for a signal, or None."""
-        with HeldInterrupt():  # between its two steps subprocess can be left with a lock that nobody opens
-            status: int | None = self._process.poll()
-        return status
+        # Not by subprocess alone: interrupted, its poll can leave a lock that nobody opens, or lose a status.
+        if self._status is None:
+            try:
+                ended = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # reaped below, and then interrupted
+                self._status = self._process.wait()
+                return self._status
+            if ended is None:
+                return None
+            self._process.wait()
+            self._status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        return self._status
 
     def output(self) -> str:
         """Return what it printed so far, if that is captured; the last 64 KiB of it."""
@@ -138,13 +173,16 @@ class Worker:
 
     def kill(self) -> None:
         """Kill it with all that it started, unless it has ended; it has to be reaped all the same."""
-        if self.poll() is None:
-            kill_trees([(self.pid, self.pidfd)])
+        with HeldInterrupt():  # which would leave what is stopped already so
+            if self.poll() is None:
+                kill_trees([(self.pid, self.pidfd)])
 
     def abandon(self) -> None:
         """Kill it and let go of it."""
         self.kill()
-        self._process.wait()
+        if self._status is None:
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT)
+        self.poll()
         self.close()
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from criupy.errors import LazyPagesError
+from criupy.errors import CommandError
 
 __all__ = ["CriuFormatter", "LogHandler", "open_log"]
 
@@ -105,7 +105,7 @@ def open_log(verbosity: int, path: str | None, work_dir: str | os.PathLike[str])
     """Send criupy's log to a file relative to the work dir, standard output ("-") or error (None).
 
     The file is emptied first. The standard ones are duplicated, so the log
-    goes on when a daemon closes its own, as CRIU's does. Raise LazyPagesError
+    goes on when a daemon closes its own, as CRIU's does. Raise CommandError
     when it cannot be written.
     """
     try:
@@ -116,7 +116,7 @@ def open_log(verbosity: int, path: str | None, work_dir: str | os.PathLike[str])
             where = Path(work_dir, path)
             fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise LazyPagesError(
+        raise CommandError(
             f"log {where}: {error.strerror}; --log-file FILE has to be a file this process can write"
         ) from error
     handler = LogHandler(fd)

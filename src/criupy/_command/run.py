@@ -1,0 +1,86 @@
+"""Running a daemon's command: from its words to its exit status, and what it leaves at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TypeVar
+
+from criupy._command.line import Answer
+from criupy._command.parser import UsageError
+from criupy.errors import CommandError, CriupyError
+
+__all__ = ["display", "lead_nowhere", "run_command", "write_stats", "write_whole"]
+
+log = logging.getLogger("criupy.command")
+
+Options = TypeVar("Options")
+
+
+def run_command(
+    name: str,
+    argv: Sequence[str] | None,
+    understand: Callable[[Sequence[str]], Options | Answer],
+    run: Callable[[Options], int],
+) -> int:
+    """Do what a command line says and return the exit status; what goes wrong is one line."""
+    try:
+        options = understand(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    if isinstance(options, Answer):
+        print(options.text, end="")
+        return 0
+    try:
+        return run(options)
+    except CriupyError as error:
+        if logging.getLogger("criupy").handlers:
+            log.error("%s", error)  # noqa: TRY400 - one clear line, no traceback
+        else:
+            print(f"{name}: {error}", file=sys.stderr)
+        return 1
+
+
+def display(text: str, *, in_log: bool) -> None:
+    """Print what --display-stats asked for, or log it where there is nobody to read it."""
+    if in_log:
+        for line in text.splitlines():
+            log.info("%s", line)
+        return
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        lead_nowhere(sys.stdout)
+        log.warning("--display-stats: %s", error.strerror)
+
+
+def lead_nowhere(stream: IO[str]) -> None:
+    """Point a stream that cannot be written at /dev/null."""
+    # What is left in its buffer fails again when Python flushes it at the end,
+    # and would turn the exit status into 120.
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def write_stats(path: Path, statistics: Mapping[str, object]) -> None:
+    """Write a --stats-file; raise CommandError when it cannot be written."""
+    write_whole("--stats-file", path, json.dumps(statistics, indent=1) + "\n")
+
+
+def write_whole(option: str, path: Path, text: str) -> None:
+    """Write a file of which whoever sees it sees all; raise CommandError with the option's name."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise CommandError(f"{option} {path}: {error.strerror}") from error

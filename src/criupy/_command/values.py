@@ -1,0 +1,60 @@
+"""Kinds of values of options, for argparse: each takes a word, or says in one line what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from criupy._command.getopt import show
+
+__all__ = ["descriptor", "number", "optional_descriptor", "path", "port", "seconds", "text"]
+
+_LONGEST = 7 * 86400.0  # seconds; TCP_USER_TIMEOUT ends at 24 days
+
+
+def number(word: str, low: int, high: int, what: str) -> int:
+    """Take a whole number in plain digits."""
+    # Not int(): it takes underscores, spaces and other scripts' digits.
+    if re.fullmatch(r"[0-9]{1,10}", word) is None or not low <= int(word) <= high:
+        raise argparse.ArgumentTypeError(f"'{show(word)}' is not {what} ({low} to {high})")
+    return int(word)
+
+
+def port(word: str) -> int:
+    """Take the port of a server elsewhere."""
+    return number(word, 1, 65535, "a port")
+
+
+def descriptor(word: str) -> int:
+    """Take the number of a descriptor."""
+    return number(word, 0, 2**31 - 1, "a file descriptor")
+
+
+def optional_descriptor(word: str) -> int | None:
+    """Take the number of a descriptor; -1 is how CRIU says that there is none."""
+    return None if word == "-1" else descriptor(word)
+
+
+def seconds(word: str) -> float:
+    """Take a time."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})(ms|s|m)?", word)
+    if match is not None:
+        found = float(match[1]) * {"ms": 0.001, "s": 1.0, "m": 60.0, None: 1.0}[match[2]]
+        if 0.001 <= found <= _LONGEST:
+            return found
+    raise argparse.ArgumentTypeError(
+        f"'{show(word)}' is not a time between 1ms and 7 days, such as 30, 2.5, 200ms or 5m"
+    )
+
+
+def text(word: str) -> str:
+    """Take anything but nothing."""
+    if not word:
+        raise argparse.ArgumentTypeError("is empty")
+    return word
+
+
+def path(word: str) -> Path:
+    """Take a path."""
+    return Path(text(word))

@@ -1,0 +1,192 @@
+"""The command criupy-page-server."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from criupy._command.log import open_log
+from criupy._command.run import display, run_command, write_stats, write_whole
+from criupy.errors import CommandError, PageServerError
+from criupy.page_server._options import PageServerOptions, parse
+from criupy.page_server._parser import PROGRAM
+from criupy.page_server._statistics import Statistics, summary
+
+if TYPE_CHECKING:
+    import socket
+
+    import trio
+
+    from criupy.page_server._images import ServedTask
+    from criupy.page_server._server_linux import Account, Config, PageServer
+
+__all__ = ["main"]
+
+log = logging.getLogger("criupy.page_server")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0 when nobody was left without pages."""
+    return run_command(PROGRAM.name, argv, partial(parse, environ=os.environ), _run)
+
+
+def _run(options: PageServerOptions) -> int:
+    # The order is CRIU's: log, socket, background, scripts, status. Whatever can be wrong with images
+    # and addresses is told before the background, while there is somebody to tell it to.
+    import trio
+
+    from criupy._command.process_linux import (
+        check_inherited,
+        daemonize,
+        lower_oom_score,
+        raise_descriptor_limit,
+        run_action_scripts,
+        write_child_pidfile,
+    )
+    from criupy._command.signals_linux import hold_signals
+    from criupy.page_server._images import load_tasks
+
+    check_inherited(
+        {"--status-fd": options.status_fd, "--ps-socket": options.ps_socket},
+        {"--images-dir": options.images_dir, "--work-dir": options.work_dir},
+        options.close_fds,
+    )
+    if not options.lazy_pages:
+        raise CommandError(
+            "receiving is not there yet: use criu page-server, or --lazy-pages to give out what images hold"
+        )
+    connection = None if options.ps_socket is None else _inherited(options.ps_socket)
+    open_log(options.verbosity, options.log_file, options.work_dir)
+    for warning in options.warnings:
+        log.warning("%s", warning)
+    tasks = list(load_tasks(options.images_dir))
+    config = _configure(options, connection)
+    if options.daemon:
+        child = daemonize()
+        if child:
+            if options.pidfile is not None:
+                write_child_pidfile(options.work_dir / options.pidfile, child)
+            return 0
+    log.debug("oom_score_adj %s, RLIMIT_NOFILE %d", lower_oom_score(), raise_descriptor_limit())
+    run_action_scripts(options.action_scripts, "status-ready", options.images_dir)
+    hold_signals()  # by default they would end what destinations depend on
+    return trio.run(_serve, options, config, tasks)
+
+
+def _inherited(fd: int) -> socket.socket:
+    import socket
+
+    try:
+        connection = socket.socket(fileno=fd)
+        connection.getpeername()
+    except OSError as error:
+        raise CommandError(f"--ps-socket {fd}: {error.strerror}; it has to be a connected socket") from error
+    return connection
+
+
+def _configure(options: PageServerOptions, connection: socket.socket | None) -> Config:
+    """Listen, tell where, and put together how to serve."""
+    from criupy.page_server._server_linux import Config, listen
+
+    listener = None
+    if connection is None:
+        listener = listen(options.address, options.port)
+        host, port = listener.getsockname()[:2]
+        log.info("listening on %s:%d", f"[{host}]" if ":" in host else host, port)
+        if options.port_file is not None:
+            write_whole("--port-file", options.work_dir / options.port_file, f"{port}\n")
+    return Config(
+        images_dir=options.images_dir,
+        listener=listener,
+        connection=connection,
+        allow=options.allow,
+        once=options.once,
+        max_connections=options.max_connections,
+        stall_timeout=options.stall_timeout,
+        idle_timeout=options.idle_timeout,
+    )
+
+
+async def _serve(options: PageServerOptions, config: Config, tasks: list[ServedTask]) -> int:
+    import trio
+
+    from criupy._command.process_linux import status_ready
+    from criupy._command.signals_linux import stop_on_signal
+    from criupy.page_server._server_linux import open_page_server
+
+    async with open_page_server(config, tasks=_taken(tasks)) as server, trio.open_nursery() as nursery:
+        await nursery.start(stop_on_signal, _Stopping(server, nursery, options.stop_timeout))
+        failure = None
+        try:
+            if options.status_fd is not None:
+                status_ready(options.status_fd)
+            await server.wait()
+        except CommandError as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    statistics = server.statistics
+    if options.display_stats:
+        display(summary(statistics), in_log=options.daemon)
+    if options.stats_file is not None:
+        write_stats(options.work_dir / options.stats_file, statistics.to_json())
+    if options.once or config.connection is not None:
+        _check_only(server.last)
+    _check_all(statistics)
+    return 0
+
+
+def _taken(tasks: list[ServedTask]) -> Iterator[ServedTask]:
+    # What is in the native part is not kept here as well.
+    tasks.reverse()
+    while tasks:
+        yield tasks.pop()
+
+
+class _Stopping:
+    """What a wish to stop does: the first one waits for who is connected, the second cuts them."""
+
+    def __init__(self, server: PageServer, nursery: trio.Nursery, patience: float) -> None:
+        self._server = server
+        self._nursery = nursery
+        self._patience = patience
+        self._asked = False
+
+    def __call__(self) -> None:
+        if self._asked:
+            self._server.cut()
+            return
+        self._asked = True
+        log.info("asked to stop: %d are connected", len(self._server.connections()))
+        self._server.stop()
+        self._nursery.start_soon(self._lose_patience)
+
+    async def _lose_patience(self) -> None:
+        import trio
+
+        await trio.sleep(self._patience)
+        self._server.cut()
+
+
+def _check_only(last: Account | None) -> None:
+    """Raise PageServerError unless the only connection ended as it should."""
+    from criupy.page_server._server_linux import Ending
+
+    if last is None:
+        raise PageServerError("asked to stop, and no destination had connected")
+    if last.ending is not Ending.CLOSED:
+        raise PageServerError(
+            "the connection ended before the destination had closed its session: it may lack pages"
+        )
+
+
+def _check_all(statistics: Statistics) -> None:
+    """Raise PageServerError when destinations lack pages because of this server."""
+    if cut := statistics.endings["cut"]:
+        raise PageServerError(f"asked to stop, and {cut} of those connected were cut: they may lack pages")
+    if failed := statistics.endings["data"] + statistics.endings["error"]:
+        raise PageServerError(f"{failed} connections failed here, see the warnings: they may lack pages")

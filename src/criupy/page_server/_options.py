@@ -1,0 +1,130 @@
+"""The command line of criupy-page-server: what CRIU's takes, and a little more."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from criupy._command.line import Answer, TlsNotYetError, common_warnings, read_line, tls_details
+from criupy._command.parser import DEFAULT_VERBOSITY
+from criupy.page_server._access import Network
+from criupy.page_server._parser import PROGRAM, build_parser
+
+__all__ = ["PageServerOptions", "parse"]
+
+
+# CRIU listens everywhere; memory in clear text is for nobody who was not thought of.
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class PageServerOptions:
+    """A command line, understood.
+
+    Paths are as written: ``log_file`` (``-`` is standard output), ``pidfile``,
+    ``port_file`` and ``stats_file`` are relative to ``work_dir``,
+    ``prev_images_dir`` to ``images_dir``, everything else to the current
+    directory. Timeouts are in seconds. ``ps_socket`` is the descriptor of a
+    connected socket, with which nothing is listened on. ``warnings`` are lines
+    to log before anything else.
+    """
+
+    images_dir: Path = Path()
+    work_dir: Path = Path()
+    lazy_pages: bool = False
+    prev_images_dir: Path | None = None
+    auto_dedup: bool = False
+    address: str = _LOOPBACK
+    port: int = 0
+    port_file: Path | None = None
+    ps_socket: int | None = None
+    allow: tuple[Network, ...] = ()
+    once: bool = False
+    max_connections: int = 64
+    idle_timeout: float | None = None
+    stall_timeout: float = 30.0
+    stop_timeout: float = 30.0
+    log_file: str | None = None
+    verbosity: int = DEFAULT_VERBOSITY
+    daemon: bool = False
+    pidfile: Path | None = None
+    status_fd: int | None = None
+    action_scripts: tuple[str, ...] = ()
+    close_fds: tuple[int, ...] = ()
+    display_stats: bool = False
+    stats_file: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> PageServerOptions | Answer:
+    """Understand a command line, without the program's name.
+
+    Reads nothing and looks at no file. ``environ`` is only asked for what CRIU
+    would read from it. Raises UsageError with one line.
+    """
+    given = read_line(argv, PROGRAM, build_parser())
+    return given if isinstance(given, Answer) else _understand(given, environ or {})
+
+
+def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> PageServerOptions:
+    if given.tls:
+        raise TlsNotYetError("--tls: not yet; use criu page-server for this migration, or an SSH tunnel")
+    return PageServerOptions(
+        images_dir=given.images_dir,
+        work_dir=given.work_dir or given.images_dir,
+        lazy_pages=given.lazy_pages,
+        prev_images_dir=given.prev_images_dir,
+        auto_dedup=given.auto_dedup,
+        address=given.address or _LOOPBACK,
+        port=given.port or 0,
+        port_file=given.port_file,
+        ps_socket=given.ps_socket,
+        allow=tuple(given.allow),
+        once=given.once,
+        max_connections=given.max_connections,
+        idle_timeout=given.idle_timeout,
+        stall_timeout=given.stall_timeout,
+        stop_timeout=given.stop_timeout,
+        log_file=given.log_file,
+        verbosity=given.verbosity,
+        daemon=given.daemon,
+        pidfile=given.pidfile,
+        status_fd=given.status_fd,
+        action_scripts=tuple(given.action_script),
+        close_fds=tuple(given.close),
+        display_stats=given.display_stats,
+        stats_file=given.stats_file,
+        warnings=tuple(_warnings(given, environ)),
+    )
+
+
+def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str]:
+    warnings = common_warnings(given, PROGRAM, environ)
+    if tls_details(given):
+        warnings.append("--tls-... options have no effect without --tls")
+    if given.lazy_pages:
+        warnings += [
+            f"{name} has no effect with --lazy-pages: the images are only read"
+            for name, there in (
+                ("--auto-dedup", given.auto_dedup),
+                ("--prev-images-dir", given.prev_images_dir is not None),
+            )
+            if there
+        ]
+    if given.ps_socket is not None:
+        warnings += [
+            f"{name} no effect beside --ps-socket"
+            for name, there in (
+                ("--address and --port have", given.address is not None or given.port is not None),
+                ("--port-file has", given.port_file is not None),
+                ("--allow has", bool(given.allow)),
+            )
+            if there
+        ]
+    elif given.address is None:
+        warnings.append(
+            "listening on 127.0.0.1 only, where criu page-server would on 0.0.0.0: --address says where"
+        )
+    return warnings

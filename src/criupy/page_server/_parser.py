@@ -1,0 +1,150 @@
+"""The argparse side of criupy-page-server: what a page server has of its own."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from criupy._command import values
+from criupy._command.getopt import Argument, Option, show
+from criupy._command.parser import (
+    Group,
+    Parser,
+    Program,
+    add_log,
+    add_other,
+    add_rest,
+    add_running,
+    add_statistics,
+    add_timeout,
+)
+from criupy.page_server._access import Network, parse_network
+
+__all__ = ["OWN_OPTIONS", "PROGRAM", "build_parser"]
+
+_MOST_CONNECTIONS = 10_000
+
+OWN_OPTIONS = (
+    *(
+        Option(name, Argument.REQUIRED, name)
+        for name in (
+            "allow",
+            "max-connections",
+            "idle-timeout",
+            "stall-timeout",
+            "stop-timeout",
+            "port-file",
+            "stats-file",
+        )
+    ),
+    Option("once", Argument.NONE, "once"),
+    Option("no-once", Argument.NONE, "once", value=False),
+)
+
+PROGRAM = Program(
+    name="criupy-page-server",
+    command="page-server",
+    what="a page server",
+    own=OWN_OPTIONS,
+    reasons={"page-server": "has no effect: that is what this is"},
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return a parser of full names that raises UsageError."""
+    parser = Parser(
+        PROGRAM,
+        usage="[page-server] -D DIR [--lazy-pages] [--address ADDR] [--port PORT] [options]",
+        description="With --lazy-pages: give the memory that checkpoint images hold to destinations that "
+        "restore them lazily. Takes the place of criu page-server and reads its command line.",
+        epilog="CRIU's configuration files are not read. Exit status: 0 when all went well, 1 otherwise; "
+        "with --once that is when the one destination has ended its session, and not merely gone away.",
+    )
+    _add_pages(Group(parser, "What is served"))
+    _add_network(Group(parser, "To whom"))
+    running = Group(parser, "Running")
+    add_running(running, files="log, pidfile, port file and statistics", ready="destinations can connect")
+    running.switch("--unprivileged", "unprivileged", "accepted; root is not asked for")
+    _add_limits(Group(parser, "Limits (TIME: 30, 2.5, 200ms, 5m)"))
+    telling = Group(parser, "What it tells")
+    add_log(telling)
+    add_statistics(telling)
+    add_other(Group(parser, "Other"))
+    add_rest(parser, PROGRAM)
+    return parser
+
+
+def _add_pages(group: Group) -> None:
+    group.value("-D --images-dir", "DIR", "the images (default: .)", type=values.path, default=Path())
+    group.flag("--lazy-pages", "give out the lazy pages of the images; without it pages are received")
+    group.value(
+        "--prev-images-dir",
+        "DIR",
+        "when receiving: the images that these build on, relative to -D",
+        type=values.path,
+    )
+    group.switch("--auto-dedup", "auto_dedup", "when receiving: punch what is new out of the older images")
+
+
+def _add_network(group: Group) -> None:
+    group.value(
+        "--address",
+        "ADDR",
+        "IPv4 or IPv6 address or name to listen on (default: 127.0.0.1; criu page-server listens on 0.0.0.0)",
+        type=values.text,
+    )
+    group.value(
+        "--port",
+        "PORT",
+        "port to listen on; 0, the default, lets the kernel choose: see --port-file",
+        type=partial(values.number, low=0, high=65535, what="a port"),
+    )
+    group.value(
+        "--port-file",
+        "FILE",
+        "write the port that is listened on to FILE, before --status-fd is told and --daemon returns",
+        type=values.path,
+    )
+    group.value(
+        "--ps-socket",
+        "FD",
+        "listen nowhere, serve the destination that this inherited socket is connected to",
+        type=values.optional_descriptor,
+    )
+    group.value(
+        "--allow",
+        "CIDR",
+        "serve only destinations in this network, such as 10.0.0.0/8; may be repeated",
+        type=_network,
+        action="append",
+        default=[],
+    )
+    group.switch("--once", "once", "serve one destination and end, as criu page-server does")
+
+
+def _add_limits(group: Group) -> None:
+    group.value(
+        "--max-connections",
+        "N",
+        "refuse more than N destinations at a time (default: 64)",
+        type=partial(values.number, low=1, high=_MOST_CONNECTIONS, what="a number of connections"),
+        default=64,
+    )
+    group.value(
+        "--idle-timeout",
+        "TIME",
+        "cut a destination that asks for nothing for so long (default: never)",
+        type=values.seconds,
+    )
+    add_timeout(group, "stall", 30.0, "how long a destination may stop in the middle of something")
+    add_timeout(group, "stop", 30.0, "how long to go on serving who is connected after the first SIGTERM")
+
+
+def _network(word: str) -> Network:
+    try:
+        return parse_network(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"'{show(word)}' is not a network such as 10.0.0.0/8, fd00::/8 or 192.0.2.7"
+        ) from None

@@ -1,0 +1,240 @@
+"""The page server on trio: whom it serves, what it says of them, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import socket
+from collections.abc import AsyncIterator
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
+
+from criupy import page_server
+from criupy.errors import ImageError, PageServerError
+from criupy.page_server import Config, Ending, PageServer
+from criupy.testing.images import WrittenImages, write_images
+from criupy.testing.spec import WorkloadSpec
+from page_server_clients import GET, PAGE, Destination, loopback
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
+A = 0x10_0000_0000
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> WrittenImages:
+    return write_images(tmp_path_factory.mktemp("images"), WorkloadSpec(size=64 * PAGE), style="full")
+
+
+def connect(server: PageServer, frame_size: int = 32) -> Destination:
+    return Destination(socket.create_connection((server.address, server.port)), frame_size)
+
+
+async def get(destination: Destination, nr_pages: int = 1) -> bytes:
+    return await trio.to_thread.run_sync(destination.get, 100, A, nr_pages)
+
+
+async def close(destination: Destination) -> int:
+    return await trio.to_thread.run_sync(destination.close)
+
+
+async def is_over(destination: Destination) -> bool:
+    return await trio.to_thread.run_sync(destination.is_over)
+
+
+@contextlib.asynccontextmanager
+async def serving(images: WrittenImages, **settings: object) -> AsyncIterator[PageServer]:
+    config = Config(images.directory, **settings)  # type: ignore[arg-type]
+    async with page_server.open_page_server(config) as server:
+        yield server
+
+
+async def until_connected(server: PageServer, nr: int) -> None:
+    while len(server.connections()) != nr:  # noqa: ASYNC110
+        await trio.sleep(0.01)
+
+
+async def test_serving_and_stopping(images: WrittenImages, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "criupy.page_server")
+    async with serving(images) as server:
+        assert server.address == "127.0.0.1"
+        with connect(server) as first, connect(server, 24) as second:
+            assert await get(first, 64) == await get(second, 64)
+            await until_connected(server, 2)
+            assert [account.pages for account in server.connections()] == [64, 64]
+            server.stop()
+            with trio.move_on_after(0.1) as scope:
+                await server.wait()
+            assert scope.cancelled_caught  # for two are connected
+            with pytest.raises(ConnectionRefusedError):
+                connect(server)
+            assert await close(first) == 0
+            assert await close(second) == 0
+            await server.wait()
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0] == f"{images.directory}: 64 lazy pages"
+    assert sum(" has ended, 64 pages for 2 requests in " in line for line in told) == 2
+
+
+async def test_leaving_the_block_cuts(images: WrittenImages) -> None:
+    async with serving(images) as server:
+        destination = connect(server)
+        await get(destination)
+    with destination:
+        assert await is_over(destination)
+
+
+async def test_once(images: WrittenImages) -> None:
+    async with serving(images, once=True) as server:
+        with connect(server) as destination:
+            await get(destination)
+            with pytest.raises(ConnectionRefusedError):
+                connect(server)
+            assert await close(destination) == 0
+        await server.wait()
+        assert server.last is not None
+        assert (server.last.ending, server.last.pages) == (Ending.CLOSED, 1)
+
+
+async def test_only_so_many(images: WrittenImages, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(images, max_connections=2) as server:
+        with connect(server) as first, connect(server) as second:
+            await get(first)
+            await get(second)
+            with connect(server) as third:
+                assert await is_over(third)
+            assert "refused, 2 are connected already" in caplog.text
+            assert await close(first) == 0
+            await until_connected(server, 1)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            with connect(server) as fourth:
+                await get(fourth)
+
+
+async def test_who_may(images: WrittenImages, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(images, allow=(ip_network("10.0.0.0/8"), ip_network("127.0.0.2/32"))) as server:
+        with connect(server) as stranger:
+            assert await is_over(stranger)
+        assert ": refused, it is in no network that is allowed" in caplog.text
+        friend = socket.create_connection((server.address, server.port), source_address=("127.0.0.2", 0))
+        with Destination(friend) as destination:
+            await get(destination)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::"])
+async def test_a_warning_where_all_can_reach_it(
+    images: WrittenImages, caplog: pytest.LogCaptureFixture, address: str
+) -> None:
+    async with serving(images, address=address) as server:
+        assert "is given in clear text to everyone who reaches" in caplog.text
+        with Destination(socket.create_connection(("127.0.0.1", server.port))) as destination:
+            await get(destination)
+    caplog.clear()
+    async with serving(images, address=address, allow=(ip_network("127.0.0.0/8"),)) as server:
+        assert not caplog.records
+        with Destination(socket.create_connection(("127.0.0.1", server.port))) as destination:
+            await get(destination)  # mapped into IPv6, for "::"
+
+
+async def test_one_line_for_one_that_breaks_the_rules(
+    images: WrittenImages, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(images) as server:
+        with connect(server) as good, connect(server) as bad:
+            await get(good)
+            bad.send(GET, 3, A - PAGE, 100)
+            assert await is_over(bad)
+            while not caplog.records:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            await get(good)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("connection 1: 127.0.0.1:")
+    assert (
+        ": GET of 3 pages at 0xffffff000 of process 100: that is no lazy page of it, byte 0; closed after "
+        in (record.getMessage())
+    )
+
+
+async def test_descriptors_run_out(images: WrittenImages, caplog: pytest.LogCaptureFixture) -> None:
+    """Who is connected notices nothing, and who is not waits."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with serving(images) as server:
+        with connect(server) as first, socket.socket() as late:
+            await get(first)
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+            try:
+                late.connect((server.address, server.port))
+                while "cannot be accepted: Too many open files" not in caplog.text:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+                await get(first)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            await get(Destination(late))
+
+
+async def test_what_cannot_be_served(images: WrittenImages, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"inventory\.img"):
+        async with page_server.open_page_server(Config(tmp_path)):
+            pass
+    lazy = write_images(tmp_path / "lazy", WorkloadSpec(size=4 * PAGE))
+    with pytest.raises(ImageError, match="this is a lazy dump, whose source serves them itself"):
+        async with serving(lazy):
+            pass
+    with pytest.raises(PageServerError, match=r"^192\.0\.2\.1:0: .*; see --address and --port$"):
+        async with serving(images, address="192.0.2.1"):
+            pass
+    with pytest.raises(PageServerError, match=r"^no-such\.invalid:0: no such address "):
+        async with serving(images, address="no-such.invalid"):
+            pass
+    async with serving(images) as server:
+        with pytest.raises(PageServerError, match="Address already in use"):
+            async with serving(images, port=server.port):
+                pass
+
+
+async def test_cutting(images: WrittenImages) -> None:
+    async with serving(images) as server:
+        with connect(server) as first, connect(server) as second:
+            await get(first, 2)
+            await get(second)
+            server.stop()
+            server.cut()
+            await server.wait()
+            server.cut()  # of nothing
+            assert await is_over(first)
+            assert await is_over(second)
+        told = server.statistics
+        assert (told.ended, told.refused, told.requests, told.pages) == (2, 0, 2, 3)
+        assert dict(told.endings) == {"cut": 2}
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+async def test_an_inherited_connection_and_nothing_else(images: WrittenImages, family: int) -> None:
+    ours, theirs = loopback() if family == socket.AF_INET else socket.socketpair()
+    with Destination(ours) as destination:
+        async with serving(images, connection=theirs) as server:
+            assert (server.address, server.port) == ("", 0)
+            assert await get(destination)
+            assert await close(destination) == 0
+            await server.wait()
+            assert server.last is not None
+            assert server.last.ending is Ending.CLOSED
+
+
+async def test_an_inherited_connection_that_is_none(images: WrittenImages) -> None:
+    with socket.socket() as unconnected:
+        async with serving(images, connection=unconnected) as server:
+            await server.wait()
+            assert server.last is not None
+            assert server.last.ending is Ending.ERROR

@@ -1,0 +1,113 @@
+"""Real dumps served by the page server to our daemon and to CRIU's, and restored: every byte compared."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import trio
+
+from criupy.page_server import Config, Ending, PageServer, open_page_server
+from criupy.testing.control_linux import Order
+from criupy.testing.criu_linux import (
+    Criu,
+    dump,
+    find_criu,
+    lazy_pages_daemon,
+    our_command,
+    restore,
+    stock_command,
+)
+from criupy.testing.spec import WorkloadSpec
+from criupy.testing.workload_linux import Workload, start_workload
+from page_server_command import Running, command
+
+pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
+
+MIB = 1 << 20
+SPEC = WorkloadSpec(size=48 * MIB, areas=3, tree=2, fragmented=True)
+
+
+async def restore_and_verify(
+    criu: Criu,
+    server: PageServer | Running,
+    workload: Workload,
+    room: Path,
+    name: str,
+    daemon: tuple[str, ...],
+) -> None:
+    """Restore a copy of the workload elsewhere, touching it all the while, and look at every byte."""
+    work = room / name
+    await trio.Path(work).mkdir()
+    control = workload.control.copy(work / "control")
+    with contextlib.closing(control):
+        control.worker().start_touching(Order.RANDOM, count=5000)
+        async with (
+            lazy_pages_daemon(
+                daemon, room / "images", work, source=(server.address, server.port)
+            ) as lazy_pages,
+            restore(
+                criu, room / "images", work, workload.pid, binds={workload.control.path: control.path}
+            ) as restored,
+        ):
+            control.gone = restored.gone
+            await restored.finished()
+            assert (await control.worker().wait()).is_good
+            await lazy_pages.succeed()
+            for task in range(workload.spec.tree):
+                assert (await control.worker(task).verify()).is_good
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["our-daemon", "stock-daemon"])
+async def test_restores_one_after_the_other(criu: Criu, room: Path, ours: bool) -> None:
+    daemon = our_command() if ours else stock_command(criu)
+    async with start_workload(SPEC, room) as workload:
+        await dump(criu, workload.pid, room / "images")
+        async with open_page_server(Config(room / "images", once=False)) as server:
+            for n in range(3):
+                await restore_and_verify(criu, server, workload, room, f"work{n}", daemon)
+
+
+async def test_five_restores_at_the_same_time(criu: Criu, room: Path) -> None:
+    async with start_workload(SPEC, room) as workload:
+        await dump(criu, workload.pid, room / "images")
+        async with open_page_server(Config(room / "images")) as server:
+            async with trio.open_nursery() as nursery:
+                for n in range(5):
+                    daemon = stock_command(criu) if n % 2 else our_command()
+                    nursery.start_soon(restore_and_verify, criu, server, workload, room, f"work{n}", daemon)
+            server.stop()
+            await server.wait()
+            assert server.last is not None
+            assert server.last.ending is Ending.CLOSED
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["our-daemon", "stock-daemon"])
+async def test_the_command_for_one_restore(criu: Criu, room: Path, ours: bool) -> None:
+    daemon = our_command() if ours else stock_command(criu)
+    async with start_workload(SPEC, room) as workload:
+        await dump(criu, workload.pid, room / "images")
+        await trio.Path(room / "serving").mkdir()
+        with command(room / "images", room / "serving", "--once") as served:
+            await restore_and_verify(criu, served, workload, room, "restoring", daemon)
+            assert await trio.to_thread.run_sync(served.ended) == 0
+            assert served.errors == served.warnings == []
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["our-daemon", "stock-daemon"])
+async def test_an_older_criu_dumped(room: Path, ours: bool) -> None:
+    """The images tell the size of frames of who wrote them, and the server takes that of who asks."""
+    found, _ = find_criu()
+    if len({criu.frame_size for criu in found}) < 2:
+        pytest.skip("needs two CRIUs, of 4.1 or before and of 4.2 or later: `make test` fetches them")
+    criu, older = found[0], found[-1]
+    async with start_workload(SPEC, room) as workload:
+        await dump(older, workload.pid, room / "images")
+        async with open_page_server(Config(room / "images")) as server:
+            daemon = our_command() if ours else stock_command(criu)
+            await restore_and_verify(criu, server, workload, room, "restoring", daemon)
+            server.stop()
+            await server.wait()
+            assert server.last is not None
+            assert server.last.frame_size == (older.frame_size if ours else criu.frame_size)
