@@ -36,7 +36,15 @@ CORE = [
     "uffd",
 ]
 
-SERVER = ["codec", "image", "server", "server_answer", "server_connection", "server_stream"]
+SERVER = [
+    "codec",
+    "image",
+    "server",
+    "server_answer",
+    "server_connection",
+    "server_receive",
+    "server_stream",
+]
 
 Build = Callable[[str, list[str], str], Path]
 
