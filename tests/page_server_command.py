@@ -72,14 +72,16 @@ def command(
     images: Path,
     work: Path,
     *words: str,
+    lazy_pages: bool = True,
     address: Sequence[str] = ("--address", "127.0.0.1"),
     passed: Sequence[int] = (),
     ready: bytes = b"\0",
 ) -> Iterator[Running]:
-    """The command serving images, started and ready; it is killed if it is left running."""
+    """The command serving images, or receiving them, started and ready; what is left running is killed."""
     reader, writer = os.pipe()
     full = [
-        *(sys.executable, "-m", "criupy.page_server", "--lazy-pages", *address, "-v4", "-o", "log"),
+        *(sys.executable, "-m", "criupy.page_server", *(["--lazy-pages"] if lazy_pages else [])),
+        *(*address, "-v4", "-o", "log"),
         *("-D", str(images), "-W", str(work), "--status-fd", str(writer), "--port-file", "port"),
         *words,
     ]

@@ -18,7 +18,7 @@ pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 
 from criupy.testing.images import WrittenImages, write_images
 from criupy.testing.spec import WorkloadSpec
-from page_server_clients import GET, PAGE, Destination, loopback
+from page_server_clients import GET, PAGE, Destination, Dumper, loopback, task
 from page_server_command import HANG, Running, command, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
@@ -359,7 +359,6 @@ def test_one_line_for_what_cannot_be(images: WrittenImages, tmp_path: Path) -> N
     full = ["--lazy-pages", "--address", "127.0.0.1", "-D", str(images.directory)]
     assert "/no/such: no such directory" in refused("--lazy-pages", "-D", "/no/such")
     assert "--work-dir /no/such" in refused(*full, "-W", "/no/such")
-    assert "receiving is not there yet" in refused("-D", str(images.directory))
     assert "--allow: '10.0.0.1/8'" in refused(*full, "--allow", "10.0.0.1/8")
     assert "not yet" in refused(*full, "--tls")
     assert "--log-file" in refused(*full, "-o", "no/such/log")
@@ -388,3 +387,44 @@ def test_images_that_cannot_be_served(tmp_path: Path) -> None:
     assert "inventory.img" in refused(*words, str(tmp_path / "empty"))
     # Told before the background, to whoever starts it.
     assert "this is a lazy dump" in refused(*words, str(lazy.directory), "-d")
+
+
+# ---- receiving ---------------------------------------------------------------------------------------
+
+
+def test_receiving_one_dump(tmp_path: Path) -> None:
+    """It ends when the dump has, as CRIU's does: whoever dumps waits for the images."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    with command(folder, tmp_path, "--display-stats", lazy_pages=False) as running:
+        with running.connect() as sock:
+            dumper = Dumper(sock.sock, 32)
+            assert not dumper.open(task(7))
+            dumper.add(task(7), 0x10000, b"x" * 2 * PAGE)
+            assert dumper.close() == 0
+        assert running.ended() == 0
+        assert running.process.stdout is not None
+        assert "Received:      2 pages (0.0 MiB)" in running.process.stdout.read()
+        assert running.errors == running.warnings == []
+    assert [path.name for path in sorted(folder.iterdir())] == ["pagemap-7.img", "pages-65537.img"]
+
+
+def test_receiving_half_a_dump(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    with command(folder, tmp_path, lazy_pages=False) as running:
+        with running.connect() as sock:
+            dumper = Dumper(sock.sock, 32)
+            assert not dumper.open(task(7))
+        assert (
+            "the dump did not come to its end, see the warning: no images of it are here" in running.failed()
+        )
+        (warning,) = running.warnings
+        assert "the peer closed without CLOSE" in warning
+    assert list(folder.iterdir()) == []
+
+
+def test_receiving_nothing(tmp_path: Path) -> None:
+    with command(tmp_path, tmp_path, lazy_pages=False) as running:
+        running.stop()
+        assert "asked to stop, and no dump had connected" in running.failed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ log = logging.getLogger("criupy.page_server")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0 when nobody was left without pages."""
+    """Run the command and return its exit status: 0 when all that was asked for went or came whole."""
     return run_command(PROGRAM.name, argv, partial(parse, environ=os.environ), _run)
 
 
@@ -54,15 +55,11 @@ def _run(options: PageServerOptions) -> int:
         {"--images-dir": options.images_dir, "--work-dir": options.work_dir},
         options.close_fds,
     )
-    if not options.lazy_pages:
-        raise CommandError(
-            "receiving is not there yet: use criu page-server, or --lazy-pages to give out what images hold"
-        )
     connection = None if options.ps_socket is None else _inherited(options.ps_socket)
     open_log(options.verbosity, options.log_file, options.work_dir)
     for warning in options.warnings:
         log.warning("%s", warning)
-    tasks = list(load_tasks(options.images_dir))
+    tasks = list(load_tasks(options.images_dir)) if options.lazy_pages else []
     config = _configure(options, connection)
     if options.daemon:
         child = daemonize()
@@ -103,7 +100,8 @@ def _configure(options: PageServerOptions, connection: socket.socket | None) -> 
         listener=listener,
         connection=connection,
         allow=options.allow,
-        once=options.once,
+        # A dump is one connection: whoever waits for its images waits for our end, as for CRIU's.
+        once=options.once or not options.lazy_pages,
         max_connections=options.max_connections,
         stall_timeout=options.stall_timeout,
         idle_timeout=options.idle_timeout,
@@ -115,9 +113,8 @@ async def _serve(options: PageServerOptions, config: Config, tasks: list[ServedT
 
     from criupy._command.process_linux import status_ready
     from criupy._command.signals_linux import stop_on_signal
-    from criupy.page_server._server_linux import open_page_server
 
-    async with open_page_server(config, tasks=_taken(tasks)) as server, trio.open_nursery() as nursery:
+    async with _open(options, config, tasks) as server, trio.open_nursery() as nursery:
         await nursery.start(stop_on_signal, _Stopping(server, nursery, options.stop_timeout))
         failure = None
         try:
@@ -131,13 +128,24 @@ async def _serve(options: PageServerOptions, config: Config, tasks: list[ServedT
         raise failure
     statistics = server.statistics
     if options.display_stats:
-        display(summary(statistics), in_log=options.daemon)
+        display(summary(statistics, received=not options.lazy_pages), in_log=options.daemon)
     if options.stats_file is not None:
         write_stats(options.work_dir / options.stats_file, statistics.to_json())
-    if options.once or config.connection is not None:
-        _check_only(server.last)
+    if config.once or config.connection is not None:
+        _check_only(server.last, received=not options.lazy_pages)
     _check_all(statistics)
     return 0
+
+
+def _open(
+    options: PageServerOptions, config: Config, tasks: list[ServedTask]
+) -> AbstractAsyncContextManager[PageServer]:
+    from criupy.page_server._receiver_linux import open_page_receiver
+    from criupy.page_server._server_linux import open_page_server
+
+    if options.lazy_pages:
+        return open_page_server(config, tasks=_taken(tasks))
+    return open_page_receiver(config, prev_images_dir=options.prev_images_dir, auto_dedup=options.auto_dedup)
 
 
 def _taken(tasks: list[ServedTask]) -> Iterator[ServedTask]:
@@ -172,16 +180,20 @@ class _Stopping:
         self._server.cut()
 
 
-def _check_only(last: Account | None) -> None:
+def _check_only(last: Account | None, *, received: bool) -> None:
     """Raise PageServerError unless the only connection ended as it should."""
     from criupy.page_server._server_linux import Ending
 
     if last is None:
-        raise PageServerError("asked to stop, and no destination had connected")
-    if last.ending is not Ending.CLOSED:
-        raise PageServerError(
-            "the connection ended before the destination had closed its session: it may lack pages"
-        )
+        who = "dump" if received else "destination"
+        raise PageServerError(f"asked to stop, and no {who} had connected")
+    if last.ending is Ending.CLOSED:
+        return
+    if received:
+        raise PageServerError("the dump did not come to its end, see the warning: no images of it are here")
+    raise PageServerError(
+        "the connection ended before the destination had closed its session: it may lack pages"
+    )
 
 
 def _check_all(statistics: Statistics) -> None:

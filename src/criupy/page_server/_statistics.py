@@ -65,13 +65,14 @@ class Statistics:
         }
 
 
-def summary(statistics: Statistics) -> str:
+def summary(statistics: Statistics, *, received: bool) -> str:
     """Return the lines of --display-stats."""
     endings = ", ".join(f"{count:,} {name}" for name, count in sorted(statistics.endings.items()))
     ended = f"{statistics.ended:,} ({endings})" if endings else "0"
     mebibytes = statistics.pages * _PAGE_SIZE / 2**20
-    return (
-        f"Connections:   {ended}, {statistics.refused:,} refused\n"
-        f"Lazy memory:   {statistics.pages:,} pages ({mebibytes:,.1f} MiB) "
-        f"for {statistics.requests:,} requests"
+    memory = f"{statistics.pages:,} pages ({mebibytes:,.1f} MiB)"
+    return f"Connections:   {ended}, {statistics.refused:,} refused\n" + (
+        f"Received:      {memory}"
+        if received
+        else f"Lazy memory:   {memory} for {statistics.requests:,} requests"
     )
