@@ -20,13 +20,14 @@ MAY_IMPORT = {
     "wire": frozenset({"errors"}),
     "images": frozenset({"errors"}),
     "_uffd": frozenset({"errors"}),
+    "_tls": frozenset({"errors"}),
     "rpc": frozenset({"errors", "images", "_descriptor", "_kill_linux"}),
     "policy": frozenset({"errors", "images", "wire"}),
     "trace": frozenset({"errors", "images", "wire", "_uffd"}),
     "lazy_pages": frozenset(
-        {"errors", "images", "wire", "_uffd", "policy", "trace", "_descriptor", "_kill_linux"}
+        {"errors", "images", "wire", "_uffd", "_tls", "policy", "trace", "_descriptor", "_kill_linux"}
     ),
-    "page_server": frozenset({"errors", "images", "wire", "_uffd", "policy", "trace"}),
+    "page_server": frozenset({"errors", "images", "wire", "_uffd", "_tls", "policy", "trace"}),
     "commands": frozenset({"errors", "images", "rpc", "_uffd"}),
     "__main__": frozenset({"commands"}),
     # Stand-ins and harnesses may use everything; nobody uses them.
@@ -36,6 +37,7 @@ MAY_IMPORT = {
             "images",
             "wire",
             "_uffd",
+            "_tls",
             "rpc",
             "policy",
             "trace",

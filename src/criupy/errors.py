@@ -21,6 +21,7 @@ __all__ = [
     "OptionError",
     "ProtocolError",
     "RemoteProtocolError",
+    "TlsError",
     "UffdError",
     "UffdUnavailable",
 ]
@@ -168,3 +169,7 @@ class LazyPagesError(CriupyError):
 
 class PageServerError(CriupyError):
     """The page server cannot start or go on; the cause, if any, is chained."""
+
+
+class TlsError(CriupyError):
+    """TLS cannot be used: a file, a certificate or the peer is not as it must be."""

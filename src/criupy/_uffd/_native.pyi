@@ -60,6 +60,7 @@ class Stats(Protocol):
     latency_sum_ns: int
     latency_max_ns: int
     latency: list[int]
+    link_fault: Any
 
 class Notice(Protocol):
     kind: int
@@ -83,12 +84,14 @@ class Served(Protocol):
     nr_requests: int
     nr_pages: int
     bytes_received: int
+    fault: Any
 
 class _FFI(Protocol):
     NULL: Any
     def new(self, cdecl: str, init: Any = ...) -> Any: ...
     def cast(self, cdecl: str, value: int | Any) -> Any: ...
     def gc(self, cdata: Any, destructor: Any, size: int = ...) -> Any: ...
+    def string(self, cdata: Any, maxlen: int = ...) -> bytes: ...
     def from_buffer(self, cdecl: str, buffer: Buffer) -> Any: ...
 
 ffi: _FFI

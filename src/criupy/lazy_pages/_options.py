@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from criupy._tls.files import TlsFiles
 from criupy.lazy_pages._getopt import GetoptError, normalise, show
 from criupy.lazy_pages._parser import (
     DEFAULT_VERBOSITY,
@@ -20,11 +21,7 @@ from criupy.lazy_pages._parser import (
     refused_dest,
 )
 
-__all__ = ["PROGRAM", "Answer", "LazyPagesOptions", "TlsNotYetError", "UsageError", "parse"]
-
-
-class TlsNotYetError(UsageError):
-    """TLS was asked for."""
+__all__ = ["PROGRAM", "Answer", "LazyPagesOptions", "UsageError", "parse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,8 @@ class LazyPagesOptions:
     and ``stats_file`` are relative to ``work_dir``, everything else to the
     current directory. Timeouts are in seconds. ``frame_size`` None is what the
     images tell. ``page_server`` is (host, port), ``ps_socket`` the descriptor
-    of a connected socket; with neither, pages come from the images.
+    of a connected socket; with neither, pages come from the images. With ``tls``
+    the certificate at the other end of ``ps_socket`` must be for ``source_name``.
     ``warnings`` are lines to log before anything else.
     """
 
@@ -66,6 +64,8 @@ class LazyPagesOptions:
     stop_timeout: float = 30.0
     frame_size: Literal[24, 32] | None = None
     on_failure: Literal["poison", "kill"] = "poison"
+    tls: TlsFiles | None = None
+    source_name: str | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -122,6 +122,7 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> LazyPa
         if fd is not None and fd <= 2 and given.daemon:
             raise UsageError(f"--{name} {fd} is closed by --daemon: give a descriptor above 2")
     page_server, ps_socket = _source(given)
+    tls = _tls(given)
     return LazyPagesOptions(
         images_dir=given.images_dir,
         work_dir=given.work_dir or given.images_dir,
@@ -143,6 +144,8 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> LazyPa
         stop_timeout=given.stop_timeout,
         frame_size={"auto": None, "24": 24, "32": 32}[given.frame],
         on_failure=given.on_failure,
+        tls=tls,
+        source_name=given.address if tls is not None and ps_socket is not None else None,
         warnings=tuple(_warnings(given, environ)),
     )
 
@@ -154,8 +157,6 @@ def _has_address(given: argparse.Namespace) -> bool:
 def _source(given: argparse.Namespace) -> tuple[tuple[str, int] | None, int | None]:
     if not given.use_page_server:
         return None, None
-    if given.tls:
-        raise TlsNotYetError("--tls: not yet; use criu lazy-pages for this migration, or an SSH tunnel")
     if given.ps_socket is not None:
         return None, given.ps_socket
     missing = [name for name in ("address", "port") if getattr(given, name) is None]
@@ -163,6 +164,23 @@ def _source(given: argparse.Namespace) -> tuple[tuple[str, int] | None, int | No
         needed = " and ".join(f"--{name}" for name in missing)
         raise UsageError(f"--page-server needs {needed}: where does criu dump --lazy-pages listen?")
     return (given.address, given.port), None
+
+
+def _tls(given: argparse.Namespace) -> TlsFiles | None:
+    if not given.tls or not given.use_page_server:
+        return None
+    if given.ps_socket is not None and given.address is None and not given.tls_no_cn_verify:
+        raise UsageError(
+            "--tls with --ps-socket needs --address, which the source's certificate must be for, "
+            "or --tls-no-cn-verify"
+        )
+    return TlsFiles(
+        cacert=given.tls_cacert,
+        cacrl=given.tls_cacrl,
+        cert=given.tls_cert,
+        key=given.tls_key,
+        verify_name=not given.tls_no_cn_verify,
+    )
 
 
 def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str]:
@@ -174,10 +192,13 @@ def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str
     if given.pidfile is not None and not given.daemon:
         warnings.append("--pidfile is written only with --daemon, as criu lazy-pages does")
     details = (given.tls_cacert, given.tls_cacrl, given.tls_cert, given.tls_key)
-    if given.tls_no_cn_verify or any(detail is not None for detail in details):
+    some = given.tls_no_cn_verify or any(detail is not None for detail in details)
+    if some and not (given.tls and given.use_page_server):
         warnings.append("--tls-... options have no effect without --page-server --tls")
     if given.use_page_server:
-        if given.ps_socket is not None and _has_address(given):
+        if given.ps_socket is not None and (
+            given.port is not None or (_has_address(given) and not given.tls)
+        ):
             warnings.append("--address and --port have no effect beside --ps-socket")
     else:
         for what, there in (

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+from criupy._tls.files import CACERT, CACRL, CERT, KEY
 from criupy.errors import LazyPagesError
 from criupy.lazy_pages._getopt import CRIU_OPTIONS, Argument, Option, show
 
@@ -201,6 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(senseless={})
     _add_source(_Group(parser, "Where the pages are"))
+    _add_tls(_Group(parser, "TLS, in both directions with certificates (PEM)"))
     _add_running(_Group(parser, "Running"))
     _add_failure(_Group(parser, "When things go wrong (TIME: 30, 2.5, 200ms, 5m)"))
     _add_telling(_Group(parser, "What it tells"))
@@ -227,6 +229,18 @@ def _add_source(group: _Group) -> None:
         "bytes in the page server's headers: 24 before CRIU 4.2, 32 since; auto takes what the images tell, "
         "which is right for criu dump but not for a criu page-server of another version",
     )
+
+
+def _add_tls(group: _Group) -> None:
+    group.switch("--tls", "tls", "talk TLS with the page server, which must do so, too")
+    for name, default, text in (
+        ("cacert", CACERT, "the CAs to trust; without it those of the system are trusted, too"),
+        ("cacrl", CACRL, "certificates that they have revoked; need not exist"),
+        ("cert", CERT, "our certificate"),
+        ("key", KEY, "its private key"),
+    ):
+        group.value(f"--tls-{name}", "FILE", f"{text} (default: {default})", type=_path)
+    group.flag("--tls-no-cn-verify", "take a page server whose certificate is not for --address")
 
 
 def _add_running(group: _Group) -> None:
@@ -304,10 +318,6 @@ def _add_other(group: _Group) -> None:
     group.flag("-h --help", "print this and exit")
     group.flag("-V --version", "print the version and exit")
     group.flag("--no-default-config", "accepted; no configuration file is ever read")
-    group.switch("--tls", "tls", "not yet")
-    group.flag("--tls-no-cn-verify", argparse.SUPPRESS)
-    for name in ("--tls-cacert", "--tls-cacrl", "--tls-cert", "--tls-key"):
-        group.value(name, None, argparse.SUPPRESS, type=_path)
     group.switch("-S --restore-sibling", "restore_sibling", argparse.SUPPRESS)
 
 

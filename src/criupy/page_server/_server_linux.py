@@ -14,10 +14,13 @@ from pathlib import Path
 
 import trio
 
+from criupy._tls.files import TlsFiles
+from criupy._tls.tls_linux import TlsSession
 from criupy._uffd.image_linux import Image
 from criupy._uffd.server_linux import Account, Ending, Server
-from criupy.errors import PageServerError
+from criupy.errors import PageServerError, TlsError
 from criupy.page_server._access import Network, is_allowed, is_loopback
+from criupy.page_server._admission_linux import Admission, take
 from criupy.page_server._images import ServedTask, load_tasks
 from criupy.page_server._telling import tell
 
@@ -42,7 +45,9 @@ class Config:
     networks that peers may come from, all when it is empty. ``once`` serves one
     connection, as CRIU does. Timeouts are in seconds: ``stall_timeout`` for a
     peer that stops in the middle of something, ``idle_timeout`` for one that
-    asks for nothing (None: for ever).
+    asks for nothing (None: for ever). With ``tls`` peers need a certificate,
+    which (unless it says otherwise) must be for the address that is listened
+    on: so CRIU has it, whose hosts use one certificate for either end.
     """
 
     images_dir: Path
@@ -54,6 +59,7 @@ class Config:
     max_connections: int = 64
     stall_timeout: float = 30.0
     idle_timeout: float | None = None
+    tls: TlsFiles | None = None
 
 
 class PageServer:
@@ -64,6 +70,7 @@ class PageServer:
 
     def __init__(self, config: Config, native: Server, listener: trio.socket.SocketType) -> None:
         self._config = config
+        self._unchecked = 0  # connections whose handshake is not done
         self._native = native
         self._listener = listener
         self._peers: dict[int, str] = {}
@@ -74,6 +81,10 @@ class PageServer:
         self.address, self.port = listener.getsockname()[:2]
         #: The account of the only connection of a server with ``once``, when it has ended.
         self.last: Account | None = None
+        self._admission: Admission | None = None
+        if config.tls is not None:
+            called = self.address if config.listener is not None else config.address
+            self._admission = Admission(config.tls, called)
 
     def connections(self) -> list[Account]:
         """Return the accounts of the connections that go on."""
@@ -85,10 +96,10 @@ class PageServer:
 
     async def wait(self) -> None:
         """Wait until nothing more is accepted and every connection has ended."""
-        while self._peers or not self._accepting.cancel_called:
+        while self._peers or self._unchecked or not self._accepting.cancel_called:
             await self._changed.wait()
 
-    async def _accept(self) -> None:
+    async def _accept(self, nursery: trio.Nursery) -> None:
         with self._accepting, self._listener:
             while True:
                 try:
@@ -99,31 +110,65 @@ class PageServer:
                     log.warning("a connection cannot be accepted: %s", error.strerror)
                     await trio.sleep(_PAUSE)
                     continue
-                if self._admit(connection, peer) and self._config.once:
+                if self._admit(connection, peer, nursery) and self._config.once:
                     self.stop()
         self._notify()
 
-    def _admit(self, connection: trio.socket.SocketType, peer: tuple[str, int]) -> bool:
-        """Serve a connection, or refuse it; tell which."""
+    def _admit(
+        self, connection: trio.socket.SocketType, peer: tuple[str, int], nursery: trio.Nursery
+    ) -> bool:
+        """Serve a connection, or refuse it; tell which. With TLS that shows later."""
         host, port = peer[:2]
         name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         with connection:
             if not is_allowed(host, self._config.allow):
                 log.warning("%s: refused, it is in no network that is allowed", name)
                 return False
-            if len(self._peers) >= self._config.max_connections:
-                log.warning("%s: refused, %d are connected already", name, len(self._peers))
+            connected = len(self._peers) + self._unchecked
+            if connected >= self._config.max_connections:
+                log.warning("%s: refused, %d are connected already", name, connected)
                 return False
             try:
                 prepare(connection)
-                serial = self._native.serve(connection.fileno())
+                if self._admission is not None:
+                    nursery.start_soon(self._check, self._admission, take(connection), name)
+                    self._unchecked += 1
+                    return False
+                self._serve(connection, name)
             except OSError as error:
                 log.warning("%s: refused, %s", name, error)
                 return False
-            connection.detach()
-        self._peers[serial] = name
-        log.info("connection %d: from %s", serial, name)
         return True
+
+    def _serve(
+        self, connection: trio.socket.SocketType, name: str, session: TlsSession | None = None
+    ) -> None:
+        """Hand a connection over to a thread."""
+        kind = "plain TCP" if session is None else session.describe()
+        transport = 0 if session is None else session.transport
+        serial = self._native.serve(connection.fileno(), transport=transport)
+        if session is not None:
+            session.given()
+        connection.detach()
+        self._peers[serial] = name
+        log.info("connection %d: from %s, %s", serial, name, kind)
+
+    async def _check(self, admission: Admission, connection: trio.socket.SocketType, name: str) -> None:
+        """Serve a peer whose certificate is good; with ``once`` nobody after it."""
+        try:
+            with connection, await admission.handshake(connection, self._config.stall_timeout) as session:
+                if self._config.once and self._accepting.cancel_called:
+                    log.warning("%s: refused, another is served", name)
+                    return
+                self._serve(connection, name, session)
+        except (TlsError, OSError) as error:
+            log.warning("%s: refused, %s", name, error)
+        else:
+            if self._config.once:
+                self.stop()
+        finally:
+            self._unchecked -= 1
+            self._notify()
 
     async def _reap(self) -> None:
         while True:
@@ -193,13 +238,18 @@ async def open_page_server(config: Config) -> AsyncIterator[PageServer]:
     """Serve the lazy pages of images while the block runs, to any number of destinations.
 
     What is connected at the end of the block is cut. Raises ImageError for
-    images that cannot be served, PageServerError when it cannot listen.
+    images that cannot be served, PageServerError when it cannot listen, TlsError
+    for files that TLS cannot be done with.
     """
     with Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout) as native:
         await trio.to_thread.run_sync(partial(_serve_images, native, config.images_dir))
         listener = await _listen(config)
-        server = PageServer(config, native, listener)
-        if not is_loopback(server.address) and not config.allow:
+        try:
+            server = PageServer(config, native, listener)
+        except BaseException:
+            listener.close()
+            raise
+        if not is_loopback(server.address) and not config.allow and config.tls is None:
             log.warning(
                 "the memory of these processes is given in clear text to everyone who reaches %s:%d; "
                 "--allow says who may have it",
@@ -207,7 +257,7 @@ async def open_page_server(config: Config) -> AsyncIterator[PageServer]:
                 server.port,
             )
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(server._accept)
+            nursery.start_soon(server._accept, nursery)
             nursery.start_soon(server._reap)
             yield server
             nursery.cancel_scope.cancel()
