@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import trio
@@ -408,6 +408,90 @@ async def test_a_restore_that_is_refused(
         await server.wait()
     assert said in story
     assert server_said in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workload_program")
+async def test_a_restore_over_an_inherited_socket(room: Path, certificates: Certificates) -> None:
+    full = write_images(room / "full", ONE, style="full")
+    lazy = write_images(room / "lazy", ONE)
+    config = ServerConfig(full.directory, once=True, tls=certificates.files("server"))
+    async with open_page_server(config) as server:
+        with socket.create_connection((server.address, server.port)) as kept:
+            ours = certificates.files("client")
+            inherited: dict[str, Any] = {"ps_socket": os.dup(kept.fileno()), "source_name": ADDRESS}
+            async with (
+                serve(room, ONE, images=lazy, style="full", tls=ours, **inherited) as s,
+                s.restore() as standin,
+            ):
+                await standin.finish()
+                await s.daemon.wait()
+                await all_good(standin)
+            # It ends although somebody still holds the socket.
+            await server.wait()
+        assert server.last is not None
+        assert server.last.ending is Ending.CLOSED
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workload_program")
+@pytest.mark.parametrize("finished", [False, True])
+async def test_a_stop_in_the_middle_of_the_handshake(
+    room: Path, certificates: Certificates, finished: bool
+) -> None:
+    """Before restore-finished the source goes on; after it this connection is still needed."""
+    spec = WorkloadSpec(size=2 * MIB)
+    full = write_images(room / "full", spec, style="full")
+    lazy = write_images(room / "lazy", spec)
+    config = ServerConfig(full.directory, once=True, tls=certificates.files("server"))
+    async with trio.open_nursery() as nursery, open_page_server(config) as server:
+        gate = trio.Event()
+        listeners = await trio.open_tcp_listeners(0, host=ADDRESS)
+        where = (ADDRESS, listeners[0].socket.getsockname()[1])
+        accepted: list[trio.SocketStream] = []
+        connected = trio.Event()
+
+        async def relay(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                async for data in source:
+                    await sink.send_all(data)
+                await sink.send_eof()
+
+        async def between() -> None:
+            async with listeners[0] as listener:
+                client = await listener.accept()
+            async with client:
+                accepted.append(client)
+                connected.set()
+                await gate.wait()
+                async with (
+                    await trio.open_tcp_stream(server.address, server.port) as onward,
+                    trio.open_nursery() as both,
+                ):
+                    both.start_soon(relay, client, onward)
+                    both.start_soon(relay, onward, client)
+
+        nursery.start_soon(between)
+        ours = certificates.files("client")
+        async with (
+            serve(room, spec, images=lazy, style="full", page_server=where, tls=ours) as s,
+            s.restore() as standin,
+        ):
+            await connected.wait()
+            if finished:
+                await standin.finish()
+            s.daemon.stop()
+            if finished:
+                gate.set()
+                await s.daemon.wait()
+                await all_good(standin)
+            else:
+                assert "source goes on" in await s.failure()
+                with pytest.raises(trio.BrokenResourceError):  # a reset
+                    while await accepted[0].receive_some():
+                        pass
+                await standin.abandon()
+        nursery.cancel_scope.cancel()
 
 
 # ---- the page server's own rules ----------------------------------------------------------------------

@@ -333,7 +333,7 @@ class LazyPages:
             self._secured = await self._begin_secured(tls)
         await self._secured.handshake(connect_timeout=self.config.connect_timeout)
         self._linked = True
-        kind = self._secured.give(pager, frame_size=size, shared=self.config.ps_socket is not None)
+        kind = self._secured.give(pager, frame_size=size)
         log.info("connected to page server %s by %s; frames of %d bytes", self._secured.where, kind, size)
 
     async def _begin_secured(self, tls: TlsContext) -> SecuredSource:
@@ -345,7 +345,8 @@ class LazyPages:
             assert inherited is not None  # noqa: S101 - the configuration is remote
             fd = adopt_source(inherited, link_timeout=self.config.link_timeout)
             where, name = f"at socket {fd}", None
-        return SecuredSource(fd, tls, self.config.source_name or name, where)
+        shared = self.config.page_server is None
+        return SecuredSource(fd, tls, self.config.source_name or name, where, shared=shared)
 
     def _frame_size(self) -> int:
         return self.config.frame_size or frame_size(self.config.images_dir) or 32

@@ -126,8 +126,9 @@ class SecuredSource:
     and the source, which accepts once, is still needed.
     """
 
-    def __init__(self, fd: int, context: TlsContext, name: str | None, where: str) -> None:
+    def __init__(self, fd: int, context: TlsContext, name: str | None, where: str, *, shared: bool) -> None:
         self.where = where
+        self._shared = shared
         self._sock = socket.socket(fileno=fd)
         self._sock.setblocking(False)
         try:
@@ -154,11 +155,14 @@ class SecuredSource:
                 "was it told to use TLS (--tls)? See --connect-timeout"
             )
 
-    def give(self, pager: Pager, *, frame_size: int, shared: bool) -> str:
+    def give(self, pager: Pager, *, frame_size: int) -> str:
         """Hand it to the pager and return what the session is."""
         kind = self._session.describe()
         pager.set_link(
-            self._sock.fileno(), frame_size=frame_size, shared=shared, transport=self._session.transport
+            self._sock.fileno(),
+            frame_size=frame_size,
+            shared=self._shared,
+            transport=self._session.transport,
         )
         self._session.given()
         self._sock.detach()
@@ -167,11 +171,11 @@ class SecuredSource:
     def close(self) -> None:
         """End it, unless it was handed over, so that the source goes on.
 
-        No close_notify was sent, so the end of the stream is enough for that;
-        and it comes also where somebody else holds the socket.
+        Where somebody else holds the socket there is no reset, but an end of
+        the stream without a close_notify does the same.
         """
         self._session.close()
-        if self._sock.fileno() >= 0:
+        if self._shared and self._sock.fileno() >= 0:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
-            self._sock.close()
+        self._sock.close()
