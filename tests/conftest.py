@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import trio
 
 import criupy.testing
+from criupy.testing.certificates import Certificates, make_certificates
 
 HANG = 120
 """Seconds after which a test with real processes counts as hung; a guard, not a limit on speed."""
@@ -122,3 +124,17 @@ def nothing_is_left() -> Iterator[None]:
     before = kept()
     yield
     assert kept() == before
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """A certificate authority and what it signed."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("TLS is part of what runs on Linux only")
+    from criupy._tls.tls_linux import is_available
+
+    if not is_available():
+        pytest.skip("criupy was built without TLS: OpenSSL 3 was not found (Debian: libssl-dev)")
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl(1) is not installed")
+    return make_certificates(tmp_path_factory.mktemp("certificates"))

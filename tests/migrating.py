@@ -75,6 +75,7 @@ async def migrate(
     *,
     rate: float | None = None,
     before: Callable[[Control], None] | None = None,
+    dump_extra: Iterable[str] = (),
     daemon_extra: Iterable[str] = (),
     restore_extra: Iterable[str] = (),
 ) -> AsyncIterator[Migration]:
@@ -82,7 +83,7 @@ async def migrate(
     images, work = room / "images", room / "work"
     async with contextlib.AsyncExitStack() as stack:
         source = await stack.enter_async_context(start_workload(spec, room))
-        pages = await stack.enter_async_context(lazy_dump(criu, source.pid, images))
+        pages = await stack.enter_async_context(lazy_dump(criu, source.pid, images, extra=dump_extra))
         link = None
         address = (pages.address, pages.port)
         if rate is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-UFFD = ROOT / "src" / "criupy" / "_uffd"
+SOURCES = {name: ROOT / "src" / "criupy" / f"_{name.lower()}" for name in ("UFFD", "TLS")}
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the native part is for Linux")
 
@@ -23,23 +23,32 @@ def installed_files() -> list[Path]:
     return [Path(str(file.locate())) for file in files]
 
 
-def test_every_c_file_is_built() -> None:
-    listed = re.search(r"set\(UFFD_SOURCES(.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.DOTALL)
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_c_file_is_built(name: str) -> None:
+    build = (ROOT / "CMakeLists.txt").read_text()
+    listed = re.search(rf"set\({name}_SOURCES(.*?)\)", build, re.DOTALL)
     assert listed is not None
     assert sorted(listed[1].split()) == sorted(
-        file.name for file in UFFD.glob("*.c") if not file.name.endswith(".csrc.c")
+        file.name for file in SOURCES[name].glob("*.c") if not file.name.endswith(".csrc.c")
     )
 
 
 @linux_only
-def test_extension_is_abi3_and_exports_its_entry_only() -> None:
-    from criupy._uffd import _native
-
-    path = Path(_native.__file__)
+@pytest.mark.parametrize("room", ["_uffd", "_tls"])
+def test_extensions_are_abi3_and_export_their_entry_only(room: str) -> None:
+    native = pytest.importorskip(f"criupy.{room}._native", reason="built without OpenSSL")
+    path = Path(native.__file__)
     assert path.name == "_native.abi3.so"
     assert path in installed_files()
-    assert _native.lib.CRIUPY_PAGE_SIZE == 4096
     assert exported_functions(path) == {"PyInit__native"}
+
+
+@linux_only
+def test_only_the_extension_for_tls_needs_openssl() -> None:
+    from criupy._uffd import _native
+
+    assert _native.lib.CRIUPY_PAGE_SIZE == 4096
+    assert b"libssl" not in Path(_native.__file__).read_bytes()
 
 
 @linux_only

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from criu_judge import CRIU, criu_accepts, needs_criu
 from criupy._command.getopt import CRIU_OPTIONS, Argument, GetoptError, Option, normalise
-from criupy._command.line import Answer, TlsNotYetError
+from criupy._command.line import Answer
 from criupy._command.parser import REFUSED, UsageError
-from criupy.errors import CommandError
+from criupy._tls.files import TlsFiles
 from criupy.lazy_pages._options import LazyPagesOptions, parse
 from criupy.lazy_pages._parser import OWN_OPTIONS
 
@@ -226,6 +226,7 @@ WARNED = [
     ("--tls", "--tls"),
     ("--tls-cacert x --tls-cert y --tls-key z", "--tls"),
     ("--tls-no-cn-verify", "--tls"),
+    ("--page-server --address h --port 1 --tls-cert x", "--tls"),
     ("--page-server --ps-socket 9 --port 1", "--port"),
 ]
 
@@ -320,14 +321,24 @@ def test_rejected(line: str, words: str) -> None:
         assert word in message
 
 
-@pytest.mark.parametrize(
-    "line", ["--tls", "--tls --tls-cert x --tls-key y --tls-cacert z --tls-no-cn-verify"]
-)
-def test_tls_is_not_yet(line: str) -> None:
-    with pytest.raises(TlsNotYetError, match="not yet") as caught:
-        parse([*REMOTE, *line.split()])
-    assert isinstance(caught.value, CommandError)
-    assert options(*REMOTE, "--tls", "--no-tls").page_server == ("a.example", 1234)
+def test_tls() -> None:
+    assert options(*REMOTE).tls is None
+    assert options(*REMOTE, "--tls", "--no-tls").tls is None
+    assert options(*REMOTE, "--tls").tls == TlsFiles()
+    line = "--tls --tls-cert x --tls-key y --tls-cacert z --tls-cacrl l --tls-no-cn-verify"
+    found = options(*REMOTE, *line.split())
+    assert found.tls == TlsFiles(Path("z"), Path("l"), Path("x"), Path("y"), verify_name=False)
+    assert found.warnings == ()
+
+
+def test_tls_on_an_inherited_socket() -> None:
+    inherited = ("--page-server", "--ps-socket", "9", "--tls")
+    with pytest.raises(UsageError, match="needs --address"):
+        parse(inherited)
+    found = options(*inherited, "--address", "a.example")
+    assert (found.source_name, found.warnings) == ("a.example", ())
+    assert options(*inherited, "--tls-no-cn-verify").source_name is None
+    assert options(*REMOTE, "--tls").source_name is None
 
 
 @pytest.mark.parametrize(

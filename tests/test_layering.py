@@ -16,18 +16,22 @@ MAY_IMPORT = {
     "errors": frozenset[str](),
     "_descriptor": frozenset[str](),
     "_kill_linux": frozenset[str](),
-    "_command": frozenset({"errors"}),
+    "_command": frozenset({"errors", "_tls"}),
     "": frozenset({"errors", "rpc"}),  # criupy/__init__.py
     "wire": frozenset({"errors"}),
     "images": frozenset({"errors"}),
     "_uffd": frozenset({"errors"}),
+    "_tls": frozenset({"errors"}),
     "rpc": frozenset({"errors", "images", "_descriptor", "_kill_linux"}),
     "policy": frozenset({"errors", "images", "wire"}),
     "trace": frozenset({"errors", "images", "wire", "_uffd"}),
     "lazy_pages": frozenset(
-        {"errors", "images", "wire", "_uffd", "policy", "trace", "_command", "_descriptor", "_kill_linux"}
+        {
+            *("errors", "images", "wire", "_uffd", "_tls", "policy", "trace"),
+            *("_command", "_descriptor", "_kill_linux"),
+        }
     ),
-    "page_server": frozenset({"errors", "images", "wire", "_uffd", "policy", "trace", "_command"}),
+    "page_server": frozenset({"errors", "images", "wire", "_uffd", "_tls", "policy", "trace", "_command"}),
     "commands": frozenset({"errors", "images", "rpc", "_uffd"}),
     "__main__": frozenset({"commands"}),
     # Stand-ins and harnesses may use everything; nobody uses them.
@@ -37,6 +41,7 @@ MAY_IMPORT = {
             "images",
             "wire",
             "_uffd",
+            "_tls",
             "rpc",
             "policy",
             "trace",

@@ -360,7 +360,7 @@ def test_one_line_for_what_cannot_be(images: WrittenImages, tmp_path: Path) -> N
     assert "/no/such: no such directory" in refused("--lazy-pages", "-D", "/no/such")
     assert "--work-dir /no/such" in refused(*full, "-W", "/no/such")
     assert "--allow: '10.0.0.1/8'" in refused(*full, "--allow", "10.0.0.1/8")
-    assert "not yet" in refused(*full, "--tls")
+    assert "/no/such: " in refused(*full, "--tls", "--tls-cert", "/no/such")
     assert "--log-file" in refused(*full, "-o", "no/such/log")
     assert "--port-file" in refused(*full, "--port-file", "no/such/port")
     assert "pidfile" in refused(*full, "-d", "-W", str(tmp_path), "--pidfile", "no/such/pid")

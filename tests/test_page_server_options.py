@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from criu_judge import criu_accepts, needs_criu
 from criupy._command.getopt import CRIU_OPTIONS, Argument
-from criupy._command.line import Answer, TlsNotYetError
+from criupy._command.line import Answer
 from criupy._command.parser import REFUSED, UsageError
+from criupy._tls.files import TlsFiles
 from criupy.page_server._options import PageServerOptions, parse
 from criupy.page_server._parser import OWN_OPTIONS
 
@@ -185,10 +186,22 @@ def test_rejected(line: str, words: str) -> None:
         assert word in message
 
 
-@pytest.mark.parametrize("line", ["--tls", "--tls --tls-cert x --tls-key y --tls-cacert z --tls-cacrl r"])
-def test_tls_is_not_yet(line: str) -> None:
-    with pytest.raises(TlsNotYetError, match="not yet"):
-        parse(line.split())
+def test_tls() -> None:
+    assert options(*HERE).tls is None
+    assert options(*HERE, "--tls", "--no-tls").tls is None
+    assert options(*HERE, "--tls").tls == TlsFiles()
+    line = "--tls --tls-cert x --tls-key y --tls-cacert z --tls-cacrl l --tls-no-cn-verify"
+    found = options(*HERE, *line.split())
+    assert found.tls == TlsFiles(Path("z"), Path("l"), Path("x"), Path("y"), verify_name=False)
+    assert found.warnings == ()
+
+
+def test_tls_on_an_inherited_socket() -> None:
+    with pytest.raises(UsageError, match="needs --address"):
+        parse(["--ps-socket", "9", "--tls"])
+    found = options("--ps-socket", "9", "--tls", "--address", "a.example")
+    assert (found.address, found.warnings) == ("a.example", ())
+    assert options("--ps-socket", "9", "--tls", "--tls-no-cn-verify").ps_socket == 9
 
 
 def test_help_and_version() -> None:
@@ -214,7 +227,7 @@ def test_every_criu_option_is_understood_under_its_own_name() -> None:
         argument = f"={values.get(option.name, 'x')}" if option.argument is Argument.REQUIRED else ""
         if option.sets in REFUSED and option.value:
             assert option.sets in refusal(f"--{option.name}{argument}")
-        elif option.name in {"restore-sibling", "tls"}:
+        elif option.name == "restore-sibling":
             refusal(f"--{option.name}")
         else:
             parse([f"--{option.name}{argument}"])

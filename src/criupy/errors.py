@@ -23,6 +23,7 @@ __all__ = [
     "PageServerError",
     "ProtocolError",
     "RemoteProtocolError",
+    "TlsError",
     "UffdError",
     "UffdUnavailable",
 ]
@@ -174,3 +175,7 @@ class PageServerError(CriupyError):
 
 class CommandError(CriupyError):
     """A daemon's command cannot do what its command line says; the cause, if any, is chained."""
+
+
+class TlsError(CriupyError):
+    """TLS cannot be used: a file, a certificate or the peer is not as it must be."""

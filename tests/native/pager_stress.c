@@ -202,7 +202,7 @@ int main(int argc, char **argv)
 	source.answers = poison ? 100 : 0;
 	CHECK(!criupy_pager_create(&pager, &config));
 	connect_pair(&link, &source.fd);
-	CHECK(!criupy_pager_set_link(pager, link, CRIUPY_FRAME_32, 0));
+	CHECK(!criupy_pager_set_link(pager, link, CRIUPY_FRAME_32, 0, NULL));
 	for (int i = 0; i < NR_TARGETS; i++) {
 		struct criupy_image *image;
 		uint64_t address;

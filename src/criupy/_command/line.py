@@ -8,12 +8,9 @@ from dataclasses import dataclass
 
 from criupy._command.getopt import GetoptError, normalise, show
 from criupy._command.parser import REFUSED, Program, UsageError, refused_dest
+from criupy._tls.files import TlsFiles
 
-__all__ = ["Answer", "TlsNotYetError", "common_warnings", "read_line", "tls_details"]
-
-
-class TlsNotYetError(UsageError):
-    """TLS was asked for."""
+__all__ = ["Answer", "common_warnings", "read_line", "tls_details", "tls_files"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +91,14 @@ def tls_details(given: argparse.Namespace) -> bool:
     """Tell whether the line says anything of how TLS is to be."""
     details = (given.tls_cacert, given.tls_cacrl, given.tls_cert, given.tls_key)
     return bool(given.tls_no_cn_verify) or any(detail is not None for detail in details)
+
+
+def tls_files(given: argparse.Namespace) -> TlsFiles:
+    """Return which files TLS is to be done with."""
+    return TlsFiles(
+        cacert=given.tls_cacert,
+        cacrl=given.tls_cacrl,
+        cert=given.tls_cert,
+        key=given.tls_key,
+        verify_name=not given.tls_no_cn_verify,
+    )

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from criupy._command import values
 from criupy._command.getopt import CRIU_OPTIONS, Argument, Option, show
+from criupy._tls.files import CACERT, CACRL, CERT, KEY
 from criupy.errors import CommandError
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "add_running",
     "add_statistics",
     "add_timeout",
+    "add_tls",
     "refused_dest",
 ]
 
@@ -220,11 +222,20 @@ def add_other(group: Group) -> None:
     group.flag("-h --help", "print this and exit")
     group.flag("-V --version", "print the version and exit")
     group.flag("--no-default-config", "accepted; no configuration file is ever read")
-    group.switch("--tls", "tls", "not yet")
-    group.flag("--tls-no-cn-verify", argparse.SUPPRESS)
-    for name in ("--tls-cacert", "--tls-cacrl", "--tls-cert", "--tls-key"):
-        group.value(name, None, argparse.SUPPRESS, type=values.path)
     group.switch("-S --restore-sibling", "restore_sibling", argparse.SUPPRESS)
+
+
+def add_tls(group: Group, *, use: str, no_verify: str) -> None:
+    """Add what CRIU has of TLS; ``use`` and ``no_verify`` are the helps of the two switches."""
+    group.switch("--tls", "tls", use)
+    for name, default, text in (
+        ("cacert", CACERT, "the CAs to trust; without it those of the system are trusted, too"),
+        ("cacrl", CACRL, "certificates that they have revoked; need not exist"),
+        ("cert", CERT, "our certificate"),
+        ("key", KEY, "its private key"),
+    ):
+        group.value(f"--tls-{name}", "FILE", f"{text} (default: {default})", type=values.path)
+    group.flag("--tls-no-cn-verify", no_verify)
 
 
 def add_rest(parser: argparse.ArgumentParser, program: Program) -> None:

@@ -60,6 +60,7 @@ class Stats(Protocol):
     latency_sum_ns: int
     latency_max_ns: int
     latency: list[int]
+    link_fault: Any
 
 class Notice(Protocol):
     kind: int
@@ -83,6 +84,7 @@ class Served(Protocol):
     nr_requests: int
     nr_pages: int
     bytes_received: int
+    fault: Any
 
 class AskedByUpload(Protocol):
     """``struct criupy_question``."""
@@ -101,6 +103,7 @@ class _FFI(Protocol):
     def cast(self, cdecl: str, value: int | Any) -> Any: ...
     def gc(self, cdata: Any, destructor: Any, size: int = ...) -> Any: ...
     def buffer(self, cdata: Any, size: int) -> Buffer: ...
+    def string(self, cdata: Any, maxlen: int = ...) -> bytes: ...
     def from_buffer(self, cdecl: str, buffer: Buffer) -> Any: ...
 
 ffi: _FFI

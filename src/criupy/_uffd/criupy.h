@@ -124,7 +124,39 @@ int criupy_frame_detect(const uint8_t *head);
 #define CRIUPY_REPLY_ID 3
 #define CRIUPY_REPLY_COUNT 4
 #define CRIUPY_REPLY_UNASKED 5
+#define CRIUPY_REPLY_TLS 6		/* it is TLS, on a link without */
 int criupy_reply_check(const struct criupy_frame *reply, const struct criupy_frame *request);
+
+/* ---- what lies between a connection and its socket -------------------------- */
+
+/* The most that one call of send takes, and what a record of TLS holds. */
+#define CRIUPY_TRANSPORT_RECORD 16384
+/* Room for a sentence about a transport that failed. */
+#define CRIUPY_FAULT_LENGTH 512
+
+/* A byte stream that is not the socket's own: TLS, from another extension. The
+ * socket is non-blocking and belongs to the connection, which owns the
+ * transport, too. -EAGAIN means "not now": events says what to poll(2) for.
+ * Failures are for good; -EBADMSG is one that describe has words for, -EPIPE an
+ * end of the socket that the peer did not announce. */
+struct criupy_transport {
+	/* Bytes, 0 at the end that the peer announced, or -errno. */
+	int64_t (*receive)(struct criupy_transport *transport, void *into, size_t room);
+	/* Take what fits into one record, and nothing else into that record. It may
+	 * wait for a flush. */
+	int64_t (*send)(struct criupy_transport *transport, const void *data, size_t length);
+	/* 0 when everything has gone to the socket. */
+	int (*flush)(struct criupy_transport *transport);
+	/* Whether a receive may yield something though nothing is in the socket. */
+	int (*pending)(struct criupy_transport *transport);
+	/* Announce our end, and flush; the peer's is received as before. */
+	int (*close_notify)(struct criupy_transport *transport);
+	/* What went wrong, as the rest of a sentence about the peer; or nothing. */
+	void (*describe)(struct criupy_transport *transport, char *text, size_t room);
+	/* Without a word to the peer. */
+	void (*destroy)(struct criupy_transport *transport);
+	int events;
+};
 
 /* ---- latency histogram (histogram.c) --------------------------------------- */
 
@@ -166,7 +198,7 @@ struct criupy_stats {
 	uint32_t phase;
 	uint32_t outcome;
 	uint32_t link;
-	int32_t link_error;		/* errno; EPROTO: see reply_fault, EPIPE: the peer closed */
+	int32_t link_error;		/* errno; EPROTO: see reply_fault, EPIPE: the peer closed, EBADMSG: link_fault */
 	int32_t error;			/* errno of the pager's own failure, 0 while well */
 	int32_t close_status;		/* what the source answered to CLOSE, -1 before */
 	int32_t poison_error;		/* errno of UFFDIO_POISON, 0 if it was not refused */
@@ -207,6 +239,7 @@ struct criupy_stats {
 	uint64_t latency_sum_ns;	/* fault read to page installed */
 	uint64_t latency_max_ns;
 	uint64_t latency[CRIUPY_NR_BUCKETS];
+	char link_fault[CRIUPY_FAULT_LENGTH];	/* what the transport says of the link's loss */
 };
 
 #define CRIUPY_NOTICE_TASK_DONE 1	/* a: pid */
@@ -239,8 +272,10 @@ int criupy_pager_next_notice(struct criupy_pager *pager, struct criupy_notice *n
  * to the pager when 0 is returned, and stay the caller's otherwise. */
 
 /* The connection to the source, with frames of frame_size bytes. shared: other
- * holders of the socket exist, so it must end with FORCE_CLOSE. */
-int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, int shared);
+ * holders of the socket exist, so it must end with FORCE_CLOSE. transport is
+ * what carries its bytes and passes like the descriptor; NULL: the socket. */
+int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, int shared,
+			  struct criupy_transport *transport);
 /* A task of the restore. The image is new for each pid. */
 int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, struct criupy_image *image);
 /* All tasks are announced: read restore-finished from here. */
@@ -282,16 +317,18 @@ struct criupy_server_config {
 #define CRIUPY_SERVED_ERROR 7		/* error */
 #define CRIUPY_SERVED_DISK 8		/* what was uploaded cannot be written; error */
 #define CRIUPY_SERVED_REFUSED 9		/* an answer said no; error */
-#define CRIUPY_SERVED_COMMAND 10
-#define CRIUPY_SERVED_COUNT 11
-#define CRIUPY_SERVED_ADDRESS 12
-#define CRIUPY_SERVED_ID 13		/* no such task, or of no type that a pagemap has */
-#define CRIUPY_SERVED_PAGE 14		/* not a lazy page of it */
-#define CRIUPY_SERVED_TRUNCATED 15	/* the peer closed inside a frame, or inside pages */
-#define CRIUPY_SERVED_TRAILING 16	/* something came after CLOSE */
-#define CRIUPY_SERVED_FLAGS 17		/* an entry with flags that mean nothing */
-#define CRIUPY_SERVED_ORDER 18		/* an entry that begins before the end of the last */
-#define CRIUPY_SERVED_UNOPENED 19	/* an entry of another image than the one that is open */
+#define CRIUPY_SERVED_SPEAKS_TLS 10	/* on a connection without */
+#define CRIUPY_SERVED_TRANSPORT 11	/* fault says what */
+#define CRIUPY_SERVED_COMMAND 12
+#define CRIUPY_SERVED_COUNT 13
+#define CRIUPY_SERVED_ADDRESS 14
+#define CRIUPY_SERVED_ID 15		/* no such task, or of no type that a pagemap has */
+#define CRIUPY_SERVED_PAGE 16		/* not a lazy page of it */
+#define CRIUPY_SERVED_TRUNCATED 17	/* the peer closed inside a frame, or inside pages */
+#define CRIUPY_SERVED_TRAILING 18	/* something came after CLOSE */
+#define CRIUPY_SERVED_FLAGS 19		/* an entry with flags that mean nothing */
+#define CRIUPY_SERVED_ORDER 20		/* an entry that begins before the end of the last */
+#define CRIUPY_SERVED_UNOPENED 21	/* an entry of another image than the one that is open */
 
 struct criupy_served {
 	uint64_t serial;
@@ -307,6 +344,7 @@ struct criupy_served {
 	uint64_t nr_requests;
 	uint64_t nr_pages;		/* given out or received */
 	uint64_t bytes_received;
+	char fault[CRIUPY_FAULT_LENGTH];	/* what the transport says of the end, if anything */
 };
 
 int criupy_server_create(struct criupy_server **server, const struct criupy_server_config *config);
@@ -317,8 +355,10 @@ void criupy_server_destroy(struct criupy_server *server);
  * once a connection was. */
 int criupy_server_add_image(struct criupy_server *server, struct criupy_image *image, int fd);
 /* Serve a connected stream socket, which passes to the server when 0 is
- * returned; serial receives its number. */
-int criupy_server_serve(struct criupy_server *server, int fd, uint64_t *serial);
+ * returned; serial receives its number. transport is what carries its bytes and
+ * passes like the descriptor; NULL: the socket. */
+int criupy_server_serve(struct criupy_server *server, int fd, struct criupy_transport *transport,
+			uint64_t *serial);
 /* End a connection; 0 also when it has ended meanwhile. */
 int criupy_server_cut(struct criupy_server *server, uint64_t serial);
 /* An eventfd that becomes readable when a connection has ended or asks something. */

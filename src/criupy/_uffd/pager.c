@@ -140,7 +140,7 @@ static void obey(struct criupy_pager *p, struct command *c)
 {
 	switch (c->kind) {
 	case COMMAND_LINK:
-		link_open(p, c->fd, c->value, c->shared);
+		link_open(p, c->fd, c->value, c->shared, c->transport);
 		break;
 	case COMMAND_TASK:
 		add_task(p, c);
@@ -194,7 +194,7 @@ static void obey_all(struct criupy_pager *p)
 
 static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 {
-	if (more || p->stopping)
+	if (more || p->stopping || (p->stats.link == CRIUPY_LINK_OPEN && link_pending(&p->link)))
 		return 0;
 	if (p->busy)
 		return p->now_ns - p->no_memory_ns < TICK_NS ? NO_MEMORY_NS : BUSY_NS;
@@ -268,7 +268,7 @@ static void turn(struct criupy_pager *p, bool *more)
 		obey_all(p);
 	if (restore)
 		restore_read(p);
-	if (link)
+	if (link || (p->stats.link == CRIUPY_LINK_OPEN && link_pending(&p->link)))
 		link_read(p);
 	if (p->busy)
 		install_parked(p);
@@ -283,7 +283,7 @@ static void turn(struct criupy_pager *p, bool *more)
 	link_flush(p);
 	if (p->stats.link == CRIUPY_LINK_OPEN && (p->nr_requests || p->close_sent) &&
 	    p->now_ns - p->link_heard_ns > p->config.link_timeout_ns)
-		link_lost(p, ETIMEDOUT);
+		link_abandon(p, ETIMEDOUT);
 	check_done(p);
 	tasks_sweep(p);
 	if (p->dirty && p->now_ns - p->published_ns >= PUBLISH_NS)
@@ -300,7 +300,7 @@ void *pager_run(void *arg)
 		turn(p, &more);
 	/* The link's own end; a source that does not answer is not waited for. */
 	if (p->stats.phase == CRIUPY_PHASE_CLOSING && p->stats.link == CRIUPY_LINK_OPEN)
-		link_lost(p, ECANCELED);
+		link_abandon(p, ECANCELED);
 	check_done(p);
 	return NULL;
 }

@@ -12,16 +12,20 @@
 
 /* ---- the link (link.c): a byte stream to the source -------------------------- */
 
-/* Another link is put under the pager by other functions here. Both behave as
- * readv(2) and write(2) on a non-blocking socket: bytes, 0 at the peer's end
- * (receive only), or -errno, -EAGAIN meaning "not now". */
+/* The functions behave as readv(2) and write(2) on a non-blocking socket: bytes,
+ * 0 at the peer's end (receive only), or -errno, -EAGAIN meaning "not now". */
 struct link {
 	int fd;
+	struct criupy_transport *transport;	/* NULL: plain TCP */
 	ssize_t (*receive)(struct link *link, const struct iovec *into, int nr);
 	ssize_t (*send)(struct link *link, const void *data, size_t length);
 };
 
-void link_init_tcp(struct link *link, int fd);
+void link_init(struct link *link, int fd, struct criupy_transport *transport);
+/* Send what a transport still holds: 0 when all of it has gone. */
+int link_push(struct link *link);
+/* Whether there is something to receive that epoll does not know of. */
+bool link_pending(const struct link *link);
 /* End the connection so that the source goes on: an RST. */
 void link_reset(struct link *link);
 /* End it after CLOSE was answered: a FIN. */
@@ -90,7 +94,8 @@ struct buffer {
 };
 
 struct receiver {
-	enum { RX_HEADER, RX_PAYLOAD, RX_STATUS } state;
+	/* FAREWELL: CLOSE was answered, and a transport ends in an orderly way. */
+	enum { RX_HEADER, RX_PAYLOAD, RX_STATUS, RX_FAREWELL } state;
 	uint8_t header[CRIUPY_FRAME_32];
 	size_t header_have;
 	struct buffer *buffer;
@@ -107,6 +112,7 @@ struct command {
 	int shared;
 	int32_t pid;
 	struct criupy_image *image;
+	struct criupy_transport *transport;
 	struct command *next;
 };
 
@@ -145,6 +151,7 @@ struct criupy_pager {
 	bool link_shared;
 	bool link_writable_wanted;
 	bool close_sent;
+	bool saying_goodbye;		/* the transport's close_notify has not gone yet */
 	uint64_t farewell_ns;		/* since when a lost link is being ended */
 	uint8_t *out;			/* encoded frames the socket has not taken */
 	size_t out_have, out_room;
@@ -218,7 +225,8 @@ bool fetch_background(struct criupy_pager *p);
 
 /* ---- pager_link.c --------------------------------------------------------------------- */
 
-void link_open(struct criupy_pager *p, int fd, int frame_size, bool shared);
+void link_open(struct criupy_pager *p, int fd, int frame_size, bool shared,
+	       struct criupy_transport *transport);
 /* Queue one GET. */
 int link_request(struct criupy_pager *p, struct criupy_image *image, uint64_t page,
 		 uint64_t nr_pages, bool demand);
@@ -226,6 +234,8 @@ void link_flush(struct criupy_pager *p);
 /* Take in what is there, up to about one long reply. */
 void link_read(struct criupy_pager *p);
 void link_lost(struct criupy_pager *p, int error);
+/* Nothing more is waited for: it is lost, or closed if CLOSE was answered. */
+void link_abandon(struct criupy_pager *p, int error);
 void link_send_close(struct criupy_pager *p);
 
 /* ---- pager_end.c ----------------------------------------------------------------------- */

@@ -71,6 +71,8 @@ static void release(struct criupy_pager *p)
 		next_command = c->next;
 		if (c->kind == COMMAND_LINK || c->kind == COMMAND_TASK || c->kind == COMMAND_RESTORE)
 			close(c->fd);
+		if (c->transport)
+			c->transport->destroy(c->transport);
 		criupy_image_destroy(c->image);
 		free(c);
 	}
@@ -177,7 +179,8 @@ int criupy_pager_next_notice(struct criupy_pager *pager, struct criupy_notice *n
 	return notices_pop(&pager->notices, notice);
 }
 
-int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, int shared)
+int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, int shared,
+			  struct criupy_transport *transport)
 {
 	int flags = fcntl(fd, F_GETFL);
 
@@ -186,7 +189,7 @@ int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, in
 	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
 		return -errno;
 	return tell(pager, (struct command){ .kind = COMMAND_LINK, .fd = fd, .value = frame_size,
-					     .shared = shared });
+					     .shared = shared, .transport = transport });
 }
 
 int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, struct criupy_image *image)

@@ -13,6 +13,9 @@
  * criu may be sending them right now. shutdown(SHUT_RD) settles it: what came
  * before can still be read, what comes later fails at criu's end.
  *
+ * Under TLS a FIN says nothing of the kind unless a close_notify came before it,
+ * so an RST leaves that out, and what takes the place of a FIN begins with it.
+ *
  * And a userfaultfd that is closed turns every missing page into zeros, so
  * after restore-finished it is let go only when nothing is missing, when the
  * address space is gone, or when what is missing has been poisoned. */
@@ -247,6 +250,7 @@ static bool close_lost_link(struct criupy_pager *p)
 	struct iovec into = { waste, sizeof(waste) };
 	size_t rest = p->out_have % p->frame_size;
 	ssize_t got = 1;
+	int told = 0;
 
 	if (p->link.fd < 0)
 		return true;
@@ -261,7 +265,12 @@ static bool close_lost_link(struct criupy_pager *p)
 			rest -= (size_t)sent;
 		}
 	}
-	if (!rest)
+	if (p->link.transport) {
+		/* Whole frames only are taken; after a failure it has no words left. */
+		rest = 0;
+		told = p->link.transport->close_notify(p->link.transport);
+	}
+	if (!rest && told != -EAGAIN)
 		(void)shutdown(p->link.fd, SHUT_WR);
 	for (int i = 0; i < 16384 && got > 0; i++)
 		got = p->link.receive(&p->link, &into, 1);

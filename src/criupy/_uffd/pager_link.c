@@ -23,11 +23,12 @@
 #define MAX_WINDOW_PAGES (64u << 8)	/* 64 MiB */
 #define BANDWIDTH_SAMPLE_NS 2000000
 
-void link_open(struct criupy_pager *p, int fd, int frame_size, bool shared)
+void link_open(struct criupy_pager *p, int fd, int frame_size, bool shared,
+	       struct criupy_transport *transport)
 {
 	struct epoll_event watch = { .events = EPOLLIN, .data.ptr = &p->watch_link };
 
-	link_init_tcp(&p->link, fd);
+	link_init(&p->link, fd, transport);
 	if (p->stats.outcome == CRIUPY_OUTCOME_VETOED || p->stats.outcome == CRIUPY_OUTCOME_RESTORE_FAILED) {
 		/* The restore came to its end while the connection was made. */
 		link_reset(&p->link);
@@ -53,6 +54,8 @@ void link_lost(struct criupy_pager *p, int error)
 		return;
 	p->stats.link = CRIUPY_LINK_LOST;
 	p->stats.link_error = error;
+	if (p->link.transport)
+		p->link.transport->describe(p->link.transport, p->stats.link_fault, sizeof(p->stats.link_fault));
 	/* The descriptor is kept: how it is closed depends on what becomes of
 	 * the tasks (pager_end.c). */
 	unwatch(p, p->link.fd);
@@ -146,13 +149,18 @@ int link_request(struct criupy_pager *p, struct criupy_image *image, uint64_t pa
 void link_flush(struct criupy_pager *p)
 {
 	struct epoll_event watch = { .events = EPOLLIN, .data.ptr = &p->watch_link };
+	/* A stock source takes a frame out of one record. */
+	size_t most = p->link.transport ? CRIUPY_TRANSPORT_RECORD / p->frame_size * p->frame_size : SIZE_MAX;
 	bool blocked;
 	ssize_t sent;
+	int pushed;
 
-	if (p->stats.link != CRIUPY_LINK_OPEN || (!p->out_have && !p->link_writable_wanted))
+	if (p->stats.link != CRIUPY_LINK_OPEN)
+		return;
+	if (!p->out_have && !p->link_writable_wanted && !p->saying_goodbye)
 		return;
 	while (p->out_have) {
-		sent = p->link.send(&p->link, p->out, p->out_have);
+		sent = p->link.send(&p->link, p->out, min_u64(p->out_have, most));
 		if (sent == -EINTR)
 			continue;
 		if (sent == -EAGAIN)
@@ -164,7 +172,13 @@ void link_flush(struct criupy_pager *p)
 		p->out_have -= (size_t)sent;
 		memmove(p->out, p->out + sent, p->out_have);
 	}
-	blocked = p->out_have != 0;
+	pushed = p->saying_goodbye ? p->link.transport->close_notify(p->link.transport) : link_push(&p->link);
+	if (pushed < 0 && pushed != -EAGAIN) {
+		link_abandon(p, -pushed);
+		return;
+	}
+	p->saying_goodbye = p->saying_goodbye && pushed;
+	blocked = p->out_have || pushed;
 	if (blocked == p->link_writable_wanted)
 		return;
 	p->link_writable_wanted = blocked;
@@ -212,8 +226,19 @@ static void measure(struct criupy_pager *p, uint64_t bytes)
 	p->stats.window_pages = min_u64(window, MAX_WINDOW_PAGES);
 }
 
+/* An alert or a handshake, where a source that wants TLS begins. */
+static bool looks_like_tls(const struct criupy_pager *p)
+{
+	const uint8_t *head = p->rx.header;
+
+	return !p->link.transport && p->stats.bytes_received == p->rx.header_have && p->rx.header_have >= 3 &&
+	       (head[0] == 0x15 || head[0] == 0x16) && head[1] == 3;
+}
+
 static void bad_reply(struct criupy_pager *p, const struct criupy_frame *reply, int fault)
 {
+	if (looks_like_tls(p))
+		fault = CRIUPY_REPLY_TLS;
 	p->stats.bad_reply = *reply;
 	p->stats.bad_reply_offset = p->stats.bytes_received - p->rx.header_have;
 	p->stats.reply_fault = (uint32_t)fault;
@@ -293,16 +318,38 @@ static void end_reply(struct criupy_pager *p)
 			task_serve_waits(p, t);
 }
 
+static void close_link(struct criupy_pager *p)
+{
+	p->stats.link = CRIUPY_LINK_CLOSED;
+	unwatch(p, p->link.fd);
+	link_close(&p->link);
+	pager_publish(p);
+}
+
 static void end_close(struct criupy_pager *p)
 {
 	int32_t status;
 
 	memcpy(&status, p->rx.header, sizeof(status));
 	p->stats.close_status = status;
-	p->stats.link = CRIUPY_LINK_CLOSED;
-	unwatch(p, p->link.fd);
-	link_close(&p->link);
-	pager_publish(p);
+	if (!p->link.transport) {
+		close_link(p);
+		return;
+	}
+	/* A source with TLS waits for our close_notify and sends its own. To close
+	 * before that has come would be a reset, after which a stock one thinks
+	 * that it failed, and lets its process go on. */
+	p->rx.state = RX_FAREWELL;
+	p->saying_goodbye = true;
+	link_flush(p);
+}
+
+void link_abandon(struct criupy_pager *p, int error)
+{
+	if (p->stats.link == CRIUPY_LINK_OPEN && p->rx.state == RX_FAREWELL)
+		close_link(p);
+	else
+		link_lost(p, error);
 }
 
 static void take_in(struct criupy_pager *p, uint64_t got)
@@ -336,6 +383,8 @@ void link_read(struct criupy_pager *p)
 
 	if (p->stats.link != CRIUPY_LINK_OPEN)
 		return;
+	if (rx->state == RX_FAREWELL)
+		rx->header_have = 0;
 	if (rx->state == RX_PAYLOAD) {
 		uint64_t rest = rx->payload_length - rx->payload_have;
 
@@ -353,8 +402,12 @@ void link_read(struct criupy_pager *p)
 	got = p->link.receive(&p->link, into, nr);
 	if (got == -EAGAIN || got == -EINTR)
 		return;
+	if (got <= 0 && looks_like_tls(p)) {
+		unasked(p, 0);
+		return;
+	}
 	if (got <= 0) {
-		link_lost(p, got ? (int)-got : EPIPE);
+		link_abandon(p, got ? (int)-got : EPIPE);
 		return;
 	}
 	p->link_heard_ns = p->now_ns;

@@ -60,6 +60,7 @@ class ReplyFault(enum.IntEnum):
     ID = lib.CRIUPY_REPLY_ID
     COUNT = lib.CRIUPY_REPLY_COUNT
     UNASKED = lib.CRIUPY_REPLY_UNASKED
+    TLS = lib.CRIUPY_REPLY_TLS
 
 
 class NoticeKind(enum.IntEnum):
@@ -153,9 +154,14 @@ class Pager:
         """Tell whether everything said so far had been carried out at a snapshot."""
         return stats.nr_obeyed >= self._told
 
-    def set_link(self, fd: int, *, frame_size: int, shared: bool) -> None:
-        """Hand over the connection to the source; the descriptor is the pager's now."""
-        self._tell("set_link", lib.criupy_pager_set_link(self._pager, fd, frame_size, shared))
+    def set_link(self, fd: int, *, frame_size: int, shared: bool, transport: int = 0) -> None:
+        """Hand over the connection to the source; the descriptor is the pager's now.
+
+        ``transport`` is the address of what carries its bytes, and the
+        pager's, too; 0 is the socket itself.
+        """
+        under = ffi.cast("struct criupy_transport *", transport)
+        self._tell("set_link", lib.criupy_pager_set_link(self._pager, fd, frame_size, shared, under))
 
     def add_task(self, pid: int, uffd: int, image: Image) -> None:
         """Hand over a restored task's userfaultfd and its image; both are the pager's now."""

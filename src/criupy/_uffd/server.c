@@ -152,6 +152,7 @@ static void *run(void *argument)
 	struct criupy_server *server = c->server;
 
 	connection_serve(c);
+	stream_end(c);
 	pthread_mutex_lock(&server->lock);
 	if (c->cut)
 		c->counted.reason = CRIUPY_SERVED_CUT;
@@ -177,18 +178,21 @@ static int start(struct connection *c)
 	return -error;
 }
 
-int criupy_server_serve(struct criupy_server *server, int fd, uint64_t *serial)
+int criupy_server_serve(struct criupy_server *server, int fd, struct criupy_transport *transport,
+			uint64_t *serial)
 {
 	struct connection *c;
-	int flags = fcntl(fd, F_GETFL), result;
+	int flags = fcntl(fd, F_GETFL), wanted, result;
 
-	if (flags < 0 || fcntl(fd, F_SETFL, flags & ~O_NONBLOCK) < 0)
+	wanted = transport ? flags | O_NONBLOCK : flags & ~O_NONBLOCK;
+	if (flags < 0 || fcntl(fd, F_SETFL, wanted) < 0)
 		return -errno;
 	c = calloc(1, sizeof(*c));
 	if (!c)
 		return -ENOMEM;
 	c->server = server;
 	c->fd = fd;
+	c->transport = transport;
 	c->counted.started_ns = server_now_ns();
 	pthread_cond_init(&c->answered, NULL);
 	pthread_mutex_lock(&server->lock);

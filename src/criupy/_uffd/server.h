@@ -65,6 +65,7 @@ struct connection {
 	struct connection *next;
 	pthread_t thread;
 	int fd;
+	struct criupy_transport *transport;	/* NULL: plain TCP; otherwise fd is non-blocking */
 	/* Under the server's lock. */
 	bool cut;
 	struct criupy_served account;
@@ -100,12 +101,13 @@ void connection_serve(struct connection *c);
 int connection_fail(struct connection *c, uint32_t reason, int error);
 /* Let the account show what was counted so far. */
 void connection_publish(struct connection *c);
-/* Send what is in c->out; with more, the kernel may wait for what follows. */
+/* Send what is in c->out and what a transport holds; with more, it may wait for
+ * what follows. */
 int connection_flush(struct connection *c, bool more);
 
 /* ---- server_stream.c ------------------------------------------------------------ */
 
-/* The only functions that touch the socket's bytes. Each returns -1 with the
+/* The only functions that touch the connection's bytes. Each returns -1 with the
  * reason in c->counted when it fails; a receive that is out of time is STALLED. */
 int stream_init(struct connection *c);
 /* How long a receive may take, 0: for ever. */
@@ -113,12 +115,18 @@ int stream_set_timeout(struct connection *c, uint64_t ns);
 /* Bytes, 0 at the peer's end. */
 ssize_t stream_receive(struct connection *c, void *into, size_t room);
 int stream_send(struct connection *c, const void *data, size_t length, bool more);
-/* From the page cache. */
+/* Send what a transport holds back for more. */
+int stream_flush(struct connection *c);
+/* From the page cache; through c->out, which must be empty, where there is a transport. */
 int stream_send_file(struct connection *c, int fd, uint64_t start, size_t length);
+/* Answer a peer that announced its end, let a transport say what it has to, and
+ * release it. */
+void stream_end(struct connection *c);
 
 /* ---- server_answer.c --------------------------------------------------------------------- */
 
 int answer_get(struct connection *c, const struct criupy_frame *frame);
+int read_pages(struct connection *c, int fd, uint64_t offset, uint8_t *into, size_t length);
 
 /* ---- server_receive.c ----------------------------------------------------------------------- */
 

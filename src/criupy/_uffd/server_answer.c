@@ -3,13 +3,17 @@
  * A short answer is read into the buffer behind the answers before it, and all
  * go with one send: at one page each, system calls are what costs. A long one
  * goes from the page cache to the socket. Nothing is mapped, so nothing of an
- * image is ever resident here. */
+ * image is ever resident here.
+ *
+ * Over a transport every header has a record of its own and pages begin one, as
+ * a stock server sends them: a stock client that took a header out of a record
+ * waits for the socket, not for the rest of the record. */
 
 #include <unistd.h>
 
 #include "server.h"
 
-static int read_pages(struct connection *c, int fd, uint64_t offset, uint8_t *into, size_t length)
+int read_pages(struct connection *c, int fd, uint64_t offset, uint8_t *into, size_t length)
 {
 	while (length) {
 		ssize_t got = pread(fd, into, length, (off_t)offset);
@@ -50,7 +54,14 @@ int answer_get(struct connection *c, const struct criupy_frame *frame)
 	offset = (e->data + page) << PAGE_SHIFT;
 	length = (size_t)reply.nr_pages << PAGE_SHIFT;
 
-	if (reply.nr_pages < SERVER_SENDFILE_PAGES) {
+	if (c->transport) {
+		uint8_t header[CRIUPY_FRAME_32];
+
+		criupy_frame_encode(&reply, header, c->frame_size);
+		if (stream_send(c, header, c->frame_size, true) < 0 ||
+		    stream_send_file(c, served->fd, offset, length) < 0)
+			return -1;
+	} else if (reply.nr_pages < SERVER_SENDFILE_PAGES) {
 		if (c->out_length + c->frame_size + length > SERVER_OUT && connection_flush(c, true) < 0)
 			return -1;
 		criupy_frame_encode(&reply, c->out + c->out_length, c->frame_size);

@@ -21,7 +21,9 @@ int connection_flush(struct connection *c, bool more)
 	size_t length = c->out_length;
 
 	c->out_length = 0;
-	return length ? stream_send(c, c->out, length, more) : 0;
+	if (length)
+		return stream_send(c, c->out, length, more);
+	return more ? 0 : stream_flush(c);
 }
 
 /* How long the next receive may take: between requests as long as it likes, for
@@ -78,8 +80,12 @@ static int receive(struct connection *c)
 
 static int learn_frame_size(struct connection *c)
 {
-	int size = criupy_frame_detect(c->in + c->in_start);
+	const uint8_t *head = c->in + c->in_start;
+	int size = criupy_frame_detect(head);
 
+	/* The first record of a handshake. */
+	if (size < 0 && !c->transport && head[0] == 0x16 && head[1] == 3)
+		return connection_fail(c, CRIUPY_SERVED_SPEAKS_TLS, 0);
 	if (size < 0) {
 		criupy_frame_decode(&c->counted.frame, c->in + c->in_start, CRIUPY_FRAME_24);
 		return connection_fail(c, CRIUPY_SERVED_COMMAND, 0);

@@ -37,6 +37,8 @@ class Ending(enum.IntEnum):
     ERROR = lib.CRIUPY_SERVED_ERROR
     DISK = lib.CRIUPY_SERVED_DISK
     REFUSED = lib.CRIUPY_SERVED_REFUSED
+    SPEAKS_TLS = lib.CRIUPY_SERVED_SPEAKS_TLS
+    TRANSPORT = lib.CRIUPY_SERVED_TRANSPORT
     COMMAND = lib.CRIUPY_SERVED_COMMAND
     COUNT = lib.CRIUPY_SERVED_COUNT
     ADDRESS = lib.CRIUPY_SERVED_ADDRESS
@@ -56,7 +58,8 @@ class Account:
     ``ending`` is None while it goes on; ``errno`` belongs to DATA, ERROR, DISK
     and REFUSED. ``command`` (without flags), ``nr_pages``, ``address`` and ``id`` are of the
     last frame, which began ``offset`` bytes into the stream. ``frame_size`` is 0
-    until the first frame showed it. Times are seconds of CLOCK_MONOTONIC;
+    until the first frame showed it. ``fault`` is what TLS says of the end, as the
+    rest of a sentence about the peer, or nothing. Times are seconds of CLOCK_MONOTONIC;
     ``first_page`` is when the first page had gone, ``ended`` when all was over.
     """
 
@@ -75,6 +78,7 @@ class Account:
     requests: int
     pages: int
     bytes_received: int
+    fault: str = ""
 
 
 def _account(served: Served) -> Account:
@@ -94,6 +98,7 @@ def _account(served: Served) -> Account:
         requests=served.nr_requests,
         pages=served.nr_pages,
         bytes_received=served.bytes_received,
+        fault=ffi.string(served.fault).decode(errors="replace"),
     )
 
 
@@ -185,10 +190,15 @@ class Server:
         check("serve an image", lib.criupy_server_add_image(self._server, image._to_give(), fd))
         image._given()
 
-    def serve(self, fd: int) -> int:
-        """Serve a connected socket, which is the server's now; return the connection's number."""
+    def serve(self, fd: int, *, transport: int = 0) -> int:
+        """Serve a connected socket, which is the server's now; return the connection's number.
+
+        ``transport`` is the address of what carries its bytes, and the
+        server's, too; 0 is the socket itself.
+        """
         serial = ffi.new("uint64_t *")
-        check("serve a connection", lib.criupy_server_serve(self._server, fd, serial))
+        under = ffi.cast("struct criupy_transport *", transport)
+        check("serve a connection", lib.criupy_server_serve(self._server, fd, under, serial))
         return int(serial[0])
 
     def cut(self, serial: int) -> None:

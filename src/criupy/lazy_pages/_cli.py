@@ -19,6 +19,7 @@ from criupy.lazy_pages._progress import Progress, make_progress, summary
 if TYPE_CHECKING:
     import socket
 
+    from criupy._tls.tls_linux import TlsContext
     from criupy.lazy_pages._daemon_linux import Config, LazyPages
     from criupy.lazy_pages._images import DumpedTask
     from criupy.lazy_pages._statistics import Statistics
@@ -74,7 +75,14 @@ def _run(options: LazyPagesOptions) -> int:
         link_timeout=options.link_timeout,
         stop_timeout=options.stop_timeout,
         on_failure=options.on_failure,
+        tls=options.tls,
+        source_name=options.source_name,
     )
+    tls = None
+    if options.tls is not None:
+        from criupy._tls.tls_linux import TlsContext
+
+        tls = TlsContext(options.tls, server=False)
     dumped = load_tasks(config.images_dir, local=not config.remote)
     listener = bind_restore_socket(options.work_dir)
     if options.daemon:
@@ -92,7 +100,7 @@ def _run(options: LazyPagesOptions) -> int:
     if options.log_file is None:
         handler.divert(progress.print_above)
     try:
-        return trio.run(_serve, options, config, dumped, listener, progress)
+        return trio.run(_serve, options, config, dumped, listener, tls, progress)
     finally:
         handler.divert(None)
 
@@ -102,6 +110,7 @@ async def _serve(
     config: Config,
     dumped: Mapping[int, DumpedTask],
     listener: socket.socket,
+    tls: TlsContext | None,
     progress: Progress,
 ) -> int:
     import trio
@@ -113,7 +122,7 @@ async def _serve(
     async with trio.open_nursery() as nursery:
         try:
             async with open_lazy_pages(
-                config, work_dir=options.work_dir, dumped=dumped, listener=listener
+                config, work_dir=options.work_dir, dumped=dumped, listener=listener, tls=tls
             ) as daemon:
                 await nursery.start(stop_on_signal, daemon.stop)
                 nursery.start_soon(_show, progress, daemon)

@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Literal
 import trio
 
 from criupy._kill_linux import kill_trees
+from criupy._tls.files import TlsFiles
+from criupy._tls.tls_linux import TlsContext
 from criupy._uffd.image_linux import Image
 from criupy._uffd.pager_linux import Link, Outcome, Pager, Phase
 from criupy.errors import CriupyError, LazyPagesError
@@ -38,7 +40,7 @@ from criupy.images import frame_size
 from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask
 from criupy.lazy_pages._images import DumpedTask, load_tasks
 from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_socket
-from criupy.lazy_pages._source_linux import adopt_source, connect_source
+from criupy.lazy_pages._source_linux import SecuredSource, adopt_source, connect_source
 from criupy.lazy_pages._statistics import State, Statistics
 from criupy.lazy_pages._telling_linux import log_completion, log_notice, trouble_of
 from criupy.wire.restore_socket import Zombie
@@ -62,6 +64,8 @@ class Config:
     ``page_server`` is the source's (host, port), ``ps_socket`` an inherited
     connected socket instead; with neither, pages come from the images.
     Timeouts are in seconds. ``frame_size`` None takes what the images tell.
+    With ``tls`` the source's certificate must be for ``source_name``, which is
+    the host of ``page_server`` unless given.
     """
 
     images_dir: Path
@@ -72,6 +76,8 @@ class Config:
     link_timeout: float = 30.0
     stop_timeout: float = 30.0
     on_failure: Literal["poison", "kill"] = "poison"
+    tls: TlsFiles | None = None
+    source_name: str | None = None
 
     @property
     def remote(self) -> bool:
@@ -95,6 +101,7 @@ class LazyPages:
         dumped: Mapping[int, DumpedTask] | None,
         listener: trio.socket.SocketType,
         socket_path: Path,
+        tls: TlsContext | None = None,
     ) -> None:
         self.config = config
         self.socket_path = socket_path
@@ -109,6 +116,8 @@ class LazyPages:
         self._pager: Pager | None = None
         self._connection: RestoreConnection | None = None
         self._handover_done = self._linked = False
+        self._tls = tls
+        self._secured: SecuredSource | None = None
         self._announced: set[int] = set()
         self._tasks: list[RestoredTask] = []
         self._mismatch: str | None = None  # tasks run whose lazy pages no image tells
@@ -171,6 +180,8 @@ class LazyPages:
             self._close_listener()
             if self._connection is not None:
                 self._connection.close()
+            if self._secured is not None:
+                self._secured.close()
             for task in self._tasks:
                 task.close()
             self._last = self._last.with_state(self._state)
@@ -212,7 +223,10 @@ class LazyPages:
 
     async def _restore(self, pager: Pager, nursery: trio.Nursery) -> None:
         if self.config.ps_socket is not None:
-            self._adopt(pager, self.config.ps_socket)
+            if self._tls is None:
+                self._adopt(pager, self.config.ps_socket)
+            else:
+                self._secured = await self._begin_secured(self._tls)
         if self._to_load:
             with trio.CancelScope(shield=True):  # the thread cannot be stopped, and its result may be needed
                 self._dumped = await trio.to_thread.run_sync(
@@ -290,19 +304,49 @@ class LazyPages:
         log.info("using socket %d to the page server, frames of %d bytes", fd, size)
 
     async def _connect(self, pager: Pager) -> None:
+        if self._tls is not None:
+            await self._connect_secured(pager, self._tls)
+            return
         if self._linked or self.config.page_server is None:
             return
         host, port = self.config.page_server
         size = self._frame_size()
-        fd = await connect_source(
+        fd = await self._reach(host, port)
+        self._linked = True
+        pager.set_link(fd, frame_size=size, shared=False)
+        log.info("connected to page server %s:%d, frames of %d bytes", host, port, size)
+
+    async def _reach(self, host: str, port: int) -> int:
+        return await connect_source(
             host,
             port,
             connect_timeout=self.config.connect_timeout,
             link_timeout=self.config.link_timeout,
         )
+
+    async def _connect_secured(self, pager: Pager, tls: TlsContext) -> None:
+        if self._linked or not self.config.remote:
+            return
+        size = self._frame_size()
+        if self._secured is None:
+            # No checkpoint once it is connected: a stop comes later, and finds it.
+            self._secured = await self._begin_secured(tls)
+        await self._secured.handshake(connect_timeout=self.config.connect_timeout)
         self._linked = True
-        pager.set_link(fd, frame_size=size, shared=False)
-        log.info("connected to page server %s:%d, frames of %d bytes", host, port, size)
+        kind = self._secured.give(pager, frame_size=size)
+        log.info("connected to page server %s by %s; frames of %d bytes", self._secured.where, kind, size)
+
+    async def _begin_secured(self, tls: TlsContext) -> SecuredSource:
+        if self.config.page_server is not None:
+            host, port = self.config.page_server
+            fd, where, name = await self._reach(host, port), f"{host}:{port}", host.partition("%")[0]
+        else:
+            inherited = self.config.ps_socket
+            assert inherited is not None  # noqa: S101 - the configuration is remote
+            fd = adopt_source(inherited, link_timeout=self.config.link_timeout)
+            where, name = f"at socket {fd}", None
+        shared = self.config.page_server is None
+        return SecuredSource(fd, tls, self.config.source_name or name, where, shared=shared)
 
     def _frame_size(self) -> int:
         return self.config.frame_size or frame_size(self.config.images_dir) or 32
@@ -555,20 +599,25 @@ async def open_lazy_pages(
     work_dir: str | os.PathLike[str] | None = None,
     dumped: Mapping[int, DumpedTask] | None = None,
     listener: socket.socket | None = None,
+    tls: TlsContext | None = None,
 ) -> AsyncGenerator[LazyPages, None]:
     """Serve one restore; the socket listens when the block is entered.
 
     ``work_dir`` is where ``lazy-pages.socket`` appears (the images directory by
     default). ``dumped`` is what load_tasks read and ``listener`` a socket that
-    listens there, for a caller that had to do these before trio. Leaving the
+    listens there, ``tls`` what was made of ``config.tls``, for a caller that had
+    to do these before trio. Raises TlsError for files that TLS cannot be done with. Leaving the
     block waits for the end and raises LazyPagesError if the restore could not
     be served; leaving it by an exception or cancellation stops at once, as the
     second stop() does.
     """
     directory = Path(config.images_dir if work_dir is None else work_dir)
+    if config.tls is not None and config.remote and tls is None:
+        tls = TlsContext(config.tls, server=False)
     if listener is None:
         listener = bind_restore_socket(directory)
-    daemon = LazyPages(config, dumped, trio.socket.from_stdlib_socket(listener), directory / SOCKET_NAME)
+    listening = trio.socket.from_stdlib_socket(listener)
+    daemon = LazyPages(config, dumped, listening, directory / SOCKET_NAME, tls)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(daemon._run)
         yield daemon

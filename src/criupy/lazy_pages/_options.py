@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from criupy._command.line import Answer, TlsNotYetError, common_warnings, read_line, tls_details
+from criupy._command.line import Answer, common_warnings, read_line, tls_details, tls_files
 from criupy._command.parser import DEFAULT_VERBOSITY, UsageError
+from criupy._tls.files import TlsFiles
 from criupy.lazy_pages._parser import PROGRAM, build_parser
 
 __all__ = ["LazyPagesOptions", "parse"]
@@ -23,7 +24,8 @@ class LazyPagesOptions:
     and ``stats_file`` are relative to ``work_dir``, everything else to the
     current directory. Timeouts are in seconds. ``frame_size`` None is what the
     images tell. ``page_server`` is (host, port), ``ps_socket`` the descriptor
-    of a connected socket; with neither, pages come from the images.
+    of a connected socket; with neither, pages come from the images. With ``tls``
+    the certificate at the other end of ``ps_socket`` must be for ``source_name``.
     ``warnings`` are lines to log before anything else.
     """
 
@@ -47,6 +49,8 @@ class LazyPagesOptions:
     stop_timeout: float = 30.0
     frame_size: Literal[24, 32] | None = None
     on_failure: Literal["poison", "kill"] = "poison"
+    tls: TlsFiles | None = None
+    source_name: str | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -62,6 +66,7 @@ def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> L
 
 def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> LazyPagesOptions:
     page_server, ps_socket = _source(given)
+    tls = _tls(given)
     return LazyPagesOptions(
         images_dir=given.images_dir,
         work_dir=given.work_dir or given.images_dir,
@@ -83,6 +88,8 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> LazyPa
         stop_timeout=given.stop_timeout,
         frame_size={"auto": None, "24": 24, "32": 32}[given.frame],
         on_failure=given.on_failure,
+        tls=tls,
+        source_name=given.address if tls is not None and ps_socket is not None else None,
         warnings=tuple(_warnings(given, environ)),
     )
 
@@ -94,8 +101,6 @@ def _has_address(given: argparse.Namespace) -> bool:
 def _source(given: argparse.Namespace) -> tuple[tuple[str, int] | None, int | None]:
     if not given.use_page_server:
         return None, None
-    if given.tls:
-        raise TlsNotYetError("--tls: not yet; use criu lazy-pages for this migration, or an SSH tunnel")
     if given.ps_socket is not None:
         return None, given.ps_socket
     missing = [name for name in ("address", "port") if getattr(given, name) is None]
@@ -105,12 +110,25 @@ def _source(given: argparse.Namespace) -> tuple[tuple[str, int] | None, int | No
     return (given.address, given.port), None
 
 
+def _tls(given: argparse.Namespace) -> TlsFiles | None:
+    if not given.tls or not given.use_page_server:
+        return None
+    if given.ps_socket is not None and given.address is None and not given.tls_no_cn_verify:
+        raise UsageError(
+            "--tls with --ps-socket needs --address, which the source's certificate must be for, "
+            "or --tls-no-cn-verify"
+        )
+    return tls_files(given)
+
+
 def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str]:
     warnings = common_warnings(given, PROGRAM, environ)
-    if tls_details(given):
+    if tls_details(given) and not (given.tls and given.use_page_server):
         warnings.append("--tls-... options have no effect without --page-server --tls")
     if given.use_page_server:
-        if given.ps_socket is not None and _has_address(given):
+        if given.ps_socket is not None and (
+            given.port is not None or (_has_address(given) and not given.tls)
+        ):
             warnings.append("--address and --port have no effect beside --ps-socket")
     else:
         for what, there in (

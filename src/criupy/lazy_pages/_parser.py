@@ -17,6 +17,7 @@ from criupy._command.parser import (
     add_running,
     add_statistics,
     add_timeout,
+    add_tls,
 )
 
 __all__ = ["OWN_OPTIONS", "PROGRAM", "build_parser"]
@@ -58,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
         "Exit status: 0 when every page was served, 1 otherwise.",
     )
     _add_source(Group(parser, "Where the pages are"))
+    add_tls(
+        Group(parser, "TLS, in both directions with certificates (PEM)"),
+        use="talk TLS with the page server, which must do so, too",
+        no_verify="take a page server whose certificate is not for --address",
+    )
     _add_running(Group(parser, "Running"))
     _add_failure(Group(parser, "When things go wrong (TIME: 30, 2.5, 200ms, 5m)"))
     _add_telling(Group(parser, "What it tells"))

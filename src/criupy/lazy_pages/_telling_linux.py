@@ -7,6 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from criupy._uffd.image_linux import ffi
 from criupy._uffd.pager_linux import Link, Notice, NoticeKind, ReplyFault
 
 if TYPE_CHECKING:
@@ -48,8 +49,12 @@ def trouble_of(stats: Stats, link_timeout: float) -> str | None:
         return f"the pager failed: {os.strerror(stats.error)}"
     if stats.link != Link.LOST:
         return None
+    if told := ffi.string(stats.link_fault).decode(errors="replace"):
+        return f"the connection to the page server was lost: {told}"
     match stats.link_error:
         case errno.EPROTO:
+            if stats.reply_fault == ReplyFault.TLS:
+                return "the page server wants TLS: see --tls"
             bad = stats.bad_reply
             return (
                 f"the page server broke the protocol ({ReplyFault(stats.reply_fault).name.lower()}) "

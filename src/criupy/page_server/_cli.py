@@ -86,8 +86,11 @@ def _inherited(fd: int) -> socket.socket:
 
 def _configure(options: PageServerOptions, connection: socket.socket | None) -> Config:
     """Listen, tell where, and put together how to serve."""
+    from criupy.page_server._admission_linux import Admission
     from criupy.page_server._server_linux import Config, listen
 
+    if options.tls is not None:
+        Admission(options.tls, options.address)  # to tell what is wrong with the files
     listener = None
     if connection is None:
         listener = listen(options.address, options.port)
@@ -97,6 +100,7 @@ def _configure(options: PageServerOptions, connection: socket.socket | None) -> 
             write_whole("--port-file", options.work_dir / options.port_file, f"{port}\n")
     return Config(
         images_dir=options.images_dir,
+        address=options.address,
         listener=listener,
         connection=connection,
         allow=options.allow,
@@ -105,6 +109,7 @@ def _configure(options: PageServerOptions, connection: socket.socket | None) -> 
         max_connections=options.max_connections,
         stall_timeout=options.stall_timeout,
         idle_timeout=options.idle_timeout,
+        tls=options.tls,
     )
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from criupy._command.line import Answer, TlsNotYetError, common_warnings, read_line, tls_details
-from criupy._command.parser import DEFAULT_VERBOSITY
+from criupy._command.line import Answer, common_warnings, read_line, tls_details, tls_files
+from criupy._command.parser import DEFAULT_VERBOSITY, UsageError
+from criupy._tls.files import TlsFiles
 from criupy.page_server._access import Network
 from criupy.page_server._parser import PROGRAM, build_parser
 
@@ -46,6 +47,7 @@ class PageServerOptions:
     idle_timeout: float | None = None
     stall_timeout: float = 30.0
     stop_timeout: float = 30.0
+    tls: TlsFiles | None = None
     log_file: str | None = None
     verbosity: int = DEFAULT_VERBOSITY
     daemon: bool = False
@@ -69,8 +71,11 @@ def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> P
 
 
 def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> PageServerOptions:
-    if given.tls:
-        raise TlsNotYetError("--tls: not yet; use criu page-server for this migration, or an SSH tunnel")
+    if given.tls and given.ps_socket is not None and given.address is None and not given.tls_no_cn_verify:
+        raise UsageError(
+            "--tls with --ps-socket needs --address, which the peer's certificate must be for, "
+            "or --tls-no-cn-verify"
+        )
     return PageServerOptions(
         images_dir=given.images_dir,
         work_dir=given.work_dir or given.images_dir,
@@ -87,6 +92,7 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> PageSe
         idle_timeout=given.idle_timeout,
         stall_timeout=given.stall_timeout,
         stop_timeout=given.stop_timeout,
+        tls=tls_files(given) if given.tls else None,
         log_file=given.log_file,
         verbosity=given.verbosity,
         daemon=given.daemon,
@@ -102,7 +108,7 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> PageSe
 
 def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str]:
     warnings = common_warnings(given, PROGRAM, environ)
-    if tls_details(given):
+    if tls_details(given) and not given.tls:
         warnings.append("--tls-... options have no effect without --tls")
     if given.lazy_pages:
         warnings += [
@@ -117,7 +123,10 @@ def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str
         warnings += [
             f"{name} no effect beside --ps-socket"
             for name, there in (
-                ("--address and --port have", given.address is not None or given.port is not None),
+                (
+                    "--address and --port have",
+                    given.port is not None or (given.address is not None and not given.tls),
+                ),
                 ("--port-file has", given.port_file is not None),
                 ("--allow has", bool(given.allow)),
             )

@@ -18,6 +18,7 @@ from criupy._command.parser import (
     add_running,
     add_statistics,
     add_timeout,
+    add_tls,
 )
 from criupy.page_server._access import Network, parse_network
 
@@ -63,6 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_pages(Group(parser, "What is served"))
     _add_network(Group(parser, "To whom"))
+    add_tls(
+        Group(parser, "TLS, in both directions with certificates (PEM)"),
+        use="talk TLS, and serve whoever has a certificate for --address, as CRIU's hosts do",
+        no_verify="serve whoever has a certificate, whomever it is for",
+    )
     running = Group(parser, "Running")
     add_running(running, files="log, pidfile, port file and statistics", ready="destinations can connect")
     running.switch("--unprivileged", "unprivileged", "accepted; root is not asked for")

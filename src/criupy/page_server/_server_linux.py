@@ -15,10 +15,13 @@ from typing import Protocol
 
 import trio
 
+from criupy._tls.files import TlsFiles
+from criupy._tls.tls_linux import TlsSession
 from criupy._uffd.image_linux import Image
 from criupy._uffd.server_linux import Account, Ending, Question, Server
-from criupy.errors import PageServerError
+from criupy.errors import PageServerError, TlsError
 from criupy.page_server._access import Network, is_allowed, is_loopback
+from criupy.page_server._admission_linux import Admission, take
 from criupy.page_server._images import ServedTask, load_tasks
 from criupy.page_server._statistics import Statistics
 from criupy.page_server._telling_linux import tell
@@ -45,7 +48,9 @@ class Config:
     ``allow`` are the networks that peers may come from, all when it is empty.
     ``once`` serves one connection, as CRIU does. Timeouts are in seconds:
     ``stall_timeout`` for a peer that stops in the middle of something,
-    ``idle_timeout`` for one that asks for nothing (None: for ever).
+    ``idle_timeout`` for one that asks for nothing (None: for ever). With ``tls``
+    peers need a certificate, which (unless it says otherwise) must be for
+    ``address``: so CRIU has it, whose hosts use one certificate for either end.
     """
 
     images_dir: Path
@@ -58,6 +63,7 @@ class Config:
     max_connections: int = 64
     stall_timeout: float = 30.0
     idle_timeout: float | None = None
+    tls: TlsFiles | None = None
 
 
 class Uploads(Protocol):
@@ -83,9 +89,12 @@ class PageServer:
 
     def __init__(self, config: Config, native: Server, uploads: Uploads | None = None) -> None:
         self._config = config
+        self._unchecked = 0  # connections whose handshake is not done
         self._native = native
         self._uploads = uploads
         self._peers: dict[int, str] = {}
+        self._unchecked = 0  # connections whose handshake is not done
+        self._served = False
         self._accepting = trio.CancelScope()
         self._accepts = True
         self._changed = trio.Event()
@@ -94,6 +103,7 @@ class PageServer:
         self.statistics = Statistics()
         #: The account of the only connection of a server with ``once``, when it has ended.
         self.last: Account | None = None
+        self.admission = None if config.tls is None else Admission(config.tls, config.address)
 
     def connections(self) -> list[Account]:
         """Return the accounts of the connections that go on."""
@@ -105,7 +115,7 @@ class PageServer:
 
     async def wait(self) -> None:
         """Wait until nothing more is accepted and every connection has ended."""
-        while self._peers or self._accepts:
+        while self._peers or self._unchecked or self._accepts:
             await self._changed.wait()
 
     def cut(self) -> None:
@@ -113,10 +123,9 @@ class PageServer:
         for serial in self._peers:
             self._native.cut(serial)
 
-    async def _accept(self, listener: trio.socket.SocketType) -> None:
+    async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         with self._accepting, listener:
-            served = False
-            while not (served and self._config.once):
+            while not (self._served and self._config.once):
                 try:
                     connection, peer = await listener.accept()
                 except OSError as error:
@@ -125,44 +134,79 @@ class PageServer:
                     log.warning("a connection cannot be accepted: %s", error.strerror)
                     await trio.sleep(_PAUSE)
                     continue
-                served = self._admit(connection, peer)
-                self.statistics.refused += not served
+                self.statistics.refused += not self._admit(connection, peer, nursery)
         self._accepts = False
         self._notify()
 
-    def _admit(self, connection: trio.socket.SocketType, peer: tuple[str, int]) -> bool:
-        """Serve a connection, or refuse it; tell which."""
+    def _admit(
+        self, connection: trio.socket.SocketType, peer: tuple[str, int], nursery: trio.Nursery
+    ) -> bool:
+        """Serve a connection, or refuse it; tell which. With TLS that shows later."""
         host, port = peer[:2]
         name = at(host, port)
         with connection:
             if not is_allowed(host, self._config.allow):
                 log.warning("%s: refused, it is in no network that is allowed", name)
                 return False
-            if len(self._peers) >= self._config.max_connections:
-                log.warning("%s: refused, %d are connected already", name, len(self._peers))
+            connected = len(self._peers) + self._unchecked
+            if connected >= self._config.max_connections:
+                log.warning("%s: refused, %d are connected already", name, connected)
                 return False
             try:
-                self._serve(connection, name)
+                self._take(connection, name, nursery)
             except OSError as error:
                 log.warning("%s: refused, %s", name, error)
                 return False
         return True
 
-    def _adopt(self, connection: trio.socket.SocketType) -> None:
+    def _adopt(self, connection: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         """Serve the only connection that there will be."""
         self._accepts = False
         with connection:
             try:
-                self._serve(connection, f"the inherited socket {connection.fileno()}")
+                self._take(connection, f"the inherited socket {connection.fileno()}", nursery)
             except OSError as error:
                 raise PageServerError(f"the inherited socket cannot be served: {error}") from error
 
-    def _serve(self, connection: trio.socket.SocketType, name: str) -> None:
+    def _take(self, connection: trio.socket.SocketType, name: str, nursery: trio.Nursery) -> None:
         prepare(connection)
-        serial = self._native.serve(connection.fileno())
+        if self.admission is None:
+            self._serve(connection, name)
+        else:
+            nursery.start_soon(self._check, self.admission, take(connection), name)
+            self._unchecked += 1
+
+    def _serve(
+        self, connection: trio.socket.SocketType, name: str, session: TlsSession | None = None
+    ) -> None:
+        """Hand a connection over to a thread."""
+        kind = "plain TCP" if session is None else session.describe()
+        transport = 0 if session is None else session.transport
+        serial = self._native.serve(connection.fileno(), transport=transport)
+        if session is not None:
+            session.given()
         connection.detach()
+        self._served = True
         self._peers[serial] = name
-        log.info("connection %d: from %s", serial, name)
+        log.info("connection %d: from %s, %s", serial, name, kind)
+
+    async def _check(self, admission: Admission, connection: trio.socket.SocketType, name: str) -> None:
+        """Serve a peer whose certificate is good; with ``once`` nobody after it."""
+        try:
+            with connection, await admission.handshake(connection, self._config.stall_timeout) as session:
+                if not (self._config.once and self._served):
+                    self._serve(connection, name, session)
+                    return
+            log.warning("%s: refused, another is served", name)
+            self.statistics.refused += 1
+        except (TlsError, OSError) as error:
+            log.warning("%s: refused, %s", name, error)
+            self.statistics.refused += 1
+        finally:
+            if self._served and self._config.once:
+                self.stop()
+            self._unchecked -= 1
+            self._notify()
 
     async def _reap(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -251,17 +295,17 @@ async def _listener(config: Config) -> trio.socket.SocketType:
 async def running(server: PageServer, config: Config, warning: str) -> AsyncIterator[None]:
     """Accept connections while the block runs; ``warning`` is what everyone can do who reaches it."""
     listener = None
-    if config.connection is not None:
-        server._adopt(trio.socket.from_stdlib_socket(config.connection))
-    else:
+    if config.connection is None:
         listener = await _listener(config)
         server.address, server.port = listener.getsockname()[:2]
-        if not is_loopback(server.address) and not config.allow:
+        if config.tls is None and not config.allow and not is_loopback(server.address):
             log.warning("%s: %s; --allow says who may", at(server.address, server.port), warning)
     error: BaseException | None = None
     async with trio.open_nursery() as nursery:
+        if config.connection is not None:
+            server._adopt(trio.socket.from_stdlib_socket(config.connection), nursery)
         if listener is not None:
-            nursery.start_soon(server._accept, listener)
+            nursery.start_soon(server._accept, listener, nursery)
         nursery.start_soon(server._reap)
         try:
             yield
@@ -282,8 +326,9 @@ async def open_page_server(
     """Serve the lazy pages of images while the block runs, to any number of destinations.
 
     What is connected at the end of the block is cut. Raises ImageError for
-    images that cannot be served, PageServerError when it cannot listen.
-    ``tasks`` are what the images hold, where they have been read already.
+    images that cannot be served, PageServerError when it cannot listen, TlsError
+    for files that TLS cannot be done with. ``tasks`` are what the images hold,
+    where they have been read already.
     """
     with Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout) as native:
         await trio.to_thread.run_sync(partial(_serve_images, native, config, tasks))

@@ -22,6 +22,8 @@ _PROBLEMS: Final = {
     Ending.STALLED: "the peer stood still in the middle of something for too long (--stall-timeout)",
     Ending.DATA: "the images cannot be read any more: {error}",
     Ending.ERROR: "{error}",
+    Ending.SPEAKS_TLS: "the peer speaks TLS, which this server was not told to use (--tls)",
+    Ending.TRANSPORT: "{fault}",
     Ending.COMMAND: "{frame}: nothing that is done here",
     Ending.COUNT: "{frame}: no pages, or more than there are addresses",
     Ending.ADDRESS: "{frame}: not the address of a page",
@@ -67,10 +69,14 @@ def _frame(account: Account) -> str:
 
 def _problem(problems: Mapping[Ending, str], account: Account, why: str | None = None) -> str | None:
     """Say what was wrong, and where; None for an end that is as it should be."""
+    if account.ending is Ending.EOF and account.fault and not account.requests:
+        return account.fault  # it did not like our certificate, say
     if account.ending is None or account.ending not in problems:
         return None
     error = os.strerror(account.errno)
-    said = problems[account.ending].format(error=error, frame=_frame(account), why=why or error)
+    said = problems[account.ending].format(
+        error=error, frame=_frame(account), why=why or error, fault=account.fault
+    )
     return f"{said}, byte {account.offset}" if account.ending >= Ending.COMMAND else said
 
 

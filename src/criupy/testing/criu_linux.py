@@ -226,11 +226,13 @@ async def lazy_dump(
 
 
 @contextlib.asynccontextmanager
-async def page_server(criu: Criu, images_dir: Path, work_dir: Path) -> AsyncIterator[Source]:
+async def page_server(
+    criu: Criu, images_dir: Path, work_dir: Path, *, extra: Iterable[str] = ()
+) -> AsyncIterator[Source]:
     """Serve the pages of full images with criu's own page server."""
     port = free_port()
     words = [criu.path, "page-server", "--lazy-pages", *_common(images_dir, work_dir, "page-server.log")]
-    words += ["--address", ADDRESS, "--port", str(port)]
+    words += ["--address", ADDRESS, "--port", str(port), *extra]
     async with _start("page-server", words, work_dir, log=work_dir / "page-server.log", ready=True) as job:
         yield Source(job, ADDRESS, port, criu.frame_size)
 
