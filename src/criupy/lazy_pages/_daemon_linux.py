@@ -42,7 +42,7 @@ from criupy.lazy_pages._images import DumpedTask, load_tasks
 from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_socket
 from criupy.lazy_pages._source_linux import SecuredSource, adopt_source, connect_source
 from criupy.lazy_pages._statistics import State, Statistics
-from criupy.lazy_pages._telling_linux import log_completion, log_notice, trouble_of
+from criupy.lazy_pages._telling_linux import log_completion, log_notice, trouble_of, was_refused
 from criupy.wire.restore_socket import Zombie
 
 if TYPE_CHECKING:
@@ -510,7 +510,7 @@ class LazyPages:
         stats = await self._obeyed(pager)
         missing = stats.pages_missing
         told = ""
-        if self.config.on_failure == "poison" and not self._strangers() and self._was_reached():
+        if self.config.on_failure == "poison" and not self._strangers() and self._was_reached(stats):
             pager.poison()
             stats = await self._obeyed(pager)
             if stats.nr_live:
@@ -537,14 +537,16 @@ class LazyPages:
             f"{trouble}; {told}the tasks were killed with {missing} pages missing; {self._fate(stats, left)}"
         )
 
-    def _was_reached(self) -> bool:
+    def _was_reached(self, stats: Stats) -> bool:
         # A source that never heard of us has the process as it was: better restored again
-        # than left to run here without its memory.
-        return self._linked or not self.config.remote
+        # than left to run here without its memory. One that did not let us in runs it on.
+        return not self.config.remote or (self._linked and not was_refused(stats))
 
     def _fate(self, stats: Stats, left: int) -> str:
         if not self.config.remote:
             return "the images are untouched"
+        if was_refused(stats) or (self._secured is not None and not self._linked):
+            return "a live source goes on"
         if not self._linked:
             return "the source was not reached and still holds the process: restore it again"
         if stats.link == Link.LOST:

@@ -13,7 +13,7 @@ from criupy._uffd.pager_linux import Link, Notice, NoticeKind, ReplyFault
 if TYPE_CHECKING:
     from criupy._uffd._native import Stats
 
-__all__ = ["log_completion", "log_notice", "trouble_of"]
+__all__ = ["log_completion", "log_notice", "trouble_of", "was_refused"]
 
 log = logging.getLogger("criupy.lazy_pages")
 
@@ -69,6 +69,17 @@ def trouble_of(stats: Stats, link_timeout: float) -> str | None:
         case errno.EPIPE:
             return "the page server closed the connection"
     return f"the connection to the page server was lost: {os.strerror(stats.link_error)}"
+
+
+def was_refused(stats: Stats) -> bool:
+    """Tell whether the source ended the connection for want of TLS, or for a certificate of ours.
+
+    Under TLS 1.3 that shows only after our side of the handshake.
+    """
+    if stats.link != Link.LOST:
+        return False
+    no_tls = stats.link_error == errno.EPROTO and stats.reply_fault == ReplyFault.TLS
+    return no_tls or (not stats.bytes_received and bool(ffi.string(stats.link_fault)))
 
 
 def log_completion(stats: Stats) -> None:
