@@ -220,7 +220,7 @@ def test_an_image_is_given_once(restore: Restore, target: Target) -> None:
     addr, uffd = target.lazy(1)
     image = remote_image(77, [(addr, 1)])
     restore.pager.add_task(77, uffd, image)
-    with pytest.raises(ValueError, match="already belongs to a pager"):
+    with pytest.raises(ValueError, match="was handed over"):
         restore.pager.add_task(78, -1, image)
 
 

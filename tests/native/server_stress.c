@@ -157,7 +157,7 @@ static void *work(void *arg)
 
 		connect_pair(&c->fd, &theirs);
 		c->frame_size = random_below(&c->seed, 2) ? CRIUPY_FRAME_24 : CRIUPY_FRAME_32;
-		CHECK(!criupy_server_serve(server, theirs, &serial));
+		CHECK(!criupy_server_serve(server, theirs, NULL, &serial));
 		nr_connected++;
 		for (uint32_t n = random_below(&c->seed, 10); n; n--)
 			if (!fetch(c))
@@ -218,7 +218,7 @@ int main(int argc, char **argv)
 	for (int i = 0; i < NR_CLIENTS; i++)
 		pthread_join(clients[i].thread, NULL);
 	connect_pair(&ours, &theirs);
-	CHECK(!criupy_server_serve(server, theirs, &serial));
+	CHECK(!criupy_server_serve(server, theirs, NULL, &serial));
 	criupy_server_destroy(server);
 	close(ours);
 	fprintf(stderr, "%llu connections\n", (unsigned long long)nr_ended);
