@@ -5,6 +5,7 @@
 * first page: of large images, from the connect to the first page's last byte;
 * throughput: all pages asked for in address order, or in random order, so many
   at once, 512 pages or 64 requests in flight; with the server's CPU time;
+* TLS: the same with 256 pages in order; the client is Python's ssl;
 * latency: one request at a time for one page anywhere;
 * memory: the server's peak of resident pages. What stock holds in pipes is not
   in it: that is all of the image.
@@ -22,6 +23,7 @@ import os
 import platform
 import random
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -32,6 +34,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from criupy.testing.certificates import Certificates, make_certificates
 from criupy.testing.criu_linux import Criu, find_criu, free_port
 from criupy.testing.images import WrittenImages, write_images
 from criupy.testing.spec import WorkloadSpec
@@ -56,9 +59,13 @@ class Work:
 class Client:
     """A destination that asks, and looks at the answers' headers only."""
 
-    def __init__(self, port: int, frame_size: int, pid: int) -> None:
+    def __init__(self, port: int, frame_size: int, pid: int, tls: ssl.SSLContext | None = None) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.wait_all = socket.MSG_WAITALL
+        if tls is not None:
+            self.sock = tls.wrap_socket(self.sock)
+            self.wait_all = 0
         self.frame = FRAMES[frame_size]
         self.pid = pid
         self.buffer = memoryview(bytearray(2 * IN_FLIGHT_PAGES * PAGE))
@@ -66,8 +73,12 @@ class Client:
     def take(self, requests: list[tuple[int, int]]) -> None:
         """Receive the answers to these, which no server shortens, with as few calls as can be."""
         length = sum(self.frame.size + nr_pages * PAGE for _, nr_pages in requests)
-        if self.sock.recv_into(self.buffer, length, socket.MSG_WAITALL) != length:
-            raise SystemExit("the server has closed the connection")
+        got = 0
+        while got < length:
+            piece = self.sock.recv_into(self.buffer[got:length], length - got, self.wait_all)
+            if not piece:
+                raise SystemExit("the server has closed the connection")
+            got += piece
         offset = 0
         for address, nr_pages in requests:
             head = self.frame.unpack_from(self.buffer, offset)
@@ -107,7 +118,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def server(who: str, criu: Criu, images: WrittenImages, room: Path) -> Iterator[Running]:
+def server(
+    who: str, criu: Criu, images: WrittenImages, room: Path, tls: Certificates | None = None
+) -> Iterator[Running]:
     port = free_port()
     command: list[str | Path] = (
         [criu.path] if who == "stock" else [sys.executable, "-m", "criupy.page_server"]
@@ -116,6 +129,9 @@ def server(who: str, criu: Criu, images: WrittenImages, room: Path) -> Iterator[
     reading, writing = os.pipe()
     command += ["--address", "127.0.0.1", "--port", str(port), "-o", "page-server.log"]
     command += ["--status-fd", str(writing)]
+    if tls is not None:
+        command += ["--tls", "--tls-cacert", tls.cacert, "--tls-cacrl", tls.cacrl]
+        command += ["--tls-cert", tls.cert("server"), "--tls-key", tls.key("server")]
     process = subprocess.Popen(command, pass_fds=[writing])
     os.close(writing)
     try:
@@ -152,15 +168,26 @@ def first_page(who: str, criu: Criu, images: WrittenImages, room: Path) -> tuple
         return time.perf_counter() - start, running.peak()
 
 
-def throughput(who: str, criu: Criu, images: WrittenImages, room: Path, work: Work) -> tuple[float, float]:
+def throughput(
+    who: str, criu: Criu, images: WrittenImages, room: Path, work: Work, tls: Certificates | None = None
+) -> tuple[float, float]:
     """Return (bytes/s, CPU seconds per GiB)."""
-    with server(who, criu, images, room) as running:
-        client = Client(running.port, running.frame_size, images.tasks[0].pid)
+    with server(who, criu, images, room, tls) as running:
+        context = None if tls is None else client_context(tls)
+        client = Client(running.port, running.frame_size, images.tasks[0].pid, context)
         client.fetch(work.requests[:1], 1)  # when stock has loaded all
         before = running.cpu_seconds()
         seconds = client.fetch(work.requests, min(IN_FLIGHT_REQUESTS, IN_FLIGHT_PAGES // work.nr_pages) // 2)
         length = len(work.requests) * work.nr_pages * PAGE
         return length / seconds, (running.cpu_seconds() - before) / length * 1024 * MIB
+
+
+def client_context(tls: Certificates) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(tls.cacert)
+    context.load_cert_chain(tls.cert("client"), tls.key("client"))
+    return context
 
 
 def latency(who: str, criu: Criu, images: WrittenImages, room: Path, nr: int) -> tuple[float, float]:
@@ -200,6 +227,8 @@ def main() -> None:
         images = write_images(
             room / "images", WorkloadSpec(size=arguments.size * MIB), style="full", count=count
         )
+        certificates = make_certificates(room / "certificates")
+        (bulk,) = (w for w in works(images, 1) if (w.order, w.nr_pages) == ("in order", 256))
         for _ in range(arguments.rounds):
             for who in ("stock", "ours"):
                 seconds, peak = first_page(who, criu, large, room)
@@ -210,15 +239,18 @@ def main() -> None:
                     pages = f"{work.nr_pages} page{'' if work.nr_pages == 1 else 's'}"
                     note(f"{pages} {work.order}, MB/s", who, speed / 1e6)
                     note(f"{pages} {work.order}, CPU s/GiB", who, cpu)
+                speed, cpu = throughput(who, criu, images, room, bulk, certificates)
+                note("256 pages in order, TLS, MB/s", who, speed / 1e6)
+                note("256 pages in order, TLS, CPU s/GiB", who, cpu)
                 p50, p99 = latency(who, criu, images, room, 5000)
                 note("one page, p50 us", who, p50 * 1e6)
                 note("one page, p99 us", who, p99 * 1e6)
-    print(f"{'':32}{'stock':>10}{'ours':>10}{'ratio':>8}")
+    print(f"{'':36}{'stock':>10}{'ours':>10}{'ratio':>8}")
     medians = {}
     for case, by in results.items():
         stock, ours = (statistics.median(by[who]) for who in ("stock", "ours"))
         medians[case] = {"stock": round(stock, 3), "ours": round(ours, 3), "ratio": round(ours / stock, 3)}
-        print(f"{case:32}{stock:10.2f}{ours:10.2f}{ours / stock:8.2f}")
+        print(f"{case:36}{stock:10.2f}{ours:10.2f}{ours / stock:8.2f}")
     if arguments.json is not None:
         report = {
             "what": "page servers giving out full images over loopback",

@@ -111,7 +111,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def nothing_is_left() -> Iterator[None]:
-    """No descriptor, thread of the pager or child process outlives the test."""
+    """No descriptor, thread of the native part or child process outlives the test."""
 
     def kept() -> tuple[list[str], int]:
         files = []
@@ -119,7 +119,7 @@ def nothing_is_left() -> Iterator[None]:
             with contextlib.suppress(FileNotFoundError):  # the directory's own
                 files.append(f"{link.name} {link.readlink()}")
         names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-        return sorted(files), names.count("criupy-pager")
+        return sorted(files), sum(name in {"criupy-pager", "criupy-server"} for name in names)
 
     before = kept()
     yield

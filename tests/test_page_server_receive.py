@@ -495,11 +495,11 @@ def test_answers_that_do_not_fit(tmp_path: Path) -> None:
                 server.answer(serial, 1)
             with (tmp_path / "pages").open("wb") as file:
                 with pytest.raises(UffdError, match="Invalid argument"):
-                    server.answer(serial, -5, file.fileno())
-                server.answer(serial + 1, 1, file.fileno())  # there is no such connection
-                server.answer(serial, 1, file.fileno())
+                    server.answer(serial, -5, os.dup(file.fileno()))
+                server.answer(serial + 1, 1, os.dup(file.fileno()))  # there is no such connection
+                server.answer(serial, 1, os.dup(file.fileno()))
                 assert dumper.receive(1) == b"\1"
-                server.answer(serial, 1, file.fileno())  # it waits no more
+                server.answer(serial, 1, os.dup(file.fileno()))  # it waits no more
             image = Image(7, array("Q", [BASE]), array("Q", [1]), array("Q", [0]))
             with pytest.raises(UffdError):
                 server.add_image(image, 0)
@@ -639,16 +639,28 @@ async def test_what_is_uploaded_again_is_given_back(auto_dedup: bool, size: int,
     )
     (tmp_path / "1" / "parent").symlink_to("../0")
 
+    inventory = tmp_path / "2" / "inventory.img"
+
     def dump(close: bool, dumper: Dumper) -> int:
+        inventory.unlink(missing_ok=True)
         assert dumper.open(task(7)) is True
         dumper.entry(task(7), BASE, 1)
         dumper.add(task(7), BASE + PAGE, pages(201, 2))
         dumper.entry(task(7), BASE + 3 * PAGE, 4)
         dumper.add(task(7), BASE + 7 * PAGE, pages(207, 5))
+        inventory.touch()  # the last that a dump writes
         return dumper.close() if close else -1
+
+    def failing(dumper: Dumper) -> int:
+        assert dumper.open(task(7)) is True
+        dumper.add(task(7), BASE + PAGE, pages(201, 2))
+        return dumper.close()  # as CRIU does, whatever came in between
 
     async with receive(tmp_path / "2", size, prev_images_dir="../1", auto_dedup=auto_dedup) as r:
         await r.dump(partial(dump, False))
+        await r.end()
+        inventory.unlink()
+        assert await r.dump(failing) == 0
         await r.end()
         assert all(blocks(tmp_path / "0/pages-1.img", 8))  # a failure costs no parent
         assert all(blocks(tmp_path / "1/pages-1.img", 4))

@@ -239,7 +239,7 @@ async def test_a_chain_of_two_parents(criu: Criu, auto_dedup: bool, tmp_path: Pa
             room = tmp_path / str(number)
             async with receive(room, prev_images_dir=previous, auto_dedup=auto_dedup) as server:
                 await trio.to_thread.run_sync(
-                    partial(push, server.port, criu.frame_size, pagemaps, full, number)
+                    partial(push, server.port, criu.frame_size, pagemaps, full, room, number)
                 )
                 assert await ended(server) is Ending.CLOSED
         for path in full.glob("*.img"):
@@ -255,11 +255,14 @@ async def test_a_chain_of_two_parents(criu: Criu, auto_dedup: bool, tmp_path: Pa
             process.assert_good()
 
 
-def push(port: int, frame_size: int, pagemaps: dict[int, Pagemap], full: Path, number: int) -> None:
+def push(
+    port: int, frame_size: int, pagemaps: dict[int, Pagemap], full: Path, room: Path, number: int
+) -> None:
     with Dumper(socket.create_connection(("127.0.0.1", port)), frame_size) as dumper:
         for image, pagemap in pagemaps.items():
             assert dumper.has_parent(image) == (number > 0)
             upload(dumper, image, pagemap, check_pages(full, pagemap).read_bytes(), number)
+        shutil.copy(full / "inventory.img", room)  # the last that a dump writes
         assert dumper.close() == 0
 
 

@@ -45,6 +45,12 @@ def run_command(
         else:
             print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except Exception:
+        # In the background nobody sees more than the log.
+        if logging.getLogger("criupy").handlers:
+            log.exception("%s has failed; please report this", name)
+            return 1
+        raise
 
 
 def display(text: str, *, in_log: bool) -> None:
@@ -79,6 +85,9 @@ def write_whole(option: str, path: Path, text: str) -> None:
     """Write a file of which whoever sees it sees all; raise CommandError with the option's name."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_text(text, encoding="utf-8")  # a fifo, a device: not to be replaced by a file
+            return
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:

@@ -151,6 +151,7 @@ static void *run(void *argument)
 	struct connection *c = argument;
 	struct criupy_server *server = c->server;
 
+	pthread_setname_np(pthread_self(), "criupy-server");
 	connection_serve(c);
 	stream_end(c);
 	pthread_mutex_lock(&server->lock);

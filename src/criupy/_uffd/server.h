@@ -22,8 +22,8 @@
 /* So much is written before the disk is told to begin with it. */
 #define SERVER_WRITEBACK (8 << 20)
 /* An upload's image has at most so many entries, of at most so many pages in
- * all: 1 TiB of single pages, and 4 PiB. */
-#define SERVER_ENTRIES (UINT64_C(1) << 28)
+ * all: every second page of 128 GiB (half a gigabyte of memory here), and 4 PiB. */
+#define SERVER_ENTRIES (UINT64_C(1) << 24)
 #define SERVER_IMAGE_PAGES (UINT64_C(1) << 40)
 
 struct served_image {

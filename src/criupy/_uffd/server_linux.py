@@ -229,12 +229,11 @@ class Server:
 
         An OPEN or PARENT is told 0 or 1 (there is a parent) or -errno, which
         ends the connection, a CLOSE its status, 0 or -errno. ``fd`` is where
-        to write the pages of what was opened; a duplicate of it is used.
+        to write the pages of what was opened; it is the server's now.
         """
-        own = os.dup(fd) if fd >= 0 else -1
-        result = lib.criupy_server_answer(self._server, serial, answer, own)
-        if result < 0 and own >= 0:
-            os.close(own)
+        result = lib.criupy_server_answer(self._server, serial, answer, fd)
+        if result < 0 and fd >= 0:
+            os.close(fd)
         if result != -errno.ESRCH:
             check("answer an upload", result)
 

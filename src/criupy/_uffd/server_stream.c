@@ -15,7 +15,12 @@ static int fail(struct connection *c, int error)
 		return connection_fail(c, CRIUPY_SERVED_STALLED, 0);
 	case EPIPE:
 	case ECONNRESET:
-		return connection_fail(c, CRIUPY_SERVED_RESET, 0);
+	case ETIMEDOUT:		/* by the keepalive; these are the network's, too */
+	case EHOSTUNREACH:
+	case ENETUNREACH:
+	case EHOSTDOWN:
+	case ENETDOWN:
+		return connection_fail(c, CRIUPY_SERVED_RESET, error);
 	case EBADMSG:
 		return connection_fail(c, CRIUPY_SERVED_TRANSPORT, 0);
 	default:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import trio
 
     from criupy.page_server._images import ServedTask
-    from criupy.page_server._server_linux import Account, Config, PageServer
+    from criupy.page_server._server_linux import Config, PageServer
 
 __all__ = ["main"]
 
@@ -49,6 +49,7 @@ def _run(options: PageServerOptions) -> int:
     )
     from criupy._command.signals_linux import hold_signals
     from criupy.page_server._images import load_tasks
+    from criupy.page_server._receiver_linux import check_receiving
 
     check_inherited(
         {"--status-fd": options.status_fd, "--ps-socket": options.ps_socket},
@@ -59,7 +60,11 @@ def _run(options: PageServerOptions) -> int:
     open_log(options.verbosity, options.log_file, options.work_dir)
     for warning in options.warnings:
         log.warning("%s", warning)
-    tasks = list(load_tasks(options.images_dir)) if options.lazy_pages else []
+    tasks: list[ServedTask] = []
+    if options.lazy_pages:
+        tasks = list(load_tasks(options.images_dir))
+    else:
+        check_receiving(options.images_dir, options.prev_images_dir)
     config = _configure(options, connection)
     if options.daemon:
         child = daemonize()
@@ -137,7 +142,7 @@ async def _serve(options: PageServerOptions, config: Config, tasks: list[ServedT
     if options.stats_file is not None:
         write_stats(options.work_dir / options.stats_file, statistics.to_json())
     if config.once or config.connection is not None:
-        _check_only(server.last, received=not options.lazy_pages)
+        _check_only(server, received=not options.lazy_pages)
     _check_all(statistics)
     return 0
 
@@ -185,14 +190,15 @@ class _Stopping:
         self._server.cut()
 
 
-def _check_only(last: Account | None, *, received: bool) -> None:
+def _check_only(server: PageServer, *, received: bool) -> None:
     """Raise PageServerError unless the only connection ended as it should."""
     from criupy.page_server._server_linux import Ending
 
+    last = server.last
     if last is None:
         who = "dump" if received else "destination"
         raise PageServerError(f"asked to stop, and no {who} had connected")
-    if last.ending is Ending.CLOSED:
+    if server.is_whole if received else last.ending is Ending.CLOSED:
         return
     if received:
         raise PageServerError("the dump did not come to its end, see the warning: no images of it are here")

@@ -18,7 +18,7 @@ from criupy.images import (
     read_pstree,
 )
 
-__all__ = ["ServedTask", "load_tasks"]
+__all__ = ["ServedTask", "load_tasks", "open_pages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,4 +51,14 @@ def _load(images_dir: str | os.PathLike[str], pid: int) -> ServedTask:
             None,
             "its lazy pages are not in the images: this is a lazy dump, whose source serves them itself",
         )
-    return ServedTask(pid, entries, check_pages(images_dir, pagemap))
+    pages = check_pages(images_dir, pagemap)
+    os.close(open_pages(pages))  # what is wrong with it is told now
+    return ServedTask(pid, entries, pages)
+
+
+def open_pages(path: Path) -> int:
+    """Open a pages file; raise ImageError where that cannot be."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageError(path, None, f"expected a file that can be read: {error.strerror}") from error

@@ -22,7 +22,7 @@ from criupy.page_server._telling_linux import tell_upload
 from criupy.page_server._writer import Finished, ImagesDirectory, UploadedImages
 from criupy.wire.page_server import Command, ImageType, decode_image_id
 
-__all__ = ["open_page_receiver"]
+__all__ = ["check_receiving", "open_page_receiver"]
 
 log = logging.getLogger("criupy.page_server")
 
@@ -61,8 +61,8 @@ class Uploads:
                 await trio.to_thread.run_sync(upload.images.discard)
             self._native.answer(question.serial, answer, fd)
 
-    async def end(self, account: Account, peer: str) -> None:
-        """Discard what an ended connection left unfinished, and tell of it."""
+    async def end(self, account: Account, peer: str) -> bool:
+        """Discard what an ended connection left unfinished, tell of it, and whether all had come."""
         upload = self._uploads.get(account.serial)
         if upload is not None:
             async with upload.lock:
@@ -73,6 +73,7 @@ class Uploads:
             for warning in finished.warnings:
                 log.warning("connection %d: %s", account.serial, warning)
         tell_upload(account, peer, finished, why)
+        return finished is not None
 
     def discard(self) -> None:
         """Discard what all connections left unfinished; they have been cut."""
@@ -90,7 +91,7 @@ def _refusal(error: OSError | ImageError) -> tuple[int, str]:
 
 
 def _decide(upload: _Upload, directory: ImagesDirectory, question: Question) -> tuple[int, int]:
-    """Return the answer, and for an image that is opened the descriptor of its pages."""
+    """Return the answer, and for an image that is opened a descriptor of its pages, to be given away."""
     command = Command(question.command)
     if command is Command.PARENT:
         return int(directory.has_parent(*_image_id(question))), -1
@@ -101,7 +102,7 @@ def _decide(upload: _Upload, directory: ImagesDirectory, question: Question) -> 
     # Whoever restores has the version of whoever dumped, and CRIU before 4.2 knows only the old style.
     style = PagemapStyle.OLD if question.frame_size == 24 else PagemapStyle.NEW
     fd, has_parent = upload.images.open(*_image_id(question), style)
-    return int(has_parent), fd
+    return int(has_parent), os.dup(fd)
 
 
 def _image_id(question: Question) -> tuple[ImageType, int]:
@@ -128,7 +129,9 @@ def _claimed(path: Path) -> Iterator[bool]:
         except BlockingIOError as error:
             raise PageServerError(f"{path}: another page server receives into it") from error
         except OSError as error:  # not every file system can
-            log.debug("%s cannot be locked: %s", path, error.strerror)
+            log.warning(
+                "%s cannot be locked (%s): let no other page server receive into it", path, error.strerror
+            )
             is_ours = False
         yield is_ours
     finally:
@@ -172,6 +175,12 @@ def _prepare(directory: ImagesDirectory, previous: str | os.PathLike[str] | None
     log.info("%s: receives images%s", directory.path, based)
 
 
+def check_receiving(images_dir: Path, prev_images_dir: str | os.PathLike[str] | None) -> None:
+    """Raise what open_page_receiver would say of the directory now, while there is somebody to hear it."""
+    with _claimed(images_dir) as is_ours:
+        _prepare(ImagesDirectory(images_dir), prev_images_dir, is_ours=is_ours)
+
+
 @contextlib.asynccontextmanager
 async def open_page_receiver(
     config: Config,
@@ -183,14 +192,16 @@ async def open_page_receiver(
 
     They become images in ``config.images_dir``, which ``criu restore`` reads
     when those that the dump itself wrote are beside them. Nothing has its name
-    there before a dump was through, and of a connection that is cut at the end
-    of the block nothing stays.
+    there before all of it has come, and of a connection that is cut at the end
+    of the block nothing stays. Whether the dump succeeded CRIU tells to its
+    caller, and not here.
 
     ``prev_images_dir`` makes the link to the images of the dump before,
     relative to ``config.images_dir``, as CRIU's option does; a link that is
     there is followed anyway. ``auto_dedup`` gives back what those have and
-    this dump has anew. Raises PageServerError when it cannot receive there or
-    cannot listen, ImageError when the images before cannot be followed.
+    this dump has anew, if its ``inventory.img`` is there by then. Raises
+    PageServerError when it cannot receive there or cannot listen, ImageError
+    when the images before cannot be followed.
     """
     directory = ImagesDirectory(config.images_dir, auto_dedup=auto_dedup, punch_hole=punch_hole)
     native = Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout, receives=True)

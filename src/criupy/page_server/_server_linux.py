@@ -22,7 +22,7 @@ from criupy._uffd.server_linux import Account, Ending, Question, Server
 from criupy.errors import PageServerError, TlsError
 from criupy.page_server._access import Network, is_allowed, is_loopback
 from criupy.page_server._admission_linux import Admission, take
-from criupy.page_server._images import ServedTask, load_tasks
+from criupy.page_server._images import ServedTask, load_tasks, open_pages
 from criupy.page_server._statistics import Statistics
 from criupy.page_server._telling_linux import tell
 
@@ -33,6 +33,8 @@ log = logging.getLogger("criupy.page_server")
 _BACKLOG = 128
 # Until a connection ends, or the limit is raised.
 _OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# The listener's own failures; all others are those of one connection.
+_NO_LISTENER = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
 _PAUSE = 0.1
 # Dead peers show within 40 seconds also while they ask for nothing.
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
@@ -72,8 +74,8 @@ class Uploads(Protocol):
     async def answer(self, question: Question) -> None:
         """Answer what a connection asked."""
 
-    async def end(self, account: Account, peer: str) -> None:
-        """Discard what an ended connection left unfinished, and tell of it."""
+    async def end(self, account: Account, peer: str) -> bool:
+        """Discard what an ended connection left unfinished, tell of it, and whether all had come."""
 
 
 def at(host: str, port: int) -> str:
@@ -103,6 +105,8 @@ class PageServer:
         self.statistics = Statistics()
         #: The account of the only connection of a server with ``once``, when it has ended.
         self.last: Account | None = None
+        #: Whether all had come of the last upload.
+        self.is_whole = False
         self.admission = None if config.tls is None else Admission(config.tls, config.address)
 
     def connections(self) -> list[Account]:
@@ -129,10 +133,11 @@ class PageServer:
                 try:
                     connection, peer = await listener.accept()
                 except OSError as error:
-                    if error.errno not in _OUT_OF_DESCRIPTORS:
+                    if error.errno in _NO_LISTENER:
                         raise
                     log.warning("a connection cannot be accepted: %s", error.strerror)
-                    await trio.sleep(_PAUSE)
+                    if error.errno in _OUT_OF_DESCRIPTORS:
+                        await trio.sleep(_PAUSE)
                     continue
                 self.statistics.refused += not self._admit(connection, peer, nursery)
         self._accepts = False
@@ -223,10 +228,21 @@ class PageServer:
         if self._uploads is None:
             tell(account, peer)
         else:
-            await self._uploads.end(account, peer)
+            with trio.CancelScope(shield=True):  # its account is given once
+                self.is_whole = await self._uploads.end(account, peer)
         del self._peers[account.serial]
         self.statistics.add(account, peer)
         self.last = account
+        self._notify()
+
+    async def _end_all(self) -> None:
+        """Cut what is connected and tell of it; each thread ends as soon as it sees that."""
+        self.cut()
+        while self._peers:
+            await trio.lowlevel.wait_readable(self._native.event_fd)
+            for account in self._native.ended():
+                await self._end(account)
+        self._accepts = False
         self._notify()
 
     def _notify(self) -> None:
@@ -254,7 +270,7 @@ def _serve_images(native: Server, config: Config, tasks: Iterable[ServedTask] | 
 def _serve_task(native: Server, task: ServedTask) -> int:
     entries = task.entries
     image = Image(task.pid, entries.starts, entries.nr_pages, entries.page_indices)
-    fd = os.open(task.pages, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_pages(task.pages)
     try:
         native.add_image(image, fd)
     except BaseException:
@@ -312,6 +328,8 @@ async def running(server: PageServer, config: Config, warning: str) -> AsyncIter
         except BaseException as raised:  # noqa: BLE001 - raised below, as it is and in no group
             error = raised
         nursery.cancel_scope.cancel()
+    with trio.CancelScope(shield=True):
+        await server._end_all()
     try:
         if error is not None:
             raise error

@@ -11,12 +11,16 @@ So a pagemap image in the directory is always whole, and so are its pages. An
 upload into a directory that has the same pagemap replaces it, and only then
 the pages of the old one go.
 
+That all has come does not say that the dump succeeded: CRIU ends its session
+in good order also when it failed after the pages went. Nothing here can know
+it, but from ``inventory.img``, the last that a dump writes before that.
+
 The parent of the images is where the link ``parent`` in the directory leads.
 A page that is said to be in it must be, or the images could never be restored;
 with ``auto_dedup`` the parents give the blocks of pages back that were uploaded
-again. CRIU does that while the pages come; here it is done when the upload is
-whole, because a dump that fails must not cost the one before.
-(CRIU: criu/page-xfer.c, criu/pagemap.c, criu/image.c.)
+again. CRIU does that while the pages come; here it is done when the dump is
+known to have succeeded, for one that fails must not cost the one before.
+(CRIU: criu/page-xfer.c, criu/cr-dump.c, criu/pagemap.c, criu/image.c.)
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import os
 import re
 import struct
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,6 +62,9 @@ PunchHole: TypeAlias = Callable[[int, int, int], None]
 _FIRST_PAGES_ID: Final = 0x10001
 _PARTIAL: Final = ".partial"
 _LEFT_OVER: Final = re.compile(r"(pages|pagemap|pagemap-shmem)-\d+\.img\.partial")
+
+#: Nanoseconds by which a file's time may be older than the clock says.
+_CLOCK_STEP: Final = 20_000_000
 
 _PRESENT: Final = PageFlags.PRESENT.value
 _PARENT: Final = PageFlags.PARENT.value
@@ -108,11 +116,15 @@ class ImagesDirectory:
         with self._lock:
             if name in self._uploading:
                 raise OSError(errno.EBUSY, "another connection uploads it at this moment", name)
-            while pages_path(self.path, self._next_id).exists():
+            while self._is_taken(self._next_id):
                 self._next_id += 1
             self._uploading.add(name)
             self._next_id += 1
             return self._next_id - 1
+
+    def _is_taken(self, pages_id: int) -> bool:
+        path = pages_path(self.path, pages_id)
+        return path.exists() or path.with_name(path.name + _PARTIAL).exists()
 
     def _release(self, names: set[str]) -> None:
         with self._lock:
@@ -151,6 +163,7 @@ class UploadedImages:
         self._done: list[_Image] = []
         self._image: _Image | None = None
         self._pages_fd = -1
+        self._began = time.time_ns()
 
     def open(self, image_type: ImageType, number: int, style: PagemapStyle) -> tuple[int, bool]:
         """Begin an image; return where to write its pages, which stay ours, and if there is a parent."""
@@ -212,9 +225,10 @@ class UploadedImages:
                     named.append(self._path / name)
                 _sync_directory(self._path)
         except BaseException:
-            for path in reversed(named):  # a pagemap before its pages
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            if not any(replaced):  # else what was there before would be lost as well
+                for path in reversed(named):  # a pagemap before its pages
+                    with contextlib.suppress(OSError):
+                        path.unlink()
             raise
         done, self._done = self._done, []
         self._directory._release({image.name for image in done})
@@ -276,21 +290,35 @@ class UploadedImages:
 
     def _deduplicate(self, images: list[_Image]) -> tuple[int, list[str]]:
         """Give back what the parents have and nobody will read there; failing at it harms nothing."""
+        punch_hole = self._directory._punch_hole
+        if punch_hole is None or not any(image.present for image in images):
+            return 0, []
+        if not self._has_succeeded():
+            why = "whether the dump succeeds is not to be seen here"
+            return 0, [f"{self._path}: --auto-dedup is left to `criu dedup` when it has: {why}"]
         given_back = 0
-        warnings: list[str] = []
-        if self._directory._punch_hole is None or not any(image.present for image in images):
-            return 0, warnings
-        for parent in self._directory.parents():
+        warnings = []
+        try:
+            parents = self._directory.parents()
+        except (OSError, ImageError) as error:
+            return 0, [f"{self._path}: nothing is given back of its parents: {error}"]
+        for parent in parents:
             for image in images:
-                if not image.present or not (parent / image.name).exists():
-                    continue
                 try:
-                    given_back += _punch(self._directory._punch_hole, parent, image)
+                    if image.present and (parent / image.name).exists():
+                        given_back += _punch(punch_hole, parent, image)
                 except (OSError, ImageError) as error:
                     warnings.append(
                         f"{parent / image.name}: its pages take more room than they need: {error}"
                     )
         return given_back, warnings
+
+    def _has_succeeded(self) -> bool:
+        """Tell whether the dump has written its last image here: it need not write where its pages go."""
+        try:
+            return (self._path / "inventory.img").stat().st_mtime_ns >= self._began - _CLOCK_STEP
+        except OSError:
+            return False
 
 
 def _pagemap_name(image_type: ImageType, number: int) -> str:
@@ -304,7 +332,7 @@ def _read(directory: Path, image_type: ImageType, number: int) -> Pagemap:
 
 def _create(path: Path) -> int:
     """Make a file for us alone: the memory of a process is nobody else's business."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
 
 
 def _sync_directory(path: Path) -> None:
