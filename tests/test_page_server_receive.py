@@ -479,6 +479,16 @@ def test_whatever_comes_an_image_is_whole(close: bool, tmp_path_factory: pytest.
     check()
 
 
+async def test_a_pid_of_no_process(size: int, tmp_path: Path) -> None:
+    def dump(dumper: Dumper) -> bytes:
+        dumper.send(OPEN2, dst_id=task(0))
+        return dumper.receive(1)
+
+    async with receive(tmp_path, size) as r:
+        assert await r.dump(dump) == b""
+        assert (await r.end()).ending is Ending.REFUSED
+
+
 def test_answers_that_do_not_fit(tmp_path: Path) -> None:
     """The native part takes no descriptor where there is nothing to write, and needs one where there is."""
     with Server(stall_timeout=30, idle_timeout=None, receives=True) as server:

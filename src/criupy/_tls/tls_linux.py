@@ -77,7 +77,7 @@ class TlsContext:
         if self._lib.criupy_tls_context_create(out, server) < 0:
             raise TlsError("TLS: OpenSSL cannot be set up as its configuration has it (openssl.cnf)")
         self._context: Any = self._ffi.gc(out[0], self._lib.criupy_tls_context_destroy)
-        self.verify_name = files.verify_name
+        self.verify_name: bool = files.verify_name
         self._trust(files)
         self._identify(files)
 

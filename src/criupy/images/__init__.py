@@ -51,6 +51,7 @@ from criupy.images._stats import (
 )
 from criupy.images._tasks import (
     PAGE_SIZE,
+    PID_MAX,
     Inventory,
     MadvBits,
     Mm,
@@ -70,6 +71,7 @@ __all__ = [
     "DUMP_STATS",
     "NO_PAGE_INDEX",
     "PAGE_SIZE",
+    "PID_MAX",
     "RESTORE_STATS",
     "AreaTotals",
     "Dump",

@@ -58,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         PROGRAM,
         usage="[page-server] -D DIR [--lazy-pages] [--address ADDR] [--port PORT] [options]",
         description="With --lazy-pages: give the memory that checkpoint images hold to destinations that "
-        "restore them lazily. Takes the place of criu page-server and reads its command line.",
+        "restore them lazily. Without: receive what one criu dump --page-server sends, and end with it. "
+        "Takes the place of criu page-server and reads its command line.",
         epilog="CRIU's configuration files are not read. Exit status: 0 when all went well, 1 otherwise; "
         "with --once that is when the one destination has ended its session, and not merely gone away.",
     )
@@ -83,7 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_pages(group: Group) -> None:
     group.value("-D --images-dir", "DIR", "the images (default: .)", type=values.path, default=Path())
-    group.flag("--lazy-pages", "give out the lazy pages of the images; without it pages are received")
+    group.flag(
+        "--lazy-pages",
+        "give out the lazy pages of the images, which must not change meanwhile; without it receive a dump",
+    )
     group.value(
         "--prev-images-dir",
         "DIR",
@@ -126,7 +130,9 @@ def _add_network(group: Group) -> None:
         action="append",
         default=[],
     )
-    group.switch("--once", "once", "serve one destination and end, as criu page-server does")
+    group.switch(
+        "--once", "once", "with --lazy-pages: serve one destination and end, as criu page-server does"
+    )
 
 
 def _add_limits(group: Group) -> None:

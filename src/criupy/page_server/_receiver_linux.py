@@ -16,7 +16,7 @@ import trio
 
 from criupy._uffd.server_linux import Account, Question, Server, punch_hole
 from criupy.errors import ImageError, PageServerError
-from criupy.images import PagemapStyle
+from criupy.images import PID_MAX, PagemapStyle
 from criupy.page_server._server_linux import Config, PageServer, running
 from criupy.page_server._telling_linux import tell_upload
 from criupy.page_server._writer import Finished, ImagesDirectory, UploadedImages
@@ -109,6 +109,8 @@ def _image_id(question: Question) -> tuple[ImageType, int]:
     decoded = decode_image_id(question.id)
     if decoded is None:  # the native part knows the same types
         raise OSError(errno.EINVAL, f"{question.id:#x} names no pagemap")
+    if decoded[0] is ImageType.TASK and not 0 < decoded[1] <= PID_MAX:
+        raise OSError(errno.EINVAL, f"{decoded[1]} is the pid of no process")
     return decoded
 
 

@@ -100,14 +100,14 @@ class PageServer:
         self._accepting = trio.CancelScope()
         self._accepts = True
         self._changed = trio.Event()
-        self.address = ""
-        self.port = 0
-        self.statistics = Statistics()
+        self.address: str = ""
+        self.port: int = 0
+        self.statistics: Statistics = Statistics()
         #: The account of the only connection of a server with ``once``, when it has ended.
         self.last: Account | None = None
         #: Whether all had come of the last upload.
-        self.is_whole = False
-        self.admission = None if config.tls is None else Admission(config.tls, config.address)
+        self.is_whole: bool = False
+        self._admission = None if config.tls is None else Admission(config.tls, config.address)
 
     def connections(self) -> list[Account]:
         """Return the accounts of the connections that go on."""
@@ -175,10 +175,10 @@ class PageServer:
 
     def _take(self, connection: trio.socket.SocketType, name: str, nursery: trio.Nursery) -> None:
         prepare(connection)
-        if self.admission is None:
+        if self._admission is None:
             self._serve(connection, name)
         else:
-            nursery.start_soon(self._check, self.admission, take(connection), name)
+            nursery.start_soon(self._check, self._admission, take(connection), name)
             self._unchecked += 1
 
     def _serve(
