@@ -20,6 +20,10 @@ import trio
 import criupy.testing
 from criupy.testing.certificates import Certificates, make_certificates
 
+# A time limit on examples would measure what else the machine does.
+hypothesis.settings.register_profile("criupy", deadline=None)
+hypothesis.settings.load_profile("criupy")
+
 HANG = 120
 """Seconds after which a test with real processes counts as hung; a guard, not a limit on speed."""
 
