@@ -8,6 +8,7 @@ import select
 import socket
 import struct
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -20,7 +21,7 @@ pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 
 from criupy._uffd._native import lib
 from criupy._uffd.image_linux import Image
-from criupy._uffd.server_linux import Account, Ending, Server
+from criupy._uffd.server_linux import Account, Ending, Server, punch_hole
 from criupy.errors import RemoteProtocolError, UffdError
 from criupy.page_server._images import load_tasks
 from criupy.testing.images import STACK_BASE, WrittenImages, write_images
@@ -384,17 +385,57 @@ def test_a_peer_that_never_reads(serve: Serve, nr: int) -> None:
         assert served.end().ending is Ending.STALLED
 
 
-def test_a_pages_file_that_shrinks(serve: Serve) -> None:
+def test_a_pages_file_that_is_shorter_than_its_image(serve: Serve) -> None:
     served = serve()
     task = served.images.tasks[0]
-    with task.pages.open("r+b") as file:
-        file.truncate(100 * PAGE)
+    short = os.open(task.pages, os.O_RDONLY | os.O_CLOEXEC)
+    beyond = task.pages.stat().st_size // PAGE - 10
+    served.server.add_image(Image(7, array("Q", [A]), array("Q", [100]), array("Q", [beyond])), short)
     for nr in (1, 50):
         with served.connect() as destination:
-            destination.send(GET, nr, task.runs[0].start + 90 * PAGE, task.pid)
-            destination.send(GET, nr, task.runs[0].start + 110 * PAGE, task.pid)
+            destination.send(GET, nr, A, 7)
+            destination.send(GET, nr, A + 20 * PAGE, 7)
             account = served.end()
         assert (account.ending, account.errno) == (Ending.DATA, 61)  # ENODATA
+
+
+def write_a_byte(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"x")
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 100 * PAGE)
+
+
+def punch(path: Path) -> None:
+    with path.open("r+b") as file:
+        punch_hole(file.fileno(), 0, PAGE)
+
+
+@pytest.mark.parametrize("change", [write_a_byte, truncate, punch])
+@pytest.mark.parametrize("nr", [1, 50])
+def test_images_that_somebody_writes_to(serve: Serve, change: Callable[[Path], None], nr: int) -> None:
+    served = serve()
+    task = served.images.tasks[0]
+    with served.connect() as destination:
+        assert len(destination.get(task.pid, task.runs[0].start, nr)) == nr * PAGE
+        time.sleep(0.02)  # the clock of older file systems
+        change(task.pages)
+        destination.send(GET, nr, task.runs[0].start, task.pid)
+        assert destination.sock.recv(1) == b""
+        account = served.end()
+    assert (account.ending, account.pages) == (Ending.CHANGED, nr)
+
+
+def test_images_that_are_replaced_are_served_as_they_were(serve: Serve, tmp_path: Path) -> None:
+    served = serve()
+    task = served.images.tasks[0]
+    expected = task.pages.read_bytes()[:PAGE]
+    (tmp_path / "new").write_bytes(bytes(PAGE))
+    (tmp_path / "new").replace(task.pages)
+    with served.connect() as destination:
+        assert destination.get(task.pid, task.runs[0].start, 1) == expected
 
 
 def test_images_in_the_wrong_order(serve: Serve) -> None:

@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -96,12 +97,41 @@ async def test_once(images: WrittenImages) -> None:
     async with serving(images, once=True) as server:
         with connect(server) as destination:
             await get(destination)
+            while server._accepts:  # noqa: ASYNC110
+                await trio.sleep(0.01)
             with pytest.raises(ConnectionRefusedError):
                 connect(server)
             assert await close(destination) == 0
         await server.wait()
         assert server.last is not None
         assert (server.last.ending, server.last.pages) == (Ending.CLOSED, 1)
+
+
+async def test_once_is_not_for_those_who_ask_for_nothing(images: WrittenImages) -> None:
+    async with serving(images, once=True) as server:
+        connect(server).sock.close()
+        with connect(server) as silent, connect(server) as lost, connect(server) as wrong:
+            lost.sock.sendall(b"GET / HTTP/1.1\r\nHost: there\r\n\r\n")
+            assert await is_over(lost)
+            wrong.send(GET, 1, A - PAGE, 100)
+            assert await is_over(wrong)
+            with connect(server) as destination:
+                await get(destination, 2)
+                assert await is_over(silent)
+                assert await close(destination) == 0
+            await server.wait()
+        assert server.last is not None
+        assert (server.last.ending, server.last.pages) == (Ending.CLOSED, 2)
+        assert dict(server.statistics.endings) == {"eof": 1, "command": 1, "page": 1, "cut": 1, "closed": 1}
+
+
+async def test_once_for_one_that_needs_no_page(images: WrittenImages) -> None:
+    async with serving(images, once=True) as server:
+        with connect(server) as destination:
+            assert await close(destination) == 0
+        await server.wait()
+        assert server.last is not None
+        assert server.last.ending is Ending.CLOSED
 
 
 async def test_only_so_many(images: WrittenImages, caplog: pytest.LogCaptureFixture) -> None:
@@ -117,6 +147,19 @@ async def test_only_so_many(images: WrittenImages, caplog: pytest.LogCaptureFixt
             await trio.testing.wait_all_tasks_blocked(0.05)
             with connect(server) as fourth:
                 await get(fourth)
+
+
+async def test_one_address_does_not_take_all(images: WrittenImages, caplog: pytest.LogCaptureFixture) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(serving(images, max_connections=10))
+        for _ in range(5):
+            await get(stack.enter_context(connect(server)))
+        with connect(server) as sixth:
+            assert await is_over(sixth)
+        assert "refused, 5 from its address are connected already, which is half of all" in caplog.text
+        other = socket.create_connection((server.address, server.port), source_address=("127.0.0.2", 0))
+        with Destination(other) as destination:
+            await get(destination)
 
 
 async def test_who_may(images: WrittenImages, caplog: pytest.LogCaptureFixture) -> None:
@@ -240,3 +283,54 @@ async def test_an_inherited_connection_that_is_none(images: WrittenImages) -> No
             await server.wait()
             assert server.last is not None
             assert server.last.ending is Ending.ERROR
+
+
+async def test_a_server_that_has_ended(images: WrittenImages) -> None:
+    async with serving(images) as server:
+        with connect(server) as destination:
+            await get(destination)
+            server.stop()
+        await server.wait()
+    server.stop()
+    server.cut()
+    await server.wait()
+    assert server.connections() == []
+
+
+async def test_a_destination_of_images_that_change(
+    images: WrittenImages, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(images) as server:
+        with connect(server) as destination:
+            await get(destination)
+            os.utime(images.tasks[0].pages)
+            destination.send(GET, 1, A, 100)
+            assert await is_over(destination)
+        while not server.statistics.ended:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    assert "the images have changed since they were read; start the server anew; closed after" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"port": 65536}, r"^port: expected 0 to 65535, not 65536$"),
+        ({"max_connections": 0}, r"^max_connections: expected 1 or more, not 0$"),
+        ({"stall_timeout": 0.0}, r"^stall_timeout: expected more than 0 seconds, not 0\.0$"),
+        ({"idle_timeout": -1.0}, r"^idle_timeout: expected more than 0 seconds, not -1\.0$"),
+        ({"stall_timeout": float("inf")}, r"^stall_timeout: expected more than 0 seconds, not inf$"),
+        (
+            {"allow": ("10.0.0.0/8",)},
+            r"^allow: expected networks such as ipaddress\..*, not '10\.0\.0\.0/8'$",
+        ),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Config(tmp_path, **settings)
+
+
+def test_a_listener_beside_a_connection(tmp_path: Path) -> None:
+    ours, theirs = loopback()
+    with ours, theirs, pytest.raises(ValueError, match=r"^expected a listener or a connection, or neither$"):
+        Config(tmp_path, listener=ours, connection=theirs)

@@ -163,6 +163,15 @@ def test_idle_and_standing_still(images: WrittenImages, tmp_path: Path) -> None:
     assert len(c.warnings) == 1
 
 
+@pytest.mark.parametrize("where", ["nowhere/stats.json", "directory"])
+def test_statistics_that_could_not_be_written_are_told_at_the_start(
+    where: str, images: WrittenImages, tmp_path: Path
+) -> None:
+    (tmp_path / "directory").mkdir()
+    with command(images.directory, tmp_path, "--stats-file", where, ready=b"") as c:
+        assert f"--stats-file {tmp_path / where}: " in c.failed()
+
+
 # ---- one connection ----------------------------------------------------------------------
 
 
@@ -291,7 +300,7 @@ def test_in_the_background(images: WrittenImages, tmp_path: Path) -> None:
             destination = c.connect()
             assert destination.get(100, A) == page(0)
             assert destination.close() == 0
-            until(lambda: "Lazy memory:   1 pages" in c.log)
+            until(lambda: "Lazy memory:   1 page " in c.log)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)

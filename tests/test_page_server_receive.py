@@ -25,7 +25,7 @@ pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 
 from criupy._uffd.image_linux import Image
 from criupy._uffd.server_linux import Server
-from criupy.errors import PageServerError, UffdError
+from criupy.errors import ImageError, PageServerError, UffdError
 from criupy.images import check_pages, present_pages, read_pagemap, read_shared_pagemap
 from criupy.images._pagemap import PagemapStyle
 from criupy.page_server import Account, Config, Ending, PageServer, open_page_receiver
@@ -710,3 +710,60 @@ async def test_a_parent_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(PageServerError, match="does not lead to"):
         async with receive(tmp_path / "1", prev_images_dir="../0"):
             pass  # pragma: no cover
+
+
+# ---- which of those who connect is the dump --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [32], indirect=True)
+async def test_who_begins_no_dump_keeps_nobody_from_it(size: int, tmp_path: Path) -> None:
+    def dump(dumper: Dumper) -> int:
+        dumper.open(task(7))
+        dumper.add(task(7), BASE, pages(0, 3))
+        return dumper.close()
+
+    def connect() -> Dumper:
+        return Dumper(socket.create_connection(("127.0.0.1", r.server.port)), size)
+
+    async with receive(tmp_path / "images", size, once=True) as r:
+        connect().sock.close()
+        with connect() as silent, connect() as lost, connect() as wrong:
+            lost.sock.sendall(b"GET / HTTP/1.1\r\nHost: there\r\n\r\n")
+            wrong.send(GET, 1, BASE, 7)
+            for one in (lost, wrong):
+                assert await trio.to_thread.run_sync(one.is_over)
+            assert await r.dump(dump) == 0
+            assert await trio.to_thread.run_sync(silent.is_over)
+        await r.server.wait()
+        assert r.server.is_whole
+        assert r.server.last is not None
+        assert r.server.last.ending is Ending.CLOSED
+        assert r.server.last.pages == 3
+        assert dict(r.server.statistics.endings) == {"eof": 1, "command": 2, "cut": 1, "closed": 1}
+        assert r.names() == {"pagemap-7.img", "pages-65537.img"}
+
+
+@pytest.mark.parametrize("size", [32], indirect=True)
+async def test_the_first_that_opens_an_image_is_the_dump(size: int, tmp_path: Path) -> None:
+    async with receive(tmp_path / "images", size, once=True) as r:
+        with (
+            Dumper(socket.create_connection(("127.0.0.1", r.server.port)), size) as first,
+            Dumper(socket.create_connection(("127.0.0.1", r.server.port)), size) as second,
+        ):
+            await trio.to_thread.run_sync(first.open, task(7))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                second.send(OPEN2, dst_id=task(7))
+            assert await trio.to_thread.run_sync(second.is_over)
+            assert await trio.to_thread.run_sync(first.close) == 0
+        await r.server.wait()
+        assert r.server.is_whole
+
+
+async def test_a_chain_that_is_broken_gets_no_link(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    (tmp_path / "1" / "parent").symlink_to("../nowhere")
+    with pytest.raises(ImageError):
+        async with receive(tmp_path / "2", prev_images_dir="../1"):
+            pass
+    assert list((tmp_path / "2").iterdir()) == []

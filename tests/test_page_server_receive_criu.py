@@ -295,8 +295,9 @@ async def test_a_refused_image_fails_the_dump(criu: Criu, tmp_path: Path) -> Non
     """No inode is left: the answer to OPEN2 never comes."""
     pages = tmp_path / "pages"
     pages.mkdir()
-    with disk(pages, "nr_inodes=1"), victim(tmp_path) as process:
+    with disk(pages, "nr_inodes=2"), victim(tmp_path) as process:
         async with receive(pages) as server:
+            (pages / "the last").touch()
             await dump_fails(criu, process, tmp_path / "images", server.port)
             assert await ended(server) is Ending.REFUSED
 

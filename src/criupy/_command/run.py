@@ -15,7 +15,7 @@ from criupy._command.line import Answer
 from criupy._command.parser import UsageError
 from criupy.errors import CommandError, CriupyError
 
-__all__ = ["display", "lead_nowhere", "run_command", "write_stats", "write_whole"]
+__all__ = ["check_writable", "display", "lead_nowhere", "run_command", "write_stats", "write_whole"]
 
 log = logging.getLogger("criupy.command")
 
@@ -74,6 +74,15 @@ def lead_nowhere(stream: IO[str]) -> None:
         null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(null, stream.fileno())
         os.close(null)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise CommandError now for a file that ``write_whole`` could not write at the end."""
+    if not path.parent.is_dir():
+        raise CommandError(f"{option} {path}: {path.parent} is no directory")
+    is_special = path.is_symlink() or (path.exists() and not path.is_file())
+    if path.is_dir() or not os.access(path if is_special else path.parent, os.W_OK):
+        raise CommandError(f"{option} {path}: it cannot be written")
 
 
 def write_stats(path: Path, statistics: Mapping[str, object]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from criupy._command.getopt import show
 
-__all__ = ["descriptor", "number", "optional_descriptor", "path", "port", "seconds", "text"]
+__all__ = ["descriptor", "host", "number", "optional_descriptor", "path", "port", "seconds", "text"]
 
 _LONGEST = 7 * 86400.0  # seconds; TCP_USER_TIMEOUT ends at 24 days
 
@@ -53,6 +53,11 @@ def text(word: str) -> str:
     if not word:
         raise argparse.ArgumentTypeError("is empty")
     return word
+
+
+def host(word: str) -> str:
+    """Take an address or a name; an IPv6 address may stand in brackets."""
+    return text(word[1:-1] if word.startswith("[") and word.endswith("]") else word)
 
 
 def path(word: str) -> Path:

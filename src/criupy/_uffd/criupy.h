@@ -319,16 +319,17 @@ struct criupy_server_config {
 #define CRIUPY_SERVED_REFUSED 9		/* an answer said no; error */
 #define CRIUPY_SERVED_SPEAKS_TLS 10	/* on a connection without */
 #define CRIUPY_SERVED_TRANSPORT 11	/* fault says what */
-#define CRIUPY_SERVED_COMMAND 12
-#define CRIUPY_SERVED_COUNT 13
-#define CRIUPY_SERVED_ADDRESS 14
-#define CRIUPY_SERVED_ID 15		/* no such task, or of no type that a pagemap has */
-#define CRIUPY_SERVED_PAGE 16		/* not a lazy page of it */
-#define CRIUPY_SERVED_TRUNCATED 17	/* the peer closed inside a frame, or inside pages */
-#define CRIUPY_SERVED_TRAILING 18	/* something came after CLOSE */
-#define CRIUPY_SERVED_FLAGS 19		/* an entry with flags that mean nothing */
-#define CRIUPY_SERVED_ORDER 20		/* an entry that begins before the end of the last */
-#define CRIUPY_SERVED_UNOPENED 21	/* an entry of another image than the one that is open */
+#define CRIUPY_SERVED_CHANGED 12	/* the pages file was written since the image was added */
+#define CRIUPY_SERVED_COMMAND 13
+#define CRIUPY_SERVED_COUNT 14
+#define CRIUPY_SERVED_ADDRESS 15
+#define CRIUPY_SERVED_ID 16		/* no such task, or of no type that a pagemap has */
+#define CRIUPY_SERVED_PAGE 17		/* not a lazy page of it */
+#define CRIUPY_SERVED_TRUNCATED 18	/* the peer closed inside a frame, or inside pages */
+#define CRIUPY_SERVED_TRAILING 19	/* something came after CLOSE */
+#define CRIUPY_SERVED_FLAGS 20		/* an entry with flags that mean nothing */
+#define CRIUPY_SERVED_ORDER 21		/* an entry that begins before the end of the last */
+#define CRIUPY_SERVED_UNOPENED 22	/* an entry of another image than the one that is open */
 
 struct criupy_served {
 	uint64_t serial;
@@ -361,7 +362,8 @@ int criupy_server_serve(struct criupy_server *server, int fd, struct criupy_tran
 			uint64_t *serial);
 /* End a connection; 0 also when it has ended meanwhile. */
 int criupy_server_cut(struct criupy_server *server, uint64_t serial);
-/* An eventfd that becomes readable when a connection has ended or asks something. */
+/* An eventfd that becomes readable when a connection has ended or asks something,
+ * and when its first page has gone. */
 int criupy_server_event_fd(const struct criupy_server *server);
 /* 1 and the account of a connection that has ended, each once, or 0. */
 int criupy_server_next_ended(struct criupy_server *server, struct criupy_served *served);

@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -110,9 +111,20 @@ const struct served_image *server_find(const struct criupy_server *server, uint6
 	return i < server->nr_images && server->images[i].image->id == id ? &server->images[i] : NULL;
 }
 
+int server_check_pages(const struct served_image *served)
+{
+	struct stat now;
+
+	if (fstat(served->fd, &now) < 0)
+		return -errno;
+	return now.st_size == served->size && now.st_mtim.tv_sec == served->written.tv_sec &&
+		now.st_mtim.tv_nsec == served->written.tv_nsec ? 0 : -ESTALE;
+}
+
 int criupy_server_add_image(struct criupy_server *server, struct criupy_image *image, int fd)
 {
 	size_t i = image_index(server, image->id);
+	struct stat pages;
 
 	if (server->nr_connections)
 		return -EBUSY;
@@ -120,6 +132,8 @@ int criupy_server_add_image(struct criupy_server *server, struct criupy_image *i
 		return -EINVAL;
 	if (server_find(server, image->id))
 		return -EEXIST;
+	if (fstat(fd, &pages) < 0)
+		return -errno;
 	if (server->nr_images == server->room_images) {
 		size_t room = server->room_images ? 2 * server->room_images : 8;
 		struct served_image *images = realloc(server->images, room * sizeof(*images));
@@ -130,7 +144,9 @@ int criupy_server_add_image(struct criupy_server *server, struct criupy_image *i
 		server->room_images = room;
 	}
 	memmove(server->images + i + 1, server->images + i, (server->nr_images - i) * sizeof(*server->images));
-	server->images[i] = (struct served_image){ .image = image, .fd = fd };
+	server->images[i] = (struct served_image){
+		.image = image, .fd = fd, .size = pages.st_size, .written = pages.st_mtim,
+	};
 	server->nr_images++;
 	return 0;
 }

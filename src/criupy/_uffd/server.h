@@ -5,6 +5,7 @@
 
 #include <pthread.h>
 #include <sys/types.h>
+#include <time.h>
 
 #include "internal.h"
 
@@ -28,7 +29,9 @@
 
 struct served_image {
 	struct criupy_image *image;
-	int fd;			/* its pages file */
+	int fd;			/* its pages file, which was so when the image was added */
+	off_t size;
+	struct timespec written;
 };
 
 struct criupy_server {
@@ -79,6 +82,7 @@ struct connection {
 	size_t frame_size;
 	uint64_t timeout_ns;		/* what the socket's receive timeout is set to */
 	uint64_t partial_ns;		/* since when a frame is incomplete */
+	const struct served_image *unchanged;	/* looked at since something was received */
 	bool closing;			/* CLOSE was answered */
 	struct upload *upload;		/* NULL until something is opened */
 	uint64_t offset;		/* in the stream, of the next frame */
@@ -92,6 +96,8 @@ uint64_t server_now_ns(void);
 /* Make the eventfd readable. */
 void server_wake(const struct criupy_server *server);
 const struct served_image *server_find(const struct criupy_server *server, uint64_t id);
+/* 0 while nobody has written to the pages file, -ESTALE, or -errno. */
+int server_check_pages(const struct served_image *served);
 
 /* ---- server_connection.c ------------------------------------------------------- */
 

@@ -3,7 +3,8 @@
  * A short answer is read into the buffer behind the answers before it, and all
  * go with one send: at one page each, system calls are what costs. A long one
  * goes from the page cache to the socket. Nothing is mapped, so nothing of an
- * image is ever resident here.
+ * image is ever resident here. Once for all that was received together is looked
+ * whether somebody writes to it: other bytes than were dumped are worse than none.
  *
  * Over a transport every header has a record of its own and pages begin one, as
  * a stock server sends them: a stock client that took a header out of a record
@@ -44,6 +45,14 @@ int answer_get(struct connection *c, const struct criupy_frame *frame)
 	served = server_find(c->server, frame->dst_id);
 	if (!served)
 		return connection_fail(c, CRIUPY_SERVED_ID, 0);
+	if (served != c->unchanged) {
+		int result = server_check_pages(served);
+
+		if (result < 0)
+			return result == -ESTALE ? connection_fail(c, CRIUPY_SERVED_CHANGED, 0)
+						 : connection_fail(c, CRIUPY_SERVED_DATA, -result);
+		c->unchanged = served;
+	}
 	i = image_extent_after(served->image, frame->vaddr);
 	e = &served->image->extents[i];
 	if (i == served->image->nr_extents || frame->vaddr < e->start)

@@ -69,6 +69,7 @@ static int receive(struct connection *c)
 	if (arm(c) < 0)
 		return -1;
 	got = stream_receive(c, c->in + c->in_end, SERVER_IN - c->in_end);
+	c->unchanged = NULL;
 	if (got > 0) {
 		c->in_end += (size_t)got;
 		c->counted.bytes_received += (uint64_t)got;
@@ -186,8 +187,12 @@ void connection_serve(struct connection *c)
 				return;
 		if (connection_flush(c, false) < 0)
 			return;
-		if (!c->counted.first_ns && c->counted.nr_pages)
+		if (!c->counted.first_ns && c->counted.nr_pages) {
 			c->counted.first_ns = server_now_ns();
-		connection_publish(c);
+			connection_publish(c);
+			server_wake(c->server);
+		} else {
+			connection_publish(c);
+		}
 	}
 }

@@ -39,6 +39,7 @@ class Ending(enum.IntEnum):
     REFUSED = lib.CRIUPY_SERVED_REFUSED
     SPEAKS_TLS = lib.CRIUPY_SERVED_SPEAKS_TLS
     TRANSPORT = lib.CRIUPY_SERVED_TRANSPORT
+    CHANGED = lib.CRIUPY_SERVED_CHANGED
     COMMAND = lib.CRIUPY_SERVED_COMMAND
     COUNT = lib.CRIUPY_SERVED_COUNT
     ADDRESS = lib.CRIUPY_SERVED_ADDRESS
@@ -203,11 +204,15 @@ class Server:
 
     def cut(self, serial: int) -> None:
         """End a connection, unless it has ended."""
-        check("cut a connection", lib.criupy_server_cut(self._server, serial))
+        if self._server is not None:
+            check("cut a connection", lib.criupy_server_cut(self._server, serial))
 
     @property
     def event_fd(self) -> int:
-        """Readable when a connection has ended or asks something; ``ended`` resets it."""
+        """Readable when a connection has ended, asks something or was given its first page.
+
+        ``ended`` resets it.
+        """
         return int(lib.criupy_server_event_fd(self._server))
 
     def ended(self) -> Iterator[Account]:
@@ -238,6 +243,8 @@ class Server:
             check("answer an upload", result)
 
     def connections(self, room: int) -> list[Account]:
-        """Return the accounts of at most ``room`` connections that go on."""
+        """Return the accounts of at most ``room`` connections that go on: none when it is closed."""
+        if self._server is None:
+            return []
         served = ffi.new("struct criupy_served[]", room)
         return [_account(served[i]) for i in range(lib.criupy_server_connections(self._server, served, room))]

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from criupy._command.log import open_log
-from criupy._command.run import display, run_command, write_stats
+from criupy._command.run import check_writable, display, run_command, write_stats
 from criupy.errors import LazyPagesError
 from criupy.lazy_pages._options import LazyPagesOptions, parse
 from criupy.lazy_pages._parser import PROGRAM
@@ -66,6 +66,8 @@ def _run(options: LazyPagesOptions) -> int:
     handler = open_log(options.verbosity, options.log_file, options.work_dir)
     for warning in options.warnings:
         log.warning("%s", warning)
+    if options.stats_file is not None:
+        check_writable("--stats-file", options.work_dir / options.stats_file)
     config = Config(
         images_dir=options.images_dir,
         page_server=options.page_server,

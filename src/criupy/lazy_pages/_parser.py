@@ -80,7 +80,7 @@ def _add_source(group: Group) -> None:
         "fetch pages from the page server at --address and --port, a waiting criu dump --lazy-pages or a "
         "criu page-server --lazy-pages; without it from the images",
     )
-    group.value("--address", "ADDR", "IPv4 or IPv6 address or name of the page server", type=values.text)
+    group.value("--address", "ADDR", "IPv4 or IPv6 address or name of the page server", type=values.host)
     group.value("--port", "PORT", "its port", type=values.port)
     group.value(
         "--ps-socket",

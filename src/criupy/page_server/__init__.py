@@ -8,19 +8,40 @@ system, using it needs Linux.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from criupy.page_server._receiver_linux import open_page_receiver
-    from criupy.page_server._server_linux import Account, Config, Ending, PageServer, open_page_server
+from criupy.page_server._config import Config
+from criupy.page_server._statistics import Statistics
 
-__all__ = ["Account", "Config", "Ending", "PageServer", "open_page_receiver", "open_page_server"]
+if TYPE_CHECKING:
+    from criupy._uffd.server_linux import Account, Ending
+    from criupy.page_server._receiver_linux import open_page_receiver
+    from criupy.page_server._server_linux import PageServer
+    from criupy.page_server._serving_linux import open_page_server
+
+__all__ = [
+    "Account",
+    "Config",
+    "Ending",
+    "PageServer",
+    "Statistics",
+    "open_page_receiver",
+    "open_page_server",
+]
+
+
+_OF_LINUX = {
+    "Account": "criupy._uffd.server_linux",
+    "Ending": "criupy._uffd.server_linux",
+    "PageServer": "criupy.page_server._server_linux",
+    "open_page_receiver": "criupy.page_server._receiver_linux",
+    "open_page_server": "criupy.page_server._serving_linux",
+}
 
 
 def __getattr__(name: str) -> object:
     # The server loads the native part and trio; neither is for those who only import.
-    if name in __all__:
-        from criupy.page_server import _receiver_linux, _server_linux
-
-        return getattr(_receiver_linux if name == "open_page_receiver" else _server_linux, name)
+    if name in _OF_LINUX:
+        return getattr(importlib.import_module(_OF_LINUX[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,9 +6,14 @@ import ipaddress
 from collections.abc import Sequence
 from typing import TypeAlias
 
-__all__ = ["Network", "is_allowed", "is_loopback", "parse_network"]
+__all__ = ["Network", "at", "is_allowed", "is_loopback", "parse_network"]
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def at(host: str, port: int) -> str:
+    """Write an address and a port as people do."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_network(text: str) -> Network:

@@ -10,8 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from criupy._command.log import open_log
-from criupy._command.run import display, run_command, write_stats, write_whole
+from criupy._command.run import check_writable, display, run_command, write_stats, write_whole
 from criupy.errors import CommandError, PageServerError
+from criupy.page_server._access import at
 from criupy.page_server._options import PageServerOptions, parse
 from criupy.page_server._parser import PROGRAM
 from criupy.page_server._statistics import Statistics, summary
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
     import trio
 
+    from criupy.page_server._config import Config
     from criupy.page_server._images import ServedTask
-    from criupy.page_server._server_linux import Config, PageServer
+    from criupy.page_server._server_linux import PageServer
 
 __all__ = ["main"]
 
@@ -60,6 +62,8 @@ def _run(options: PageServerOptions) -> int:
     open_log(options.verbosity, options.log_file, options.work_dir)
     for warning in options.warnings:
         log.warning("%s", warning)
+    if options.stats_file is not None:
+        check_writable("--stats-file", options.work_dir / options.stats_file)
     tasks: list[ServedTask] = []
     if options.lazy_pages:
         tasks = list(load_tasks(options.images_dir))
@@ -92,7 +96,8 @@ def _inherited(fd: int) -> socket.socket:
 def _configure(options: PageServerOptions, connection: socket.socket | None) -> Config:
     """Listen, tell where, and put together how to serve."""
     from criupy.page_server._admission_linux import Admission
-    from criupy.page_server._server_linux import Config, listen
+    from criupy.page_server._config import Config
+    from criupy.page_server._socket_linux import listen
 
     if options.tls is not None:
         Admission(options.tls, options.address)  # to tell what is wrong with the files
@@ -100,7 +105,7 @@ def _configure(options: PageServerOptions, connection: socket.socket | None) -> 
     if connection is None:
         listener = listen(options.address, options.port)
         host, port = listener.getsockname()[:2]
-        log.info("listening on %s:%d", f"[{host}]" if ":" in host else host, port)
+        log.info("listening on %s", at(host, port))
         if options.port_file is not None:
             write_whole("--port-file", options.work_dir / options.port_file, f"{port}\n")
     return Config(
@@ -143,7 +148,8 @@ async def _serve(options: PageServerOptions, config: Config, tasks: list[ServedT
         write_stats(options.work_dir / options.stats_file, statistics.to_json())
     if config.once or config.connection is not None:
         _check_only(server, received=not options.lazy_pages)
-    _check_all(statistics)
+    else:
+        _check_all(statistics)
     return 0
 
 
@@ -151,10 +157,10 @@ def _open(
     options: PageServerOptions, config: Config, tasks: list[ServedTask]
 ) -> AbstractAsyncContextManager[PageServer]:
     from criupy.page_server._receiver_linux import open_page_receiver
-    from criupy.page_server._server_linux import open_page_server
+    from criupy.page_server._serving_linux import serve_tasks
 
     if options.lazy_pages:
-        return open_page_server(config, tasks=_taken(tasks))
+        return serve_tasks(config, _taken(tasks))
     return open_page_receiver(config, prev_images_dir=options.prev_images_dir, auto_dedup=options.auto_dedup)
 
 
@@ -192,7 +198,7 @@ class _Stopping:
 
 def _check_only(server: PageServer, *, received: bool) -> None:
     """Raise PageServerError unless the only connection ended as it should."""
-    from criupy.page_server._server_linux import Ending
+    from criupy._uffd.server_linux import Ending
 
     last = server.last
     if last is None:
@@ -211,5 +217,5 @@ def _check_all(statistics: Statistics) -> None:
     """Raise PageServerError when destinations lack pages because of this server."""
     if cut := statistics.endings["cut"]:
         raise PageServerError(f"asked to stop, and {cut} of those connected were cut: they may lack pages")
-    if failed := statistics.endings["data"] + statistics.endings["error"]:
+    if failed := sum(statistics.endings[name] for name in ("data", "changed", "error")):
         raise PageServerError(f"{failed} connections failed here, see the warnings: they may lack pages")

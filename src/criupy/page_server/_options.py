@@ -119,6 +119,10 @@ def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str
             )
             if there
         ]
+    elif given.once:
+        warnings.append(
+            "--once has no effect without --lazy-pages: a page server that receives ends with the dump"
+        )
     if given.ps_socket is not None:
         warnings += [
             f"{name} no effect beside --ps-socket"

@@ -61,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
         "restore them lazily. Without: receive what one criu dump --page-server sends, and end with it. "
         "Takes the place of criu page-server and reads its command line.",
         epilog="CRIU's configuration files are not read. Exit status: 0 when all went well, 1 otherwise; "
-        "with --once that is when the one destination has ended its session, and not merely gone away.",
+        "with --once that is when the one destination has ended its session, and not merely gone away. "
+        "Who connects and asks for nothing ends no page server.",
     )
     _add_pages(Group(parser, "What is served"))
     _add_network(Group(parser, "To whom"))
@@ -102,7 +103,7 @@ def _add_network(group: Group) -> None:
         "--address",
         "ADDR",
         "IPv4 or IPv6 address or name to listen on (default: 127.0.0.1; criu page-server listens on 0.0.0.0)",
-        type=values.text,
+        type=values.host,
     )
     group.value(
         "--port",
@@ -131,7 +132,10 @@ def _add_network(group: Group) -> None:
         default=[],
     )
     group.switch(
-        "--once", "once", "with --lazy-pages: serve one destination and end, as criu page-server does"
+        "--once",
+        "once",
+        "with --lazy-pages: end with the first destination that was given a page, as criu page-server does "
+        "with the first that connects",
     )
 
 
@@ -139,7 +143,7 @@ def _add_limits(group: Group) -> None:
     group.value(
         "--max-connections",
         "N",
-        "refuse more than N destinations at a time (default: 64)",
+        "refuse more than N connections at a time (default: 64), and more than half of them from one address",
         type=partial(values.number, low=1, high=_MOST_CONNECTIONS, what="a number of connections"),
         default=64,
     )

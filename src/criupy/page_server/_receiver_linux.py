@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,8 +17,10 @@ import trio
 
 from criupy._uffd.server_linux import Account, Question, Server, punch_hole
 from criupy.errors import ImageError, PageServerError
-from criupy.images import PID_MAX, PagemapStyle
-from criupy.page_server._server_linux import Config, PageServer, running
+from criupy.images import PID_MAX, PagemapStyle, parent_chain
+from criupy.page_server._config import Config
+from criupy.page_server._server_linux import PageServer, running
+from criupy.page_server._statistics import counted
 from criupy.page_server._telling_linux import tell_upload
 from criupy.page_server._writer import Finished, ImagesDirectory, UploadedImages
 from criupy.wire.page_server import Command, ImageType, decode_image_id
@@ -146,6 +149,7 @@ def _link_parent(images_dir: Path, previous: str | os.PathLike[str]) -> None:
     link = images_dir / _LINK
     if not (images_dir / target).is_dir():
         raise PageServerError(f"{images_dir / target}: no such directory; see --prev-images-dir")
+    parent_chain(images_dir / target)  # what is wrong with it is told before the link is there
     try:
         link.symlink_to(target)
     except FileExistsError as error:
@@ -168,11 +172,13 @@ def _prepare(directory: ImagesDirectory, previous: str | os.PathLike[str] | None
         _link_parent(directory.path, previous)
     parents = directory.parents()
     try:
+        with tempfile.TemporaryFile(dir=directory.path):
+            pass  # that nothing can be written is told now, and not when a dump comes
         removed = directory.remove_left_overs() if is_ours else 0
     except OSError as error:
         raise PageServerError(f"{directory.path}: {error.strerror}; see --images-dir") from error
     if removed:
-        log.info("%s: removed %d files of an upload that was interrupted", directory.path, removed)
+        log.info("%s: removed %s of an upload that was interrupted", directory.path, counted(removed, "file"))
     based = f", based on {parents[0]}" if parents else ""
     log.info("%s: receives images%s", directory.path, based)
 

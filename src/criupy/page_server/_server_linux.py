@@ -5,67 +5,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
-import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import trio
 
-from criupy._tls.files import TlsFiles
 from criupy._tls.tls_linux import TlsSession
-from criupy._uffd.image_linux import Image
 from criupy._uffd.server_linux import Account, Ending, Question, Server
 from criupy.errors import PageServerError, TlsError
-from criupy.page_server._access import Network, is_allowed, is_loopback
+from criupy.page_server._access import at, is_allowed, is_loopback
 from criupy.page_server._admission_linux import Admission, take
-from criupy.page_server._images import ServedTask, load_tasks, open_pages
+from criupy.page_server._config import Config
+from criupy.page_server._socket_linux import listen, prepare
 from criupy.page_server._statistics import Statistics
 from criupy.page_server._telling_linux import tell
 
-__all__ = ["Account", "Config", "Ending", "PageServer", "listen", "open_page_server"]
+__all__ = ["PageServer", "Uploads", "running"]
 
 log = logging.getLogger("criupy.page_server")
 
-_BACKLOG = 128
 # Until a connection ends, or the limit is raised.
 _OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 # The listener's own failures; all others are those of one connection.
 _NO_LISTENER = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
 _PAUSE = 0.1
-# Dead peers show within 40 seconds also while they ask for nothing.
-_KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """How to serve.
-
-    ``address`` and ``port`` are where to listen (0 lets the kernel choose), or
-    ``listener`` is an inherited socket that listens already. ``connection`` is
-    an inherited socket that is connected: it is served, and nothing else.
-    ``allow`` are the networks that peers may come from, all when it is empty.
-    ``once`` serves one connection, as CRIU does. Timeouts are in seconds:
-    ``stall_timeout`` for a peer that stops in the middle of something,
-    ``idle_timeout`` for one that asks for nothing (None: for ever). With ``tls``
-    peers need a certificate, which (unless it says otherwise) must be for
-    ``address``: so CRIU has it, whose hosts use one certificate for either end.
-    """
-
-    images_dir: Path
-    address: str = "127.0.0.1"
-    port: int = 0
-    listener: socket.socket | None = None
-    connection: socket.socket | None = None
-    allow: tuple[Network, ...] = ()
-    once: bool = False
-    max_connections: int = 64
-    stall_timeout: float = 30.0
-    idle_timeout: float | None = None
-    tls: TlsFiles | None = None
 
 
 class Uploads(Protocol):
@@ -78,9 +42,10 @@ class Uploads(Protocol):
         """Discard what an ended connection left unfinished, tell of it, and whether all had come."""
 
 
-def at(host: str, port: int) -> str:
-    """Write an address and a port as people do."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    name: str
+    host: str
 
 
 class PageServer:
@@ -91,21 +56,20 @@ class PageServer:
 
     def __init__(self, config: Config, native: Server, uploads: Uploads | None = None) -> None:
         self._config = config
-        self._unchecked = 0  # connections whose handshake is not done
         self._native = native
         self._uploads = uploads
-        self._peers: dict[int, str] = {}
-        self._unchecked = 0  # connections whose handshake is not done
-        self._served = False
+        self._peers: dict[int, _Peer] = {}
+        self._unchecked: list[_Peer] = []  # their handshake is not done
+        self._only: int | None = None  # with ``once``: whom it was all for
         self._accepting = trio.CancelScope()
         self._accepts = True
         self._changed = trio.Event()
         self.address: str = ""
         self.port: int = 0
         self.statistics: Statistics = Statistics()
-        #: The account of the only connection of a server with ``once``, when it has ended.
+        #: The account of the connection that ended last; with ``once`` only of the one that counts.
         self.last: Account | None = None
-        #: Whether all had come of the last upload.
+        #: Whether all had come of it that was to be received.
         self.is_whole: bool = False
         self._admission = None if config.tls is None else Admission(config.tls, config.address)
 
@@ -124,12 +88,18 @@ class PageServer:
 
     def cut(self) -> None:
         """End every connection now."""
+        self._cut(keep=None)
+
+    def _cut(self, keep: int | None) -> None:
         for serial in self._peers:
-            self._native.cut(serial)
+            if serial != keep:
+                self._native.cut(serial)
+
+    # ---- those who come ------------------------------------------------------
 
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         with self._accepting, listener:
-            while not (self._served and self._config.once):
+            while True:
                 try:
                     connection, peer = await listener.accept()
                 except OSError as error:
@@ -144,45 +114,51 @@ class PageServer:
         self._notify()
 
     def _admit(
-        self, connection: trio.socket.SocketType, peer: tuple[str, int], nursery: trio.Nursery
+        self, connection: trio.socket.SocketType, address: tuple[str, int], nursery: trio.Nursery
     ) -> bool:
         """Serve a connection, or refuse it; tell which. With TLS that shows later."""
-        host, port = peer[:2]
-        name = at(host, port)
+        peer = _Peer(at(*address[:2]), address[0])
         with connection:
-            if not is_allowed(host, self._config.allow):
-                log.warning("%s: refused, it is in no network that is allowed", name)
-                return False
-            connected = len(self._peers) + self._unchecked
-            if connected >= self._config.max_connections:
-                log.warning("%s: refused, %d are connected already", name, connected)
-                return False
-            try:
-                self._take(connection, name, nursery)
-            except OSError as error:
-                log.warning("%s: refused, %s", name, error)
-                return False
-        return True
+            refusal = self._refusal(peer)
+            if refusal is None:
+                try:
+                    self._take(connection, peer, nursery)
+                except OSError as error:
+                    refusal = str(error)
+        if refusal is not None:
+            log.warning("%s: refused, %s", peer.name, refusal)
+        return refusal is None
+
+    def _refusal(self, peer: _Peer) -> str | None:
+        if not is_allowed(peer.host, self._config.allow):
+            return "it is in no network that is allowed"
+        connected = [*self._peers.values(), *self._unchecked]
+        if len(connected) >= self._config.max_connections:
+            return f"{len(connected)} are connected already"
+        from_there = sum(other.host == peer.host for other in connected)
+        if from_there >= self._config.share:
+            return f"{from_there} from its address are connected already, which is half of all"
+        return None
 
     def _adopt(self, connection: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         """Serve the only connection that there will be."""
         self._accepts = False
         with connection:
             try:
-                self._take(connection, f"the inherited socket {connection.fileno()}", nursery)
+                self._take(connection, _Peer(f"the inherited socket {connection.fileno()}", ""), nursery)
             except OSError as error:
                 raise PageServerError(f"the inherited socket cannot be served: {error}") from error
 
-    def _take(self, connection: trio.socket.SocketType, name: str, nursery: trio.Nursery) -> None:
+    def _take(self, connection: trio.socket.SocketType, peer: _Peer, nursery: trio.Nursery) -> None:
         prepare(connection)
         if self._admission is None:
-            self._serve(connection, name)
+            self._serve(connection, peer)
         else:
-            nursery.start_soon(self._check, self._admission, take(connection), name)
-            self._unchecked += 1
+            nursery.start_soon(self._check, self._admission, take(connection), peer)
+            self._unchecked.append(peer)
 
     def _serve(
-        self, connection: trio.socket.SocketType, name: str, session: TlsSession | None = None
+        self, connection: trio.socket.SocketType, peer: _Peer, session: TlsSession | None = None
     ) -> None:
         """Hand a connection over to a thread."""
         kind = "plain TCP" if session is None else session.describe()
@@ -191,48 +167,74 @@ class PageServer:
         if session is not None:
             session.given()
         connection.detach()
-        self._served = True
-        self._peers[serial] = name
-        log.info("connection %d: from %s, %s", serial, name, kind)
+        self._peers[serial] = peer
+        log.info("connection %d: from %s, %s", serial, peer.name, kind)
 
-    async def _check(self, admission: Admission, connection: trio.socket.SocketType, name: str) -> None:
+    async def _check(self, admission: Admission, connection: trio.socket.SocketType, peer: _Peer) -> None:
         """Serve a peer whose certificate is good; with ``once`` nobody after it."""
         try:
             with connection, await admission.handshake(connection, self._config.stall_timeout) as session:
-                if not (self._config.once and self._served):
-                    self._serve(connection, name, session)
+                if self._only is None:
+                    self._serve(connection, peer, session)
                     return
-            log.warning("%s: refused, another is served", name)
-            self.statistics.refused += 1
+            refusal = "another is served"
         except (TlsError, OSError) as error:
-            log.warning("%s: refused, %s", name, error)
-            self.statistics.refused += 1
+            refusal = str(error)
         finally:
-            if self._served and self._config.once:
-                self.stop()
-            self._unchecked -= 1
+            self._unchecked.remove(peer)
             self._notify()
+        log.warning("%s: refused, %s", peer.name, refusal)
+        self.statistics.refused += 1
+
+    # ---- what becomes of them ------------------------------------------------
 
     async def _reap(self) -> None:
         async with trio.open_nursery() as nursery:
             while True:
                 await trio.lowlevel.wait_readable(self._native.event_fd)
-                for account in self._native.ended():
+                ended = list(self._native.ended())
+                if self._config.once and self._only is None:
+                    self._look_for_the_only([*ended, *self.connections()])
+                for account in ended:
                     nursery.start_soon(self._end, account)
                 if self._uploads is not None:
                     for question in self._native.questions():
-                        nursery.start_soon(self._uploads.answer, question)
+                        self._ask(self._uploads, question, nursery)
+
+    def _look_for_the_only(self, accounts: list[Account]) -> None:
+        # One that was given a page needs the others; one that closed its session needed none. Who merely
+        # connects (to see if there is somebody, or to speak HTTP) keeps nobody from being served.
+        for account in accounts:
+            if self._uploads is None and (account.first_page or account.ending is Ending.CLOSED):
+                self._choose(account.serial)
+                return
+
+    def _choose(self, serial: int) -> None:
+        self._only = serial
+        self.stop()
+        self._cut(keep=serial)
+
+    def _ask(self, uploads: Uploads, question: Question, nursery: trio.Nursery) -> None:
+        if self._config.once and self._only is None:
+            self._choose(question.serial)
+        if self._only in {None, question.serial}:
+            nursery.start_soon(uploads.answer, question)
+        else:
+            self._native.cut(question.serial)
 
     async def _end(self, account: Account) -> None:
         peer = self._peers[account.serial]
+        is_whole = False
         if self._uploads is None:
-            tell(account, peer)
+            tell(account, peer.name)
         else:
             with trio.CancelScope(shield=True):  # its account is given once
-                self.is_whole = await self._uploads.end(account, peer)
+                is_whole = await self._uploads.end(account, peer.name)
         del self._peers[account.serial]
-        self.statistics.add(account, peer)
-        self.last = account
+        self.statistics.add(account, peer.name)
+        is_given = self._config.connection is not None  # there is no other
+        if is_given or not self._config.once or self._only == account.serial:
+            self.last, self.is_whole = account, is_whole
         self._notify()
 
     async def _end_all(self) -> None:
@@ -248,56 +250,6 @@ class PageServer:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
-
-
-def prepare(connection: trio.socket.SocketType) -> None:
-    """Set what a connection to a destination needs."""
-    if connection.family not in {socket.AF_INET, socket.AF_INET6}:
-        return
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE.items():
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _serve_images(native: Server, config: Config, tasks: Iterable[ServedTask] | None) -> None:
-    pages = 0
-    for task in load_tasks(config.images_dir) if tasks is None else tasks:
-        pages += _serve_task(native, task)
-    log.info("%s: %d lazy pages", config.images_dir, pages)
-
-
-def _serve_task(native: Server, task: ServedTask) -> int:
-    entries = task.entries
-    image = Image(task.pid, entries.starts, entries.nr_pages, entries.page_indices)
-    fd = open_pages(task.pages)
-    try:
-        native.add_image(image, fd)
-    except BaseException:
-        os.close(fd)
-        raise
-    log.debug("task %d: %d lazy pages in %d extents", task.pid, sum(entries.nr_pages), len(entries.starts))
-    return sum(entries.nr_pages)
-
-
-def listen(address: str, port: int) -> socket.socket:
-    """Listen on an address; raise PageServerError, in one line, where that is not possible."""
-    where = at(address, port)
-    try:
-        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, socket.gaierror) else "not a name"
-        raise PageServerError(f"{where}: no such address ({reason}); see --address") from error
-    family, kind, protocol, _, bound = found[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(bound)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise PageServerError(f"{where}: {error.strerror}; see --address and --port") from error
-    return listener
 
 
 async def _listener(config: Config) -> trio.socket.SocketType:
@@ -335,22 +287,3 @@ async def running(server: PageServer, config: Config, warning: str) -> AsyncIter
             raise error
     finally:
         del error
-
-
-@contextlib.asynccontextmanager
-async def open_page_server(
-    config: Config, *, tasks: Iterable[ServedTask] | None = None
-) -> AsyncIterator[PageServer]:
-    """Serve the lazy pages of images while the block runs, to any number of destinations.
-
-    What is connected at the end of the block is cut. Raises ImageError for
-    images that cannot be served, PageServerError when it cannot listen, TlsError
-    for files that TLS cannot be done with. ``tasks`` are what the images hold,
-    where they have been read already.
-    """
-    with Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout) as native:
-        await trio.to_thread.run_sync(partial(_serve_images, native, config, tasks))
-        server = PageServer(config, native)
-        warning = "whoever reaches it is given the memory of these processes, in clear text"
-        async with running(server, config, warning):
-            yield server

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from criupy._uffd.server_linux import Account
 
-__all__ = ["Statistics", "summary"]
+__all__ = ["Statistics", "counted", "summary"]
 
 _PAGE_SIZE: Final = 4096
 _KEPT: Final = 1000
@@ -65,14 +65,19 @@ class Statistics:
         }
 
 
+def counted(count: int, what: str) -> str:
+    """Return such as "1 page" or "3 pages"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def summary(statistics: Statistics, *, received: bool) -> str:
     """Return the lines of --display-stats."""
     endings = ", ".join(f"{count:,} {name}" for name, count in sorted(statistics.endings.items()))
     ended = f"{statistics.ended:,} ({endings})" if endings else "0"
     mebibytes = statistics.pages * _PAGE_SIZE / 2**20
-    memory = f"{statistics.pages:,} pages ({mebibytes:,.1f} MiB)"
+    memory = f"{counted(statistics.pages, 'page')} ({mebibytes:,.1f} MiB)"
     return f"Connections:   {ended}, {statistics.refused:,} refused\n" + (
         f"Received:      {memory}"
         if received
-        else f"Lazy memory:   {memory} for {statistics.requests:,} requests"
+        else f"Lazy memory:   {memory} for {counted(statistics.requests, 'request')}"
     )

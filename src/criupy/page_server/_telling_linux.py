@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from criupy._uffd.server_linux import Account, Ending
+from criupy.page_server._statistics import counted
 from criupy.page_server._writer import Finished
 from criupy.wire.page_server import Command, ImageType, decode_image_id
 
@@ -21,6 +22,7 @@ _PROBLEMS: Final = {
     Ending.IDLE: "nothing was asked for too long (--idle-timeout)",
     Ending.STALLED: "the peer stood still in the middle of something for too long (--stall-timeout)",
     Ending.DATA: "the images cannot be read any more: {error}",
+    Ending.CHANGED: "the images have changed since they were read; start the server anew",
     Ending.ERROR: "{error}",
     Ending.SPEAKS_TLS: "the peer speaks TLS, which this server was not told to use (--tls)",
     Ending.TRANSPORT: "{fault}",
@@ -63,8 +65,7 @@ def _frame(account: Account) -> str:
         whose = f"id {account.id:#x}"
     if command in _OPENS:
         return f"{command.name} of {whose}"
-    plural = "" if account.nr_pages == 1 else "s"
-    return f"{command.name} of {account.nr_pages} page{plural} at {account.address:#x} of {whose}"
+    return f"{command.name} of {counted(account.nr_pages, 'page')} at {account.address:#x} of {whose}"
 
 
 def _problem(problems: Mapping[Ending, str], account: Account, why: str | None = None) -> str | None:
@@ -86,7 +87,8 @@ def _seconds(account: Account) -> float:
 
 def tell(account: Account, peer: str) -> None:
     """Log the end of a connection, in one line."""
-    did = f"{account.pages} pages for {account.requests} requests in {_seconds(account):.3f} s"
+    pages, requests = counted(account.pages, "page"), counted(account.requests, "request")
+    did = f"{pages} for {requests} in {_seconds(account):.3f} s"
     problem = _problem(_PROBLEMS, account)
     if problem is None:
         log.info("connection %d: %s has ended, %s", account.serial, peer, did)
@@ -101,18 +103,18 @@ def tell_upload(account: Account, peer: str, finished: Finished | None, why: str
     if problem is None or (finished is None and not account.requests):
         what = "nothing was uploaded"
         if finished is not None:
-            what = f"{finished.pages} pages in {finished.images} images"
+            what = f"{counted(finished.pages, 'page')} in {counted(finished.images, 'image')}"
             if finished.bytes_given_back:
                 what += f", {finished.bytes_given_back >> 10} KiB given back by their parents"
         log.info("connection %d: %s has ended, %s in %.3f s", account.serial, peer, what, seconds)
         return
     left = "nothing of it is left" if finished is None else "its images are whole and stay"
     log.warning(
-        "connection %d: %s: %s; closed after %d pages in %.3f s, %s",
+        "connection %d: %s: %s; closed after %s in %.3f s, %s",
         account.serial,
         peer,
         problem,
-        account.pages,
+        counted(account.pages, "page"),
         seconds,
         left,
     )
