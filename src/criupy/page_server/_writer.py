@@ -4,12 +4,22 @@ Nothing here has its final name before the dumper has said that it is through:
 
     open     pages-N.img.partial is made; is there a parent?
     finish   it is on disk, and so is pagemap-ID.img.partial, which needs all entries
-    commit   all of them get their names, the pages before the pagemap that tells of them
+    commit   all of them get their names, the pages before the pagemaps that tell of them
     discard  all of them go away
 
 So a pagemap image in the directory is always whole, and so are its pages. An
-upload into a directory that has the same pagemap replaces it, and only then
-the pages of the old one go.
+upload into a directory that has the same pagemaps replaces them, and a new one
+is never beside an old one, which would look like a dump and is none. So commit
+goes in steps, each of which is on disk before the next:
+
+    1. The new pages get their names. All that was there before is still whole.
+    2. The old pagemaps go. From here on pagemaps are missing, which no restore overlooks,
+    3. until the new ones have their names.
+    4. The old pages go, as nobody tells of them any more.
+
+That is what a machine that goes down leaves, with pages of nobody perhaps.
+When a step fails, what is new is removed: after the first one the old images
+are still whole, later some or all of them are lost.
 
 That all has come does not say that the dump succeeded: CRIU ends its session
 in good order also when it failed after the pages went. Nothing here can know
@@ -206,30 +216,25 @@ class UploadedImages:
         """Give all images their names; nothing is left to discard."""
         if self._image is not None:
             raise ValueError("commit: the last image is not finished")
-        replaced = [self._old_pages(image) for image in self._done]
+        old = {image.path: self._old_pages(image) for image in self._done if os.path.lexists(image.path)}
         named: list[Path] = []
+        orphans: list[Path] = []
         try:
-            # A machine that goes down in between leaves pages of nobody, but no pagemap without its pages.
-            for paths in (
-                [image.pages_path for image in self._done],
-                [image.path for image in self._done],
-            ):
-                for path in paths:
-                    _partial(path).replace(path)
-                    named.append(path)
+            self._name([image.pages_path for image in self._done], named)
+            for path, pages in old.items():
+                path.unlink()
+                orphans += pages
+            if old:
                 _sync_directory(self._path)
+            self._name([image.path for image in self._done], named)
         except BaseException:
-            if not any(replaced):  # else what was there before would be lost as well
-                for path in reversed(named):  # a pagemap before its pages
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+            _remove([*reversed(named), *orphans])  # a pagemap before its pages
+            with contextlib.suppress(OSError):
+                _sync_directory(self._path)
             raise
         done, self._done = self._done, []
         self._directory._release({image.path for image in done})
-        for old in replaced:
-            if old is not None:
-                with contextlib.suppress(OSError):
-                    old.unlink()
+        _remove(orphans)
         given_back, warnings = self._deduplicate(done)
         return Finished(len(done), sum(image.pages for image in done), given_back, tuple(warnings))
 
@@ -240,19 +245,24 @@ class UploadedImages:
             self._pages_fd = -1
         images = self._done if self._image is None else [*self._done, self._image]
         self._done, self._image = [], None
-        for image in images:
-            for path in (image.path, image.pages_path):
-                with contextlib.suppress(OSError):
-                    _partial(path).unlink()
+        _remove([_partial(path) for image in images for path in (image.path, image.pages_path)])
         self._directory._release({image.path for image in images})
 
-    def _old_pages(self, image: _Image) -> Path | None:
-        """Name the pages of a pagemap that is about to be replaced."""
+    def _name(self, paths: list[Path], named: list[Path]) -> None:
+        """Give files their names, which are on disk then; ``named`` grows by those that have theirs."""
+        for path in paths:
+            _partial(path).replace(path)
+            named.append(path)
+        _sync_directory(self._path)
+
+    def _old_pages(self, image: _Image) -> list[Path]:
+        """Name the pages of a pagemap that is about to be replaced, if they are known and there."""
         try:
             pagemap = _read(self._path, image.image_type, image.number)
         except ImageError:
-            return None
-        return pages_path(self._path, pagemap.pages_id)
+            return []
+        path = pages_path(self._path, pagemap.pages_id)
+        return [path] if path.exists() else []  # else their number may be one of ours now
 
     def _check_holes(
         self, image: _Image, starts: array[int], nr_pages: array[int], flags: array[int]
@@ -332,6 +342,13 @@ def _read(directory: Path, image_type: ImageType, number: int) -> Pagemap:
 def _create(path: Path) -> int:
     """Make a file for us alone: the memory of a process is nobody else's business."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+
+
+def _remove(paths: list[Path]) -> None:
+    """Remove files as far as that can be done."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _sync_directory(path: Path) -> None:
