@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import tracemalloc
+from array import array
 from pathlib import Path
 from unittest import mock
 
@@ -12,7 +15,19 @@ from hypothesis import strategies as st
 
 import images_writer as w
 from criupy.errors import ImageError
-from criupy.images import PagemapStyle, _pagemap, check_pages, pages_path, present_pages, read_pagemap
+from criupy.images import (
+    Pagemap,
+    PagemapStyle,
+    _pagemap,
+    _pagemap_writer,
+    check_pages,
+    pagemap_path,
+    pages_path,
+    present_pages,
+    read_pagemap,
+    shared_pagemap_path,
+    write_pagemap,
+)
 
 PAGE = 4096
 BASE = 0x7F0000000000
@@ -260,3 +275,81 @@ def test_large_pagemap_needs_little_memory(tmp_path: Path) -> None:
     assert len(pagemap) == count
     # Arrays grow by an eighth at a time, and the old block lives while the new one is filled.
     assert peak < 17 * count * 2.5 + 2_000_000
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def columns(runs: list[w.Run]) -> tuple[array[int], array[int], array[int]]:
+    return (
+        array("Q", [run.vaddr or 0 for run in runs]),
+        array("Q", [run.nr_pages for run in runs]),
+        array("B", [run.flags or 0 for run in runs]),
+    )
+
+
+@given(
+    entries=st.lists(
+        st.tuples(
+            st.one_of(st.integers(0, 2000), st.integers(0, (1 << 52) - (1 << 40) - 1)),
+            st.one_of(st.integers(1, 300), st.integers(1, (1 << 32) - 1)),
+            st.sampled_from([1, 2, 4, 6]),
+        ),
+        max_size=50,
+    ),
+    pages_id=st.integers(0, (1 << 32) - 1),
+    style=st.sampled_from(["old", "new"]),
+    batch=st.integers(1, 5),
+)
+def test_images_are_written_as_by_an_independent_writer(
+    entries: list[tuple[int, int, int]], pages_id: int, style: str, batch: int
+) -> None:
+    runs = [w.Run(page * PAGE, count, flags) for page, count, flags in entries]
+    file = io.BytesIO()
+    with (
+        mock.patch.object(_pagemap_writer, "_BATCH", batch),
+        mock.patch.object(_pagemap_writer, "_MAX_RESTS", batch),
+    ):
+        write_pagemap(file, pages_id, *columns(runs), PagemapStyle(style))
+    assert file.getvalue() == w.pagemap(runs, style, pages_id)
+
+
+@given(runs=runs(), style=st.sampled_from(PagemapStyle))
+def test_what_is_written_is_read(
+    runs: list[w.Run], style: PagemapStyle, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("images")
+    path = pagemap_path(directory, 7)
+    written = Pagemap(path, 3, *columns(runs), style if runs else None)
+    with path.open("wb") as file:
+        write_pagemap(file, 3, written.starts, written.nr_pages, written.flags, style)
+    assert read_pagemap(directory, 7) == written
+
+
+def test_a_count_that_the_old_style_has_no_room_for() -> None:
+    runs = columns([w.Run(BASE, 1 << 32, 2)])
+    write_pagemap(io.BytesIO(), 1, *runs, PagemapStyle.NEW)
+    with pytest.raises(ValueError, match="4294967296"):
+        write_pagemap(io.BytesIO(), 1, *runs, PagemapStyle.OLD)
+
+
+@pytest.mark.parametrize("counts", [1, 1 << 40])
+def test_writing_a_large_pagemap_needs_little_memory(counts: int) -> None:
+    """Only one batch, and parts of so many entries, whether or not they are alike."""
+    nr = 150_000
+    starts = array("Q", range(BASE, BASE + nr * PAGE, PAGE))
+    nr_pages = array("Q", [1 + i % counts for i in range(nr)])
+    flags = array("B", [2]) * nr
+    with Path(os.devnull).open("wb") as file:
+        tracemalloc.start()
+        try:
+            write_pagemap(file, 1, starts, nr_pages, flags, PagemapStyle.NEW)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < (2_000_000 if counts == 1 else 18_000_000)
+
+
+def test_names(tmp_path: Path) -> None:
+    assert pagemap_path(tmp_path, 7) == tmp_path / "pagemap-7.img"
+    assert shared_pagemap_path(tmp_path, 7) == tmp_path / "pagemap-shmem-7.img"

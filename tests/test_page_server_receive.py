@@ -26,12 +26,10 @@ pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 from criupy._uffd.image_linux import Image
 from criupy._uffd.server_linux import Server
 from criupy.errors import ImageError, PageServerError, UffdError
-from criupy.images import check_pages, present_pages, read_pagemap, read_shared_pagemap
-from criupy.images._pagemap import PagemapStyle
+from criupy.images import PagemapStyle, check_pages, present_pages, read_pagemap, read_shared_pagemap
 from criupy.page_server import Account, Config, Ending, PageServer, open_page_receiver
-from criupy.page_server._writer import _records
 from criupy.testing.wait import until
-from images_writer import Run, pagemap, record
+from images_writer import Run, pagemap
 from page_server_clients import (
     ADD,
     ADD_F,
@@ -230,27 +228,6 @@ async def test_many_entries(tmp_path: Path) -> None:
         found = read_pagemap(r.directory, 7)
         assert list(found.starts) == [BASE + 2 * n * PAGE for n in range(nr)]
         assert (r.directory / f"pages-{found.pages_id}.img").read_bytes() == pages(0, nr)
-
-
-@given(
-    entries=st.lists(
-        st.tuples(
-            st.one_of(st.integers(0, 2000), st.integers(0, (1 << 52) - (1 << 40) - 1)),
-            st.one_of(st.integers(1, 300), st.integers(1, (1 << 32) - 1)),
-            st.sampled_from([1, 2, 4, 6]),
-        ),
-        max_size=50,
-    ),
-    style=st.sampled_from(["old", "new"]),
-)
-def test_entries_are_encoded_as_an_independent_writer_does(
-    entries: list[tuple[int, int, int]], style: str
-) -> None:
-    starts = array("Q", [page << 12 for page, _, _ in entries])
-    counts = array("Q", [count for _, count, _ in entries])
-    flags = array("B", [flag for _, _, flag in entries])
-    expected = [record(Run(page << 12, count, flag).body(style)) for page, count, flag in entries]
-    assert list(_records(PagemapStyle(style), starts, counts, flags)) == expected
 
 
 # ---- what ends an upload --------------------------------------------------------------------------------

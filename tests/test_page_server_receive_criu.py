@@ -167,6 +167,27 @@ async def test_dump_to_us_and_restore(criu: Criu, apart: bool, tmp_path: Path) -
             process.assert_good()
 
 
+async def test_no_restore_overlooks_a_missing_pagemap(criu: Criu, tmp_path: Path) -> None:
+    """The page server relies on it when it replaces images."""
+    images = tmp_path / "images"
+    images.mkdir()
+    client = criupy.AsyncCriu(criu.path)
+    with victim(tmp_path) as process:
+        async with receive(images) as server:
+            await client.dump(process.pid, images_dir=images, page_server=("127.0.0.1", server.port))
+        for pid in process.pids:
+            await trio.to_thread.run_sync(until_reaped, pid)
+        pagemaps = sorted(images.glob("pagemap-*.img"))
+        assert len(pagemaps) == 3
+        for pagemap in pagemaps:
+            aside = pagemap.rename(tmp_path / "aside")
+            with pytest.raises(criupy.CriuError):
+                await client.restore(images_dir=images)
+            aside.rename(pagemap)
+        async with restored(criu, process, images):
+            process.assert_good()
+
+
 async def test_dump_to_us_by_a_socket_that_stays_open(criu: Criu, tmp_path: Path) -> None:
     """As it is when another program made the connection and gave it to CRIU."""
     images = tmp_path / "images"

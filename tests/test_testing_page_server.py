@@ -14,18 +14,9 @@ import trio
 import trio.testing
 
 from criupy.testing.images import STACK_BASE, WrittenImages, write_images
-from criupy.testing.page_server import (
-    ADD_F,
-    CLOSE,
-    FORCE_CLOSE,
-    FRAMES,
-    GET,
-    Behaviour,
-    End,
-    PageServer,
-    Wrong,
-)
+from criupy.testing.page_server import Behaviour, End, PageServer, Wrong
 from criupy.testing.spec import AREA_BASE, PAGE, WorkloadSpec
+from page_server_clients import ADD_F, CLOSE, FORCE_CLOSE, FRAMES, GET, frame
 
 SPEC = WorkloadSpec(size=64 * PAGE, tree=2, areas=2)
 PRESENT_ADD_F = 4 << 16 | ADD_F
@@ -33,7 +24,7 @@ PRESENT_ADD_F = 4 << 16 | ADD_F
 
 class Client:
     def __init__(self, server: PageServer, stream: trio.SocketStream) -> None:
-        self.frame = server.frame
+        self.frame_size = 24 if server.images.count == "old" else 32
         self.stream = stream
         self.buffer = b""
 
@@ -46,13 +37,14 @@ class Client:
         return data
 
     async def say(self, command: int, nr: int = 0, address: int = 0, pid: int = 0) -> None:
-        await self.stream.send_all(self.frame.pack(command, nr, address, pid))
+        await self.stream.send_all(frame(self.frame_size, command, nr, address, pid))
 
     async def get(self, nr: int, address: int, pid: int = 100) -> None:
         await self.say(GET, nr, address, pid)
 
     async def header(self) -> tuple[int, ...]:
-        return self.frame.unpack(await self.exactly(self.frame.size))
+        command, *_, nr, address, pid = FRAMES[self.frame_size].unpack(await self.exactly(self.frame_size))
+        return command, nr, address, pid
 
     async def answer(self) -> tuple[int, bytes]:
         _, nr, _, _ = await self.header()
@@ -95,7 +87,6 @@ async def test_answers(images: WrittenImages) -> None:
     server = PageServer(images)
     second = SPEC.task_areas()[1].start
     async with client_of(server) as client:
-        assert client.frame is FRAMES[24 if images.count == "old" else 32]
         await client.get(5, AREA_BASE + 2 * PAGE)
         await client.get(64, AREA_BASE + 20 * PAGE, 101)  # up to the end of the pagemap entry
         await client.get(1, second)
@@ -138,7 +129,7 @@ async def finish_with_reset(client: Client) -> None:
 async def finish_unread(client: Client) -> None:
     await client.get(24, AREA_BASE)
     # into the pages, so that some are surely there unread
-    assert len(await client.stream.socket.recv(client.frame.size)) == client.frame.size
+    assert len(await client.stream.socket.recv(client.frame_size)) == client.frame_size
     assert await client.stream.socket.recv(1)
 
 
@@ -226,7 +217,7 @@ async def test_cut(how: Literal["fin", "reset"], after: int, tmp_path: Path) -> 
     server = PageServer(write_images(tmp_path / "images", SPEC), Behaviour(cut_after=after, cut_with=how))
     async with client_of(server) as client:
         # all at once: the first answer may be the last
-        gets = [client.frame.pack(GET, 1, AREA_BASE + n * PAGE, 100) for n in range(4)]
+        gets = [frame(client.frame_size, GET, 1, AREA_BASE + n * PAGE, 100) for n in range(4)]
         await client.stream.send_all(b"".join(gets))
         got = b""
         with contextlib.ExitStack() as stack:

@@ -1,9 +1,10 @@
 """CRIU's checkpoint images, read and checked.
 
-Every function takes the images directory (of statistics, CRIU's work
-directory), reads what its name says and raises ImageError with path, offset
-and expectation when a file is not what CRIU writes. ``read_dump`` reads
-everything but the pages. Works on any system; needs no CRIU.
+Every function that reads takes the images directory (of statistics, CRIU's
+work directory), reads what its name says and raises ImageError with path,
+offset and expectation when a file is not what CRIU writes. ``read_dump`` reads
+everything but the pages; only ``write_pagemap`` writes. Works on any system;
+needs no CRIU.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ from criupy.images._pagemap import (
     Pagemap,
     PagemapStyle,
     check_pages,
+    pagemap_path,
     pages_path,
     present_pages,
     read_pagemap,
     read_pagemap_style,
     read_shared_pagemap,
+    shared_pagemap_path,
 )
+from criupy.images._pagemap_writer import write_pagemap
 from criupy.images._stats import (
     DUMP_STATS,
     RESTORE_STATS,
@@ -103,6 +107,7 @@ __all__ = [
     "lazy_entries",
     "lazy_extents",
     "page_totals",
+    "pagemap_path",
     "pages_path",
     "parent_chain",
     "present_pages",
@@ -119,5 +124,7 @@ __all__ = [
     "read_task_memory",
     "read_task_state",
     "read_tasks",
+    "shared_pagemap_path",
     "vma_kind",
+    "write_pagemap",
 ]

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from criupy.errors import ImageError
 from criupy.images._framing import StrPath
 from criupy.images._memory import SharedMemory, TaskMemory, read_shared_memory, read_task_memory
-from criupy.images._pagemap import PagemapStyle, one_style
+from criupy.images._pagemap import PagemapStyle, one_style, pagemap_path, shared_pagemap_path
 from criupy.images._tasks import Inventory, read_inventory
 from criupy.images._tree import Task, read_tasks
 
@@ -44,11 +44,11 @@ def read_dump(images_dir: StrPath) -> Dump:
     memory = {task.pid: read_task_memory(directory, task.pid) for task in tasks if not task.is_zombie}
     shared = read_shared_memory(directory)
     pages = [
-        (directory / f"pagemap-{pid}.img", task.pages.style)
+        (pagemap_path(directory, pid), task.pages.style)
         for pid, task in memory.items()
         if task.pages is not None
     ]
-    pages += [(directory / f"pagemap-shmem-{piece.shmid}.img", piece.pages.style) for piece in shared]
+    pages += [(shared_pagemap_path(directory, piece.shmid), piece.pages.style) for piece in shared]
     return Dump(directory, inventory, parents, tasks, MappingProxyType(memory), shared, one_style(pages))
 
 

@@ -19,6 +19,7 @@ from criupy.images._pagemap import (
     PagemapStyle,
     entry_offset,
     one_style,
+    pagemap_path,
     read_pagemap_style,
 )
 from criupy.images._tasks import PAGE_SHIFT, Mm, TaskState, read_pstree, read_task_state
@@ -167,5 +168,4 @@ def frame_size(images_dir: StrPath) -> FrameSize | None:
 def _styles(images_dir: StrPath) -> Iterator[tuple[Path, PagemapStyle | None]]:
     for task in read_pstree(images_dir):
         if read_task_state(images_dir, task.pid) is not TaskState.DEAD:
-            path = Path(images_dir, f"pagemap-{task.pid}.img")
-            yield path, read_pagemap_style(images_dir, task.pid)
+            yield pagemap_path(images_dir, task.pid), read_pagemap_style(images_dir, task.pid)

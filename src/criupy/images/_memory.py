@@ -19,6 +19,7 @@ from criupy.images._pagemap import (
     Pagemap,
     PagemapStyle,
     check_pages,
+    pagemap_path,
     pages_path,
     read_pagemap,
     read_shared_pagemap,
@@ -179,7 +180,7 @@ def read_task_memory(images_dir: StrPath, pid: int) -> TaskMemory:
     """Add up the memory of a task that is no zombie, from its mm, pagemap and pages images."""
     areas = area_totals(read_mm(images_dir, pid))
     # A broken link is an image that somebody meant to be there: for read_pagemap to refuse.
-    if not os.path.lexists(Path(images_dir, f"pagemap-{pid}.img")):
+    if not os.path.lexists(pagemap_path(images_dir, pid)):
         return TaskMemory(areas, None)
     return TaskMemory(areas, page_totals(images_dir, read_pagemap(images_dir, pid)))
 

@@ -86,16 +86,16 @@ class Pagemap:
 def read_pagemap(images_dir: StrPath, pid: int) -> Pagemap:
     """Read ``pagemap-PID.img``; entries must ascend without overlap."""
     check_pid(pid)
-    return _read_entries(images_dir, f"pagemap-{pid}.img")
+    return _read_entries(pagemap_path(images_dir, pid))
 
 
 def read_shared_pagemap(images_dir: StrPath, shmid: int) -> Pagemap:
     """Read ``pagemap-shmem-SHMID.img``, the pagemap of a piece of shared memory."""
-    return _read_entries(images_dir, f"pagemap-shmem-{shmid}.img")
+    return _read_entries(shared_pagemap_path(images_dir, shmid))
 
 
-def _read_entries(images_dir: StrPath, name: str) -> Pagemap:
-    with open_image(images_dir, name, _framing.PAGEMAP) as image:
+def _read_entries(path: Path) -> Pagemap:
+    with open_image(path.parent, path.name, _framing.PAGEMAP) as image:
         pages_id = _read_head(image)
         starts, nr_pages, flags = array("Q"), array("Q"), array("B")
         style: PagemapStyle | None = None
@@ -115,7 +115,8 @@ def _read_entries(images_dir: StrPath, name: str) -> Pagemap:
 def read_pagemap_style(images_dir: StrPath, pid: int) -> PagemapStyle | None:
     """Tell the style of ``pagemap-PID.img`` by its first entry, None when it has none."""
     check_pid(pid)
-    with open_image(images_dir, f"pagemap-{pid}.img", _framing.PAGEMAP) as image:
+    path = pagemap_path(images_dir, pid)
+    with open_image(path.parent, path.name, _framing.PAGEMAP) as image:
         _read_head(image)
         record = image.read_record()
         return None if record is None else _decode_entry(image, *record)[3]
@@ -147,6 +148,16 @@ def entry_offset(pagemap: Pagemap, index: int) -> int:
             if number == index:
                 return offset
         raise image.error(image.position, "expected the entries read before: the image has changed")
+
+
+def pagemap_path(images_dir: StrPath, pid: int) -> Path:
+    """Name the pagemap image of a task."""
+    return Path(images_dir, f"pagemap-{pid}.img")
+
+
+def shared_pagemap_path(images_dir: StrPath, shmid: int) -> Path:
+    """Name the pagemap image of a piece of shared memory."""
+    return Path(images_dir, f"pagemap-shmem-{shmid}.img")
 
 
 def pages_path(images_dir: StrPath, pages_id: int) -> Path:

@@ -4,12 +4,22 @@ Nothing here has its final name before the dumper has said that it is through:
 
     open     pages-N.img.partial is made; is there a parent?
     finish   it is on disk, and so is pagemap-ID.img.partial, which needs all entries
-    commit   all of them get their names, the pages before the pagemap that tells of them
+    commit   all of them get their names, the pages before the pagemaps that tell of them
     discard  all of them go away
 
 So a pagemap image in the directory is always whole, and so are its pages. An
-upload into a directory that has the same pagemap replaces it, and only then
-the pages of the old one go.
+upload into a directory that has the same pagemaps replaces them, and a new one
+is never beside an old one, which would look like a dump and is none. So commit
+goes in steps, each of which is on disk before the next:
+
+    1. The new pages get their names. All that was there before is still whole.
+    2. The old pagemaps go. From here on pagemaps are missing, which no restore overlooks,
+    3. until the new ones have their names.
+    4. The old pages go, as nobody tells of them any more.
+
+That is what a machine that goes down leaves, with pages of nobody perhaps.
+When a step fails, what is new is removed: after the first one the old images
+are still whole, later some or all of them are lost.
 
 That all has come does not say that the dump succeeded: CRIU ends its session
 in good order also when it failed after the pages went. Nothing here can know
@@ -29,15 +39,13 @@ import contextlib
 import errno
 import os
 import re
-import struct
 import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from criupy.errors import ImageError
 from criupy.images import (
@@ -45,13 +53,14 @@ from criupy.images import (
     Pagemap,
     PagemapStyle,
     check_pages,
+    pagemap_path,
+    pages_path,
     parent_chain,
     read_pagemap,
     read_shared_pagemap,
+    shared_pagemap_path,
+    write_pagemap,
 )
-from criupy.images._framing import COMMON_MAGIC, PAGEMAP
-from criupy.images._pagemap import pages_path
-from criupy.images._schema_pb2 import PagemapEntry, PagemapHead
 from criupy.wire.page_server import PAGE_SHIFT, ImageType
 
 __all__ = ["Finished", "ImagesDirectory", "PunchHole", "UploadedImages"]
@@ -93,7 +102,7 @@ class ImagesDirectory:
         self._punch_hole = punch_hole if auto_dedup else None
         self._lock = threading.Lock()
         self._next_id = _FIRST_PAGES_ID
-        self._uploading: set[str] = set()
+        self._uploading: set[Path] = set()
 
     def remove_left_overs(self) -> int:
         """Remove what a page server that died was writing; only when no other one is alive here."""
@@ -109,26 +118,26 @@ class ImagesDirectory:
     def has_parent(self, image_type: ImageType, number: int) -> bool:
         """Tell whether the parent images have this pagemap."""
         parents = self.parents()
-        return bool(parents) and (parents[0] / _pagemap_name(image_type, number)).exists()
+        return bool(parents) and _pagemap_path(parents[0], image_type, number).exists()
 
-    def _reserve(self, name: str) -> int:
+    def _reserve(self, pagemap: Path) -> int:
         """Reserve a pagemap's name and a number for its pages."""
         with self._lock:
-            if name in self._uploading:
-                raise OSError(errno.EBUSY, "another connection uploads it at this moment", name)
+            if pagemap in self._uploading:
+                raise OSError(errno.EBUSY, "another connection uploads it at this moment", pagemap.name)
             while self._is_taken(self._next_id):
                 self._next_id += 1
-            self._uploading.add(name)
+            self._uploading.add(pagemap)
             self._next_id += 1
             return self._next_id - 1
 
     def _is_taken(self, pages_id: int) -> bool:
         path = pages_path(self.path, pages_id)
-        return path.exists() or path.with_name(path.name + _PARTIAL).exists()
+        return path.exists() or _partial(path).exists()
 
-    def _release(self, names: set[str]) -> None:
+    def _release(self, pagemaps: set[Path]) -> None:
         with self._lock:
-            self._uploading -= names
+            self._uploading -= pagemaps
 
 
 @dataclass(slots=True)
@@ -136,18 +145,12 @@ class _Image:
     image_type: ImageType
     number: int
     pages_id: int
+    path: Path
+    pages_path: Path
     style: PagemapStyle
     parent: Pagemap | None  # until it is finished
     pages: int = 0
     present: tuple[Range, ...] = ()  # of addresses; what the parents need not have any more
-
-    @property
-    def name(self) -> str:
-        return _pagemap_name(self.image_type, self.number)
-
-    @property
-    def pages_name(self) -> str:
-        return f"pages-{self.pages_id}.img"
 
 
 class UploadedImages:
@@ -169,17 +172,18 @@ class UploadedImages:
         """Begin an image; return where to write its pages, which stay ours, and if there is a parent."""
         if self._image is not None:
             raise ValueError("open: the image before is not finished")
-        name = _pagemap_name(image_type, number)
-        if any(image.name == name for image in self._done):
-            raise OSError(errno.EEXIST, "it was uploaded before on this connection", name)
+        path = _pagemap_path(self._path, image_type, number)
+        if any(image.path == path for image in self._done):
+            raise OSError(errno.EEXIST, "it was uploaded before on this connection", path.name)
         parents = self._directory.parents()
         parent = None
-        if parents and (parents[0] / name).exists():
+        if parents and (parents[0] / path.name).exists():
             # What is wrong with it is told before the pages come.
             parent = _read(parents[0], image_type, number)
-        pages_id = self._directory._reserve(name)
-        self._image = _Image(image_type, number, pages_id, style, parent)
-        self._pages_fd = _create(self._path / (self._image.pages_name + _PARTIAL))
+        pages_id = self._directory._reserve(path)
+        pages = pages_path(self._path, pages_id)
+        self._image = _Image(image_type, number, pages_id, path, pages, style, parent)
+        self._pages_fd = _create(_partial(pages))
         return self._pages_fd, parent is not None
 
     def finish(self, starts: array[int], nr_pages: array[int], flags: array[int]) -> None:
@@ -196,13 +200,13 @@ class UploadedImages:
         size = os.fstat(self._pages_fd).st_size
         if size != image.pages << PAGE_SHIFT:
             raise OSError(
-                errno.EIO, f"it has {size} bytes, {image.pages} pages were received", image.pages_name
+                errno.EIO, f"it has {size} bytes, {image.pages} pages were received", image.pages_path.name
             )
         os.fsync(self._pages_fd)
         fd, self._pages_fd = self._pages_fd, -1
         os.close(fd)
-        with os.fdopen(_create(self._path / (image.name + _PARTIAL)), "wb") as file:
-            _write_pagemap(file, image, starts, nr_pages, flags)
+        with os.fdopen(_create(_partial(image.path)), "wb") as file:
+            write_pagemap(file, image.pages_id, starts, nr_pages, flags, image.style)
             file.flush()
             os.fsync(file.fileno())
         self._done.append(image)
@@ -212,30 +216,25 @@ class UploadedImages:
         """Give all images their names; nothing is left to discard."""
         if self._image is not None:
             raise ValueError("commit: the last image is not finished")
-        replaced = [self._old_pages(image) for image in self._done]
+        old = {image.path: self._old_pages(image) for image in self._done if os.path.lexists(image.path)}
         named: list[Path] = []
+        orphans: list[Path] = []
         try:
-            # A machine that goes down in between leaves pages of nobody, but no pagemap without its pages.
-            for names in (
-                [image.pages_name for image in self._done],
-                [image.name for image in self._done],
-            ):
-                for name in names:
-                    (self._path / (name + _PARTIAL)).replace(self._path / name)
-                    named.append(self._path / name)
+            self._name([image.pages_path for image in self._done], named)
+            for path, pages in old.items():
+                path.unlink()
+                orphans += pages
+            if old:
                 _sync_directory(self._path)
+            self._name([image.path for image in self._done], named)
         except BaseException:
-            if not any(replaced):  # else what was there before would be lost as well
-                for path in reversed(named):  # a pagemap before its pages
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+            _remove([*reversed(named), *orphans])  # a pagemap before its pages
+            with contextlib.suppress(OSError):
+                _sync_directory(self._path)
             raise
         done, self._done = self._done, []
-        self._directory._release({image.name for image in done})
-        for old in replaced:
-            if old is not None:
-                with contextlib.suppress(OSError):
-                    old.unlink()
+        self._directory._release({image.path for image in done})
+        _remove(orphans)
         given_back, warnings = self._deduplicate(done)
         return Finished(len(done), sum(image.pages for image in done), given_back, tuple(warnings))
 
@@ -246,19 +245,24 @@ class UploadedImages:
             self._pages_fd = -1
         images = self._done if self._image is None else [*self._done, self._image]
         self._done, self._image = [], None
-        for image in images:
-            for name in (image.name, image.pages_name):
-                with contextlib.suppress(OSError):
-                    (self._path / (name + _PARTIAL)).unlink()
-        self._directory._release({image.name for image in images})
+        _remove([_partial(path) for image in images for path in (image.path, image.pages_path)])
+        self._directory._release({image.path for image in images})
 
-    def _old_pages(self, image: _Image) -> Path | None:
-        """Name the pages of a pagemap that is about to be replaced."""
+    def _name(self, paths: list[Path], named: list[Path]) -> None:
+        """Give files their names, which are on disk then; ``named`` grows by those that have theirs."""
+        for path in paths:
+            _partial(path).replace(path)
+            named.append(path)
+        _sync_directory(self._path)
+
+    def _old_pages(self, image: _Image) -> list[Path]:
+        """Name the pages of a pagemap that is about to be replaced, if they are known and there."""
         try:
             pagemap = _read(self._path, image.image_type, image.number)
         except ImageError:
-            return None
-        return pages_path(self._path, pagemap.pages_id)
+            return []
+        path = pages_path(self._path, pagemap.pages_id)
+        return [path] if path.exists() else []  # else their number may be one of ours now
 
     def _check_holes(
         self, image: _Image, starts: array[int], nr_pages: array[int], flags: array[int]
@@ -269,7 +273,7 @@ class UploadedImages:
         if parent is None:
             start, _ = next(holes)
             raise ImageError(
-                self._path / image.name,
+                image.path,
                 None,
                 f"expected a parent that has the page at {start:#x}: the dump is incremental, "
                 "and these images have no parent with this pagemap",
@@ -305,11 +309,11 @@ class UploadedImages:
         for parent in parents:
             for image in images:
                 try:
-                    if image.present and (parent / image.name).exists():
+                    if image.present and (parent / image.path.name).exists():
                         given_back += _punch(punch_hole, parent, image)
                 except (OSError, ImageError) as error:
                     warnings.append(
-                        f"{parent / image.name}: its pages take more room than they need: {error}"
+                        f"{parent / image.path.name}: its pages take more room than they need: {error}"
                     )
         return given_back, warnings
 
@@ -321,8 +325,13 @@ class UploadedImages:
             return False
 
 
-def _pagemap_name(image_type: ImageType, number: int) -> str:
-    return f"pagemap-{'shmem-' if image_type is ImageType.SHMEM else ''}{number}.img"
+def _pagemap_path(directory: Path, image_type: ImageType, number: int) -> Path:
+    name = shared_pagemap_path if image_type is ImageType.SHMEM else pagemap_path
+    return name(directory, number)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + _PARTIAL)
 
 
 def _read(directory: Path, image_type: ImageType, number: int) -> Pagemap:
@@ -335,70 +344,19 @@ def _create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
 
 
+def _remove(paths: list[Path]) -> None:
+    """Remove files as far as that can be done."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def _sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _write_pagemap(
-    file: BinaryIO, image: _Image, starts: array[int], nr_pages: array[int], flags: array[int]
-) -> None:
-    head = PagemapHead(pages_id=image.pages_id).SerializeToString()
-    file.write(struct.pack("<II", COMMON_MAGIC, PAGEMAP.magic))
-    file.write(_size(len(head)) + head)
-    records = _records(image.style, starts, nr_pages, flags)
-    while batch := b"".join(islice(records, 4096)):
-        file.write(batch)
-
-
-_size: Final = struct.Struct("<I").pack
-
-# An address's varint is three bytes for its low 21 bits, of which a page has 512, and those of the rest.
-_LOW_BITS: Final = 21
-_LOW_VARINTS: Final = tuple(
-    bytes((0x80, 0x80 | page << 5 & 0x7F, 0x80 | page >> 2)) for page in range(1 << _LOW_BITS - PAGE_SHIFT)
-)
-_VADDR_TAG: Final = PagemapEntry(vaddr=0).SerializeToString()[:1]
-
-
-def _records(
-    style: PagemapStyle, starts: array[int], nr_pages: array[int], flags: array[int]
-) -> Iterator[bytes]:
-    """Encode entries, each behind its size.
-
-    A dumper stands still for this, and there may be millions: so a message is
-    put together of parts that were encoded before, which protobuf allows.
-    """
-    rests: dict[tuple[int, int], bytes] = {}
-    high = -1
-    high_varint = b""
-    sizes = [_size(length) for length in range(64)]
-    for start, count, flag in zip(starts, nr_pages, flags, strict=True):
-        rest = rests.get((count, flag))
-        if rest is None:
-            if len(rests) > 1 << 16:
-                rests.clear()
-            rest = rests[count, flag] = _without_address(style, count, flag)
-        if start >> _LOW_BITS != high:
-            high = start >> _LOW_BITS
-            high_varint = PagemapEntry(vaddr=high).SerializeToString()[1:]
-        if high:
-            low = _LOW_VARINTS[start >> PAGE_SHIFT & 0x1FF]
-            body = b"".join((_VADDR_TAG, low, high_varint, rest))
-        else:
-            body = PagemapEntry(vaddr=start).SerializeToString() + rest
-        yield sizes[len(body)] + body
-
-
-def _without_address(style: PagemapStyle, count: int, flag: int) -> bytes:
-    if style is PagemapStyle.NEW:
-        entry = PagemapEntry(compat_nr_pages=0, flags=flag, nr_pages=count)  # the 0 is required
-    else:
-        entry = PagemapEntry(compat_nr_pages=count, flags=flag)
-    return entry.SerializeToString()
 
 
 # ---- ranges --------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """A minimal page server that can misbehave, and that tells what a real source would have done.
 
-It stands for a live `criu dump --lazy-pages`: one connection, requests answered in order. To be deleted
-when criupy has a real one. Frames, commands and flags: criu/page-xfer.c.
+It stands for a live `criu dump --lazy-pages`: one connection, requests answered in order.
 """
 
 from __future__ import annotations
@@ -13,22 +12,15 @@ import random
 import socket as _socket
 import struct
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Literal
 
 import trio
 
-from criupy.testing.images import PE_PRESENT, STACK_BASE, STACK_PAGES, WrittenImages, WrittenTask
+from criupy.testing.images import STACK_BASE, STACK_PAGES, WrittenImages, WrittenTask
 from criupy.testing.spec import PAGE
+from criupy.wire.page_server import NO_FLAGS, STATUS, Command, Frame, FrameSize, PageFlags
 
 __all__ = ["Behaviour", "End", "PageServer", "Request"]
-
-FRAMES: Final = {24: struct.Struct("<IIQQ"), 32: struct.Struct("<I4xQQQ")}
-CMD_BITS: Final = 16
-CMD_MASK: Final = (1 << CMD_BITS) - 1
-ADD_F: Final = 6
-GET: Final = 7
-CLOSE: Final = 0x1023
-FORCE_CLOSE: Final = 0x1024
 
 Wrong = Literal["command", "flags", "count", "zero", "address", "id"]
 
@@ -97,7 +89,7 @@ class PageServer:
 
     images: WrittenImages
     behaviour: Behaviour = Behaviour()
-    frame_size: Literal[24, 32] | None = None
+    frame_size: FrameSize | None = None
     address: str = "127.0.0.1"
     port: int = 0
     end: End | None = None
@@ -119,9 +111,8 @@ class PageServer:
     _random: random.Random = field(default_factory=random.Random)
 
     @property
-    def frame(self) -> struct.Struct:
-        """The layout of a frame."""
-        return FRAMES[self.frame_size or self.images.frame_size]
+    def _size(self) -> FrameSize:
+        return self.frame_size or self.images.frame_size
 
     async def run(self, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen, tell the port, serve one connection."""
@@ -157,7 +148,7 @@ class PageServer:
 
     async def _serve(self, connection: trio.socket.SocketType) -> None:
         connection.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
-        sender, receiver = trio.open_memory_channel[tuple[float, bytes]](1 << 20)
+        sender, receiver = trio.open_memory_channel[tuple[float, Frame]](1 << 20)
         # the channel outlives the nursery: requests may still come while the end is decided
         async with receiver, trio.open_nursery() as nursery:
             nursery.start_soon(self._receive, connection, sender)
@@ -172,7 +163,7 @@ class PageServer:
             nursery.cancel_scope.cancel()
 
     async def _receive(
-        self, connection: trio.socket.SocketType, sender: trio.MemorySendChannel[tuple[float, bytes]]
+        self, connection: trio.socket.SocketType, sender: trio.MemorySendChannel[tuple[float, Frame]]
     ) -> None:
         """Take requests off the socket, so that answers can be delayed without holding others up."""
         buffer = b""
@@ -187,35 +178,34 @@ class PageServer:
                     self._peer_end = End.PROTOCOL if buffer else End.FIN
                     break
                 buffer += data
-                while len(buffer) >= self.frame.size:
-                    item, buffer = buffer[: self.frame.size], buffer[self.frame.size :]
-                    await sender.send((trio.current_time(), item))
+                while len(buffer) >= self._size:
+                    frame = Frame.decode(buffer[: self._size], self._size)
+                    buffer = buffer[self._size :]
+                    await sender.send((trio.current_time(), frame))
         self._peer_gone.set()
 
     async def _answer_all(
-        self, connection: trio.socket.SocketType, receiver: trio.MemoryReceiveChannel[tuple[float, bytes]]
+        self, connection: trio.socket.SocketType, receiver: trio.MemoryReceiveChannel[tuple[float, Frame]]
     ) -> None:
         """Answer in order: what comes later is judged only then, as a real source does."""
-        async for arrival, item in receiver:
+        async for arrival, frame in receiver:
             await trio.sleep_until(arrival + self.behaviour.delay)
-            await self._obey(connection, item)
+            await self._obey(connection, frame)
         await self._peer_gone.wait()
 
-    async def _obey(self, connection: trio.socket.SocketType, item: bytes) -> None:
-        command, nr_pages, address, dst_id = self.frame.unpack(item)
-        command &= CMD_MASK
+    async def _obey(self, connection: trio.socket.SocketType, frame: Frame) -> None:
         if self._closed:
-            self.violations.append(f"command {command} after CLOSE")
+            self.violations.append(f"command {frame.command} after CLOSE")
             raise _Ended(End.PROTOCOL)
-        if command == GET:
-            self.requests.append(Request(dst_id, address, nr_pages))
-            await self._answer(connection, dst_id, address, nr_pages)
-        elif command in {CLOSE, FORCE_CLOSE}:
-            self.closed_by = "CLOSE" if command == CLOSE else "FORCE_CLOSE"
-            await self._send(connection, struct.pack("<i", 0))
+        if frame.command is Command.GET:
+            self.requests.append(Request(frame.dst_id, frame.address, frame.nr_pages))
+            await self._answer(connection, frame.dst_id, frame.address, frame.nr_pages)
+        elif frame.command in {Command.CLOSE, Command.FORCE_CLOSE}:
+            self.closed_by = "CLOSE" if frame.command is Command.CLOSE else "FORCE_CLOSE"
+            await self._send(connection, STATUS.pack(0))
             self._closed = True
         else:
-            self.violations.append(f"unknown command {command}")
+            self.violations.append(f"unknown command {frame.command}")
             raise _Ended(End.PROTOCOL)
 
     async def _answer(self, connection: trio.socket.SocketType, pid: int, address: int, asked: int) -> None:
@@ -245,11 +235,11 @@ class PageServer:
     def _header(self, pid: int, address: int, nr: int, asked: int) -> bytes:
         wrong = self.behaviour.wrong if self._answers == self.behaviour.wrong_at else None
         self._answers += 1
-        command = (PE_PRESENT << CMD_BITS) | ADD_F
+        command, flags = Command.ADD_F, PageFlags.PRESENT
         if wrong == "command":
-            command = (PE_PRESENT << CMD_BITS) | GET
+            command = Command.GET
         elif wrong == "flags":
-            command = ADD_F
+            flags = NO_FLAGS
         elif wrong == "count":
             nr = asked + 1
         elif wrong == "zero":
@@ -258,7 +248,7 @@ class PageServer:
             address += PAGE
         elif wrong == "id":
             pid += 1
-        return self.frame.pack(command, nr, address, pid)
+        return Frame(command, nr, address, pid, flags).encode(self._size)
 
     async def _send(self, connection: trio.socket.SocketType, data: bytes | memoryview) -> None:
         """Send all, unless the point is reached where this server falls silent or cuts."""
