@@ -76,6 +76,7 @@ async def test_an_abort_lets_a_live_source_go_on(criu: Criu, room: Path, certifi
     ("theirs", "ours", "said"),
     [
         ("stranger", "client", "is not signed by a CA that is trusted here"),
+        ("expired", "client", "has expired on 2"),
         ("elsewhere", "client", "its certificate is for DNS:elsewhere.example"),
         ("server", "stranger", "as CRIU does with a certificate that it does not accept"),
         ("server", "elsewhere", "as CRIU does with a certificate that it does not accept"),

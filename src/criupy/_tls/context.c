@@ -166,6 +166,22 @@ int criupy_tls_context_certificate(struct criupy_tls_context *context, const cha
 	       ERR_GET_REASON(error) <= SSL_R_CA_MD_TOO_WEAK ? -EKEYREJECTED : -EBADMSG;
 }
 
+int criupy_tls_context_dates(const struct criupy_tls_context *context, char *date, size_t room)
+{
+	const X509 *certificate = SSL_CTX_get0_certificate(context->ssl);
+	const ASN1_TIME *start = X509_get0_notBefore(certificate), *end = X509_get0_notAfter(certificate);
+
+	if (X509_cmp_current_time(end) < 0) {
+		fault_date(end, date, room);
+		return CRIUPY_TLS_EXPIRED;
+	}
+	if (X509_cmp_current_time(start) > 0) {
+		fault_date(start, date, room);
+		return CRIUPY_TLS_NOT_YET;
+	}
+	return 0;
+}
+
 int criupy_tls_context_key(struct criupy_tls_context *context, const char *path)
 {
 	bool asked = false;

@@ -56,5 +56,7 @@ struct criupy_tls_session {
 void fault_learn(struct criupy_tls_session *s, int result);
 /* OpenSSL's verify callback. */
 int fault_verify(int ok, X509_STORE_CTX *store);
+/* A date of a certificate. */
+void fault_date(const ASN1_TIME *when, char *into, size_t room);
 
 #endif

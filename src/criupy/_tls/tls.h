@@ -22,6 +22,9 @@ int criupy_tls_context_revoke(struct criupy_tls_context *context, const char *pa
 /* Our own certificate, with what leads to the CA behind it. -EBADMSG for what
  * is no PEM certificate, -EKEYREJECTED for one that is too weak to be used. */
 int criupy_tls_context_certificate(struct criupy_tls_context *context, const char *path);
+/* Whether now is when it is valid: 0, CRIUPY_TLS_EXPIRED or CRIUPY_TLS_NOT_YET,
+ * and in date until when or since when. */
+int criupy_tls_context_dates(const struct criupy_tls_context *context, char *date, size_t room);
 /* And its key: -EBADMSG for no PEM key, -ENOKEY for one that a passphrase
  * protects, -EKEYREJECTED when it is not the certificate's. */
 int criupy_tls_context_key(struct criupy_tls_context *context, const char *path);
