@@ -13,6 +13,8 @@ struct criupy_tls_session;
 int criupy_tls_context_create(struct criupy_tls_context **context, int server);
 /* Sessions that are left keep what they need. */
 void criupy_tls_context_destroy(struct criupy_tls_context *context);
+/* Wear keys out sooner: no test sends the 128 GiB after which a new one is needed. */
+void criupy_tls_context_set_bytes_per_key(struct criupy_tls_context *context, uint64_t bytes);
 /* Trust the CAs of a PEM file; -EBADMSG when there are none in it. */
 int criupy_tls_context_trust(struct criupy_tls_context *context, const char *path);
 /* Trust what the system trusts. */
