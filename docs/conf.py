@@ -48,6 +48,7 @@ REQUESTS = {
     "lazy dump": _options.LazyDumpOptions,
     "pre-dump": _options.PreDumpOptions,
     "restore": _options.RestoreOptions,
+    "lazy restore": _options.LazyRestoreOptions,
     "page server": _options.PageServerOptions,
     "check": _options.CheckOptions,
     "cpuinfo": _options.CpuinfoOptions,

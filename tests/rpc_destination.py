@@ -1,13 +1,14 @@
 """The destination half of a lazy migration, as a program: what a user writes, blocking or on trio.
 
-    rpc_destination.py blocking|trio CRIU IMAGES WORK HOST PORT
+    rpc_destination.py blocking|trio CRIU IMAGES WORK HOST PORT [OPTIONS]
 
-Prints the restored pid, and "complete" when the last page has come. An
-``expect`` behind these expects a daemon that listens in WORK already.
+Prints the restored pid, and "complete" when the last page has come. OPTIONS
+are more keyword arguments of lazy_restore, as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,10 @@ async def on_trio(binary: str, images: Path, options: dict[str, Any]) -> None:
 def main() -> None:
     kind, binary, images, work, host, port, *rest = sys.argv[1:]
     options: dict[str, Any] = {"work_dir": work, "log_level": 4}
-    if rest:
-        options["daemon"] = None
-    elif host:
+    if host:
         options["page_server"] = (host, int(port))
+    for more in rest:
+        options.update(json.loads(more))
     if kind == "trio":
         trio.run(on_trio, binary, Path(images), options)
     else:

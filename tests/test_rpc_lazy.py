@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from criupy import SourceOutcome
 from criupy.rpc._async_lazy_client_linux import AsyncLazyDump
 from criupy.rpc._lazy_linux import listeners
 from criupy.testing._keeper_linux import Kept, keep
+from criupy.testing.certificates import Certificates
 from criupy.testing.control_linux import Control
 from criupy.testing.criu_linux import Criu, free_port, lazy_pages_daemon, our_command
 from criupy.testing.spec import WorkloadSpec
@@ -69,14 +71,14 @@ class Destination:
 
 @contextlib.asynccontextmanager
 async def destination(
-    kind: str, criu: Criu, room: Path, workload: Workload, where: tuple[str, int] | None, *extra: str
+    kind: str, criu: Criu, room: Path, workload: Workload, where: tuple[str, int] | None, **options: Any
 ) -> AsyncIterator[Destination]:
     control = workload.control.copy(room / "restored.control")
     host, port = where or ("", 0)
     words: list[str | Path] = [sys.executable, PROGRAM, kind, criu.path, room / "images", room / "work"]
     with contextlib.closing(control):
         async with keep(
-            [*words, host, str(port), *extra],
+            [*words, host, str(port), json.dumps(options)],
             keeper=find_workload(),
             output=room / "destination.out",
             namespace=True,
@@ -133,12 +135,143 @@ async def test_a_daemon_that_listens_already(criu: Criu, kind: str, room: Path, 
             lazy_pages_daemon(
                 our_command(), images, room / "work", source=(source.address, source.port)
             ) as daemon,
-            destination(kind, criu, room, workload, None, "expect") as there,
+            destination(kind, criu, room, workload, None, daemon=None) as there,
         ):
             await there.ends_well(workload.pid)
             await daemon.succeed()
             assert await there.is_good()
         assert source.outcome is SourceOutcome.KILLED
+
+
+def tls(certificates: Certificates, name: str) -> dict[str, Any]:
+    """Options of a client that shows this certificate."""
+    return {
+        "tls": True,
+        "tls_cacert": str(certificates.cacert),
+        "tls_cacrl": str(certificates.cacrl),
+        "tls_cert": str(certificates.cert(name)),
+        "tls_key": str(certificates.key(name)),
+    }
+
+
+@pytest.mark.parametrize("daemon", ["ours", "stock"])
+async def test_migration_by_tls(
+    criu: Criu, kind: str, daemon: str, room: Path, images: Path, certificates: Certificates
+) -> None:
+    """That the source insists on TLS, the test after this one shows."""
+    command = {} if daemon == "ours" else {"daemon": [str(criu.path), "lazy-pages"]}
+    async with (
+        start_workload(WorkloadSpec(size=16 * MIB), room) as workload,
+        open_client(kind, binary=criu.path) as client,
+    ):
+        async with (
+            client.block(
+                "lazy_dump", workload.pid, images_dir=images, **tls(certificates, "server")
+            ) as source,
+            destination(
+                kind,
+                criu,
+                room,
+                workload,
+                (source.address, source.port),
+                **tls(certificates, "client"),
+                **command,
+            ) as there,
+        ):
+            await there.ends_well(workload.pid)
+            assert await there.is_good()
+        assert source.outcome is SourceOutcome.KILLED
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tls": False}, "the page server wants TLS: see --tls"),
+        ({"name": "stranger"}, "as CRIU does with a certificate that it does not accept"),
+        ({"name": "elsewhere"}, "as CRIU does with a certificate that it does not accept"),
+    ],
+    ids=["no TLS", "stranger", "elsewhere"],
+)
+async def test_a_destination_that_the_source_refuses(
+    criu: Criu,
+    kind: str,
+    room: Path,
+    images: Path,
+    certificates: Certificates,
+    options: dict[str, Any],
+    said: str,
+) -> None:
+    ours = tls(certificates, options["name"]) if "name" in options else options
+    async with (
+        start_workload(WorkloadSpec(size=4 * MIB), room) as workload,
+        open_client(kind, binary=criu.path) as client,
+    ):
+        with pytest.raises(criupy.CriuError):
+            async with (
+                client.block(
+                    "lazy_dump",
+                    workload.pid,
+                    images_dir=images,
+                    network_lock="skip",
+                    **tls(certificates, "server"),
+                ) as source,
+                destination(kind, criu, room, workload, (source.address, source.port), **ours) as there,
+            ):
+                assert (await there.kept.wait()).code == 1
+                assert said in there.kept.output.read_text()
+                await client.run(source.wait)
+        assert source.outcome is SourceOutcome.RESUMED
+        assert (await workload.worker().verify()).is_good
+
+
+async def test_a_certificate_that_has_expired(
+    criu: Criu, kind: str, images: Path, certificates: Certificates
+) -> None:
+    async with open_client(kind, binary=criu.path) as client:
+        with pytest.raises(
+            criupy.LazyPagesError, match=r"did not become ready: .*expired\.pem: has expired on"
+        ):
+            async with client.block(
+                "lazy_restore",
+                images_dir=images,
+                page_server=("127.0.0.1", free_port()),
+                **tls(certificates, "expired"),
+            ):
+                pass
+
+
+@pytest.mark.parametrize("way", ["swrk", "fd"])
+async def test_abort_of_a_source_with_tls(
+    criu: Criu, kind: str, way: str, room: Path, images: Path, certificates: Certificates
+) -> None:
+    with contextlib.ExitStack() as stack:
+        victim = stack.enter_context(counter(room))
+        how: dict[str, Any] = (
+            {"binary": criu.path} if way == "swrk" else {"fd": stack.enter_context(given(criu))}
+        )
+        async with (
+            open_client(kind, **how) as client,
+            client.block(
+                "lazy_dump", victim.pid, images_dir=images, port=free_port(), **tls(certificates, "server")
+            ) as source,
+        ):
+            assert await client.run(source.abort) is SourceOutcome.RESUMED
+            victim.assert_running()
+
+
+async def test_a_stranger_that_knocks_at_a_source_with_tls(
+    criu: Criu, kind: str, room: Path, images: Path, certificates: Certificates
+) -> None:
+    """Without TLS the mere end of its connection would be a success, and the process killed."""
+    with counter(room) as victim:
+        async with open_client(kind, binary=criu.path) as client:
+            with pytest.raises(criupy.CriuError):
+                async with client.block(
+                    "lazy_dump", victim.pid, images_dir=images, **tls(certificates, "server")
+                ) as source:
+                    socket.create_connection((source.address, source.port)).close()
+            assert source.outcome is SourceOutcome.RESUMED
+        victim.assert_running()
 
 
 #: Starts a program whose pipes may not grow beyond a limit: fs.pipe-max-size is the whole machine's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from criupy.testing.rpc_peer_linux import (
 from rpc_peers import (
     DONE,
     PID,
+    RESTORED,
     WAYS,
     client_of,
     enter,
@@ -216,6 +218,50 @@ async def test_a_lazy_dump_of_an_old_criu(kind: str, tmp_path: Path) -> None:
         with raises(CriuError, r"^lazy_dump: CRIU 3\.15 or newer is needed, this is 3\.14"):
             await enter(client, "lazy_dump", PID, images_dir=tmp_path)
         assert peer.requests == []
+
+
+@pytest.mark.parametrize("daemon", [("criu", "lazy-pages"), None])
+async def test_tls_without_a_page_server(kind: str, tmp_path: Path, daemon: object) -> None:
+    async with client_of(kind, "swrk", tmp_path) as (client, peer):
+        with raises(OptionError, "^tls: expected together with page_server"):
+            await enter(client, "lazy_restore", images_dir=tmp_path, daemon=daemon, tls=True)
+        assert peer.requests == []
+
+
+#: A daemon that keeps its words, and is ready.
+DAEMON = """
+import os, sys
+open("words", "w").write(" ".join(sys.argv[1:]))
+os.write(int(sys.argv[sys.argv.index("--status-fd") + 1]), b"\\0")
+"""
+
+
+async def test_tls_is_told_to_the_daemon_alone(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CRIU that was built without it refuses it, whatever the request."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pem").touch()
+    options = {"tls": True, "tls_cacert": "a.pem", "tls_key": Path("a.pem"), "tls_no_cn_verify": True}
+    daemon = [sys.executable, "-I", "-S", "-c", DAEMON]
+    async with client_of(kind, "swrk", tmp_path, [Expect(), RESTORED, Exit()]) as (client, peer):
+        async with client.block(
+            "lazy_restore",
+            images_dir=tmp_path,
+            daemon=daemon,
+            page_server=("host", 7),
+            tls_cert=None,
+            **options,
+        ):
+            pass
+        (request,) = peer.requests
+    assert request.opts.lazy_pages
+    assert not [field.name for field, _ in request.opts.ListFields() if field.name.startswith("tls")]
+    pem = tmp_path / "a.pem"
+    words = (tmp_path / "words").read_text()
+    assert words.partition(" --page-server ")[2] == (
+        f"--address host --port 7 --tls --tls-cacert {pem} --tls-key {pem} --tls-no-cn-verify"
+    )
 
 
 async def test_descriptors_for_a_worker_that_runs_already(kind: str, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ RESTORES = {"restore", "lazy_restore"}
 STOPPING = {*DUMPS, "pre_dump"}
 BOTH = DUMPS | RESTORES
 TRANSFER = {*STOPPING, "page_server"}
+TLS = {*TRANSFER, "lazy_restore"}
 ALL = {*BOTH, *TRANSFER, "check", "cpuinfo"}
 
 #: Option -> a value, the message it becomes, the requests that take it, the first CRIU that heeds it.
@@ -44,8 +45,8 @@ TABLE: dict[str, tuple[Any, dict[str, Any], set[str], tuple[int, int]]] = {
     "image_io_mode": ("direct", {"image_io_mode": 1}, {*TRANSFER, *RESTORES}, (4, 3)),
     "display_stats": (True, {"display_stats": True}, {*STOPPING, *RESTORES}, (3, 19)),
     "parent_img": (Path("../1"), {"parent_img": "../1"}, TRANSFER, (3, 0)),
-    "tls": (True, {"tls": True}, TRANSFER, (3, 13)),
-    "tls_no_cn_verify": (True, {"tls_no_cn_verify": True}, TRANSFER, (3, 13)),
+    "tls": (True, {"tls": True}, TLS, (3, 13)),
+    "tls_no_cn_verify": (True, {"tls_no_cn_verify": True}, TLS, (3, 13)),
     "page_server": (
         ("10.0.0.1", 2020),
         {"ps": {"address": "10.0.0.1", "port": 2020}},
@@ -125,10 +126,10 @@ TABLE: dict[str, tuple[Any, dict[str, Any], set[str], tuple[int, int]]] = {
 OPENED = {
     "work_dir": ALL,
     "config_file": ALL,
-    "tls_cacert": TRANSFER,
-    "tls_cacrl": TRANSFER,
-    "tls_cert": TRANSFER,
-    "tls_key": TRANSFER,
+    "tls_cacert": TLS,
+    "tls_cacrl": TLS,
+    "tls_cert": TLS,
+    "tls_key": TLS,
     "ps_socket": {"dump", "pre_dump", "page_server"},
     "status_fd": {"lazy_dump", "page_server"},
     "pidfd_store_sk": STOPPING,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import shutil
 import socket
@@ -92,8 +93,6 @@ def test_both_ends_know_each_other(pairs: list[Pair], certificates: Certificates
 
 WRONG = [
     ("stranger", TlsFault.UNTRUSTED, "is not signed by a CA that is trusted here"),
-    ("expired", TlsFault.EXPIRED, "(CN = criupy demo expired) has expired on 2"),
-    ("early", TlsFault.NOT_YET, "(CN = criupy demo early) is not valid before 2"),
     ("revoked", TlsFault.REVOKED, "(CN = criupy demo revoked) has been revoked"),
     (
         "elsewhere",
@@ -195,6 +194,7 @@ async def test_no_tls_comes(
         (0x46, TlsFault.VERSION, "it says that it knows neither TLS"),
         (0x28, TlsFault.ALERT, "it ended the TLS session: handshake failure"),
         (0x30, TlsFault.ALERT, "it says that our certificate is not signed by a CA that it trusts"),
+        (0x2D, TlsFault.ALERT, "it says that our certificate has expired, or is not valid yet"),
     ],
 )
 async def test_alerts(certificates: Certificates, alert: int, fault: TlsFault, said: str) -> None:
@@ -274,6 +274,40 @@ async def test_a_client_without_a_certificate(certificates: Certificates) -> Non
         assert end.fault is TlsFault.NO_CERTIFICATE
 
 
+@pytest.mark.parametrize("server", [True, False])
+@pytest.mark.parametrize(
+    ("name", "fault", "said"),
+    [
+        ("expired", TlsFault.EXPIRED, r"\(CN = criupy demo expired\) has expired on 2"),
+        ("early", TlsFault.NOT_YET, r"\(CN = criupy demo early\) is not valid before 2"),
+    ],
+)
+async def test_a_certificate_out_of_its_time(
+    certificates: Certificates, server: bool, name: str, fault: TlsFault, said: str
+) -> None:
+    """Python's ssl shows it, because no end of ours begins with it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if server else ssl.PROTOCOL_TLS_SERVER)
+    context.load_verify_locations(certificates.cacert)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(certificates.cert(name), certificates.key(name))
+    end, ours, theirs = session(certificates, server=server)
+    with end, ours:
+
+        def talk() -> None:
+            with (
+                pytest.raises(ssl.SSLError, match="alert"),
+                context.wrap_socket(theirs, server_side=not server) as sock,
+            ):
+                sock.recv(1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, talk)
+            with pytest.raises(TlsError, match=said):
+                await end.handshake()
+        assert end.fault is fault
+
+
 async def test_tls_1_2(certificates: Certificates) -> None:
     context = plain_ssl(certificates, maximum_version=ssl.TLSVersion.TLSv1_2)
     context.load_cert_chain(certificates.cert("client"), certificates.key("client"))
@@ -333,6 +367,24 @@ def test_a_file_that_may_not_be_read(certificates: Certificates, tmp_path: Path)
         [sys.executable, "-c", script, shown, key], capture_output=True, text=True, check=False
     )
     assert f"TlsError: --tls-key {key}: Permission denied" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "expired",
+            r"has expired on 2\d{3}-\d\d-\d\d [\d:]{8} UTC; get a new one, or set this machine's clock right",
+        ),
+        (
+            "early",
+            r"is not valid before 2\d{3}-\d\d-\d\d [\d:]{8} UTC; wait, or set this machine's clock right",
+        ),
+    ],
+)
+def test_our_certificate_out_of_its_time(certificates: Certificates, name: str, said: str) -> None:
+    text = refused(certificates.files(name))
+    assert re.fullmatch(f"--tls-cert {re.escape(str(certificates.cert(name)))}: {said}", text)
 
 
 def test_a_key_of_another_certificate(certificates: Certificates) -> None:

@@ -21,6 +21,7 @@ from criupy.testing.criu_linux import (
 from criupy.testing.spec import WorkloadSpec
 from criupy.testing.workload_linux import start_workload
 from migrating import MIB, Migration, migrate
+from test_tls_key_updates import wear_out
 
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program")]
 
@@ -76,6 +77,7 @@ async def test_an_abort_lets_a_live_source_go_on(criu: Criu, room: Path, certifi
     ("theirs", "ours", "said"),
     [
         ("stranger", "client", "is not signed by a CA that is trusted here"),
+        ("expired", "client", "has expired on 2"),
         ("elsewhere", "client", "its certificate is for DNS:elsewhere.example"),
         ("server", "stranger", "as CRIU does with a certificate that it does not accept"),
         ("server", "elsewhere", "as CRIU does with a certificate that it does not accept"),
@@ -202,3 +204,32 @@ async def test_a_stock_daemon_and_a_refusal(
             server.stop()
             await server.wait()
     assert said in caplog.text
+
+
+async def test_new_keys_for_a_stock_daemon(
+    criu: Criu, room: Path, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few: of more than 8 a second GnuTLS says that they are too many."""
+    wear_out(monkeypatch, SPEC.size * SPEC.tree // 5)
+    images, work = room / "images", room / "work"
+    async with start_workload(SPEC, room) as source:
+        await dump(criu, source.pid, images)
+        control = source.control.copy(room / "restored.control")
+        async with (
+            open_page_server(Config(images, once=True, tls=certificates.files("server"))) as server,
+            lazy_pages_daemon(
+                stock_command(criu),
+                images,
+                work,
+                source=(server.address, server.port),
+                extra=certificates.options("client"),
+            ) as daemon,
+            restore(criu, images, work, source.pid, binds={source.control.path: control.path}) as restored,
+        ):
+            control.gone = restored.gone
+            await restored.finished()
+            await daemon.succeed()
+            await server.wait()
+            for task in range(SPEC.tree):
+                assert (await control.worker(task).verify()).is_good
+        control.close()

@@ -25,6 +25,8 @@ from criupy._uffd.image_linux import Image
 from criupy._uffd.pager_linux import Link, Outcome, Phase
 from criupy._uffd.server_linux import Account, Ending, Server
 from criupy.errors import PageServerError, TlsError
+from criupy.lazy_pages import Config as DaemonConfig
+from criupy.lazy_pages import open_lazy_pages
 from criupy.page_server import Config as ServerConfig
 from criupy.page_server import open_page_server
 from criupy.page_server._images import load_tasks
@@ -48,13 +50,13 @@ def handshake(session: TlsSession, fd: int) -> None:
         assert poll.poll(5000)
 
 
-def python_end(certificates: Certificates, *, server: bool) -> ssl.SSLContext:
+def python_end(certificates: Certificates, *, server: bool, name: str | None = None) -> ssl.SSLContext:
     """The same in Python's ssl, which tells a close_notify from the mere end of the stream."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(certificates.cacert)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
-    name = "server" if server else "client"
+    name = name or ("server" if server else "client")
     context.load_cert_chain(certificates.cert(name), certificates.key(name))
     return context
 
@@ -373,7 +375,6 @@ async def test_a_restore(
     ("theirs", "ours", "said", "server_said"),
     [
         ("stranger", "client", "is not signed by a CA that is trusted here", "it says that our certificate"),
-        ("expired", "client", "has expired on 2", "it says that our certificate has expired"),
         ("elsewhere", "client", "is for DNS:elsewhere.example", "does not accept our certificate"),
         ("server", "stranger", "it says that our certificate is not signed", "is not signed by a CA"),
         ("server", "revoked", "it says that our certificate has been revoked", "has been revoked"),
@@ -408,6 +409,58 @@ async def test_a_restore_that_is_refused(
         await server.wait()
     assert said in story
     assert server_said in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workload_program")
+async def test_a_source_whose_certificate_has_expired(room: Path, certificates: Certificates) -> None:
+    """It is Python's ssl, because our page server would not begin."""
+    spec = WorkloadSpec(size=2 * MIB)
+    write_images(room / "full", spec, style="full")
+    lazy = write_images(room / "lazy", spec)
+    context = python_end(certificates, server=True, name="expired")
+    alerts: list[str] = []
+
+    async def refuse(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        try:
+            await stream.do_handshake()
+            await stream.receive_some()
+        except trio.BrokenResourceError as error:
+            alerts.append(str(error.__cause__))
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host=ADDRESS)
+        nursery.start_soon(trio.serve_listeners, refuse, [trio.SSLListener(listener, context)])
+        where = (ADDRESS, listener.socket.getsockname()[1])
+        ours = certificates.files("client")
+        async with (
+            serve(room, spec, images=lazy, style="full", page_server=where, tls=ours) as s,
+            s.restore(early=1) as standin,
+        ):
+            story = await s.failure()
+            await standin.abandon()
+        nursery.cancel_scope.cancel()
+    assert "vetoed" in story
+    assert "has expired on 2" in story
+    assert "certificate expired" in "".join(alerts)
+
+
+@pytest.mark.parametrize("name", ["expired", "early"])
+async def test_who_begins_with_a_certificate_out_of_its_time(
+    tmp_path: Path, certificates: Certificates, name: str
+) -> None:
+    """Neither page server nor daemon, which looks before the restore begins."""
+    images = write_images(tmp_path / "images", WorkloadSpec(size=PAGE), style="full")
+    files = certificates.files(name)
+    said = "has expired on 2|is not valid before 2"
+    with pytest.raises(TlsError, match=said):
+        async with open_page_server(ServerConfig(images.directory, tls=files)):
+            pass
+    daemon = DaemonConfig(images.directory, page_server=(ADDRESS, 1), tls=files)
+    with pytest.raises(TlsError, match=said):
+        async with open_lazy_pages(daemon):
+            pass
+    assert not (images.directory / "lazy-pages.socket").exists()
 
 
 @pytest.mark.slow

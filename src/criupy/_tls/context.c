@@ -12,6 +12,12 @@
 
 #include "session.h"
 
+/* After so much a key is worn out (RFC 8446, 5.5: 2^24.5 full records for AES-GCM).
+ * Bytes are counted and not records, so that requests for pages never get there:
+ * to CRIU's page server a new key is a failure, because GnuTLS gives it EAGAIN
+ * where it waits for a request. Its daemon has a case for that. */
+#define BYTES_PER_KEY ((uint64_t)CRIUPY_TRANSPORT_RECORD << 23)
+
 /* ---- the socket under a session --------------------------------------------------- */
 
 /* Sealed bytes are gathered in the session, to be sent with few system calls;
@@ -94,6 +100,7 @@ int criupy_tls_context_create(struct criupy_tls_context **context, int server)
 	if (!c)
 		return -ENOMEM;
 	atomic_init(&c->users, 1);
+	c->bytes_per_key = BYTES_PER_KEY;
 	c->server = server;
 	c->ssl = SSL_CTX_new(server ? TLS_server_method() : TLS_client_method());
 	c->socket = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "criupy");
@@ -121,6 +128,11 @@ void criupy_tls_context_destroy(struct criupy_tls_context *context)
 {
 	if (context)
 		context_release(context);
+}
+
+void criupy_tls_context_set_bytes_per_key(struct criupy_tls_context *context, uint64_t bytes)
+{
+	context->bytes_per_key = bytes;
 }
 
 /* ---- files ------------------------------------------------------------------------------ */
@@ -164,6 +176,22 @@ int criupy_tls_context_certificate(struct criupy_tls_context *context, const cha
 		return 0;
 	return ERR_GET_LIB(error) == ERR_LIB_SSL && ERR_GET_REASON(error) >= SSL_R_EE_KEY_TOO_SMALL &&
 	       ERR_GET_REASON(error) <= SSL_R_CA_MD_TOO_WEAK ? -EKEYREJECTED : -EBADMSG;
+}
+
+int criupy_tls_context_dates(const struct criupy_tls_context *context, char *date, size_t room)
+{
+	const X509 *certificate = SSL_CTX_get0_certificate(context->ssl);
+	const ASN1_TIME *start = X509_get0_notBefore(certificate), *end = X509_get0_notAfter(certificate);
+
+	if (X509_cmp_current_time(end) < 0) {
+		fault_date(end, date, room);
+		return CRIUPY_TLS_EXPIRED;
+	}
+	if (X509_cmp_current_time(start) > 0) {
+		fault_date(start, date, room);
+		return CRIUPY_TLS_NOT_YET;
+	}
+	return 0;
 }
 
 int criupy_tls_context_key(struct criupy_tls_context *context, const char *path)

@@ -65,7 +65,7 @@ static void names_of(X509 *certificate, char *into, size_t room)
 		subject_of(certificate, into, room);
 }
 
-static void date_of(const ASN1_TIME *when, char *into, size_t room)
+void fault_date(const ASN1_TIME *when, char *into, size_t room)
 {
 	struct tm tm;
 
@@ -90,11 +90,11 @@ static void learn_certificate(struct criupy_tls_session *s, X509_STORE_CTX *stor
 	subject_of(certificate, subject, sizeof(subject));
 	switch (error) {
 	case X509_V_ERR_CERT_HAS_EXPIRED:
-		date_of(X509_get0_notAfter(certificate), other, sizeof(other));
+		fault_date(X509_get0_notAfter(certificate), other, sizeof(other));
 		say(s, CRIUPY_TLS_EXPIRED, "%s (%s) has expired on %s", whose, subject, other);
 		break;
 	case X509_V_ERR_CERT_NOT_YET_VALID:
-		date_of(X509_get0_notBefore(certificate), other, sizeof(other));
+		fault_date(X509_get0_notBefore(certificate), other, sizeof(other));
 		say(s, CRIUPY_TLS_NOT_YET, "%s (%s) is not valid before %s; are the clocks right?", whose, subject,
 		    other);
 		break;
@@ -102,7 +102,7 @@ static void learn_certificate(struct criupy_tls_session *s, X509_STORE_CTX *stor
 		say(s, CRIUPY_TLS_REVOKED, "%s (%s) has been revoked", whose, subject);
 		break;
 	case X509_V_ERR_CRL_HAS_EXPIRED:
-		date_of(list ? X509_CRL_get0_nextUpdate(list) : NULL, other, sizeof(other));
+		fault_date(list ? X509_CRL_get0_nextUpdate(list) : NULL, other, sizeof(other));
 		say(s, CRIUPY_TLS_OLD_LIST, "our revocation list for its certificate (%s) has expired on %s", subject,
 		    other);
 		break;

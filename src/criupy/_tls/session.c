@@ -18,9 +18,6 @@
 
 #include "session.h"
 
-/* After so many records a key is worn out (RFC 8446, 5.5: 2^24.5 for AES-GCM). */
-#define RECORDS_PER_KEY (UINT64_C(1) << 23)
-
 static struct criupy_tls_session *session_of(struct criupy_transport *transport)
 {
 	return (struct criupy_tls_session *)(void *)transport;
@@ -122,13 +119,17 @@ static int64_t transport_send(struct criupy_transport *transport, const void *da
 		if (room(s) < 2 * SESSION_RECORD)
 			return result < 0 ? result : -EAGAIN;
 	}
-	if (!(++s->nr_sent % RECORDS_PER_KEY) && SSL_version(s->ssl) == TLS1_3_VERSION)
+	if (s->nr_sealed >= s->context->bytes_per_key && SSL_version(s->ssl) == TLS1_3_VERSION) {
 		(void)SSL_key_update(s->ssl, SSL_KEY_UPDATE_NOT_REQUESTED);
+		s->nr_sealed = 0;
+	}
 	ERR_clear_error();
 	result = SSL_write_ex(s->ssl, data, length < CRIUPY_TRANSPORT_RECORD ? length : CRIUPY_TRANSPORT_RECORD,
 			      &taken);
-	if (result == 1)
+	if (result == 1) {
+		s->nr_sealed += taken;
 		return (int64_t)taken;
+	}
 	fault_learn(s, result);
 	return failed(s);
 }

@@ -26,6 +26,7 @@
 struct criupy_tls_context {
 	SSL_CTX *ssl;
 	BIO_METHOD *socket;
+	uint64_t bytes_per_key;
 	bool server;
 	_Atomic unsigned users;		/* Python's and one a session */
 };
@@ -44,7 +45,7 @@ struct criupy_tls_session {
 	bool ended;			/* the peer's close_notify was read */
 	bool notified;			/* ours is on its way */
 	bool heard;			/* something came after the handshake */
-	uint64_t nr_sent;		/* records */
+	uint64_t nr_sealed;		/* bytes, with the key in use */
 	size_t out_start, out_end;
 	char text[512];			/* of the fault */
 	uint8_t out[SESSION_OUT];
@@ -56,5 +57,7 @@ struct criupy_tls_session {
 void fault_learn(struct criupy_tls_session *s, int result);
 /* OpenSSL's verify callback. */
 int fault_verify(int ok, X509_STORE_CTX *store);
+/* A date of a certificate. */
+void fault_date(const ASN1_TIME *when, char *into, size_t room);
 
 #endif

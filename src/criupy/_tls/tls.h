@@ -13,6 +13,8 @@ struct criupy_tls_session;
 int criupy_tls_context_create(struct criupy_tls_context **context, int server);
 /* Sessions that are left keep what they need. */
 void criupy_tls_context_destroy(struct criupy_tls_context *context);
+/* Wear keys out sooner: no test sends the 128 GiB after which a new one is needed. */
+void criupy_tls_context_set_bytes_per_key(struct criupy_tls_context *context, uint64_t bytes);
 /* Trust the CAs of a PEM file; -EBADMSG when there are none in it. */
 int criupy_tls_context_trust(struct criupy_tls_context *context, const char *path);
 /* Trust what the system trusts. */
@@ -22,6 +24,9 @@ int criupy_tls_context_revoke(struct criupy_tls_context *context, const char *pa
 /* Our own certificate, with what leads to the CA behind it. -EBADMSG for what
  * is no PEM certificate, -EKEYREJECTED for one that is too weak to be used. */
 int criupy_tls_context_certificate(struct criupy_tls_context *context, const char *path);
+/* Whether now is when it is valid: 0, CRIUPY_TLS_EXPIRED or CRIUPY_TLS_NOT_YET,
+ * and in date until when or since when. */
+int criupy_tls_context_dates(const struct criupy_tls_context *context, char *date, size_t room);
 /* And its key: -EBADMSG for no PEM key, -ENOKEY for one that a passphrase
  * protects, -EKEYREJECTED when it is not the certificate's. */
 int criupy_tls_context_key(struct criupy_tls_context *context, const char *path);

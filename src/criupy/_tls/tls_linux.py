@@ -103,6 +103,7 @@ class TlsContext:
         )
         if result:
             raise TlsError(f"--tls-cert {cert}: too weak for OpenSSL here (see openssl.cnf, SECLEVEL)")
+        self._check_dates(cert)
         result = self._give(
             self._lib.criupy_tls_context_key,
             "key",
@@ -114,6 +115,20 @@ class TlsContext:
             raise TlsError(f"--tls-key {key}: protected by a passphrase, and nobody is there to type it")
         if result:
             raise TlsError(f"--tls-key {key}: not the key of the certificate {cert}")
+
+    def _check_dates(self, cert: Path) -> None:
+        """Refuse a certificate that every peer would refuse, who alone would say why."""
+        text = self._ffi.new("char[]", _FAULT_LENGTH)
+        fault = self._lib.criupy_tls_context_dates(self._context, text, _FAULT_LENGTH)
+        date = self._ffi.string(text).decode()
+        if fault == TlsFault.EXPIRED:
+            raise TlsError(
+                f"--tls-cert {cert}: has expired on {date}; get a new one, or set this machine's clock right"
+            )
+        if fault == TlsFault.NOT_YET:
+            raise TlsError(
+                f"--tls-cert {cert}: is not valid before {date}; wait, or set this machine's clock right"
+            )
 
     def _give(self, call: Any, option: str, path: Path, what: str, *, allowed: tuple[int, ...] = ()) -> int:
         """Let C read a file; return 0 or one of the allowed errnos."""

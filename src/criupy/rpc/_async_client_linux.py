@@ -27,7 +27,7 @@ from criupy.rpc._connection_linux import (
     start_worker,
 )
 from criupy.rpc._exchange_linux import Take
-from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, make_plan
+from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, plan_restore
 from criupy.rpc._notify import AsyncHooks, check_hooks
 from criupy.rpc._option_types import Directory
 from criupy.rpc._options import (
@@ -35,6 +35,7 @@ from criupy.rpc._options import (
     CpuinfoOptions,
     DumpOptions,
     LazyDumpOptions,
+    LazyRestoreOptions,
     PageServerOptions,
     PreDumpOptions,
     RestoreOptions,
@@ -326,8 +327,9 @@ class AsyncCriu:
         listens on ``address`` (None is all interfaces); ``port`` 0 lets the
         kernel choose, with a worker of our own. ``request_timeout`` counts until
         then. Leaving the block waits until the destination has all pages.
-        CRIU asks nobody who they are, and takes any connection that is closed
-        for a destination that has all: see that only yours reaches the port.
+        Without ``tls`` CRIU asks nobody who they are, and takes any connection
+        that is closed for a destination that has all: see that only yours
+        reaches the port.
         """
         check_hooks(hooks, AsyncHooks)
         plan = LazyDumpPlan(
@@ -343,19 +345,19 @@ class AsyncCriu:
         daemon: Sequence[str] | None = OUR_DAEMON,
         hooks: AsyncHooks | None = None,
         request_timeout: float | None = None,
-        **options: Unpack[RestoreOptions],
+        **options: Unpack[LazyRestoreOptions],
     ) -> AsyncLazyRestore:
         """Restore a tree whose memory follows, in a block.
 
         Starts a lazy-pages ``daemon``, given as the words of its command and by
         default criupy's own, that takes pages from ``page_server`` (host and
         port), or from the images themselves; None expects one that listens in
-        the work directory already. The block begins when the tasks run; leaving
-        it waits for the last page.
+        the work directory already. With ``tls`` the daemon talks TLS to
+        ``page_server``. The block begins when the tasks run; leaving it waits
+        for the last page.
         """
         check_hooks(hooks, AsyncHooks)
-        plan = make_plan(daemon, page_server)
-        call = calls.restore(images_dir, options, lazy=True)
+        call, plan = plan_restore(images_dir, options, daemon=daemon, page_server=page_server)
         return AsyncLazyRestore(self, call, hooks, plan, request_timeout)
 
     # ---- inside --------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from criupy.rpc._connection_linux import (
 from criupy.rpc._exchange_linux import Take
 from criupy.rpc._held_linux import PageServerChild, PreDumpLoop
 from criupy.rpc._lazy_client_linux import LazyDump, LazyRestore
-from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, make_plan
+from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, plan_restore
 from criupy.rpc._notify import Hooks, check_hooks
 from criupy.rpc._operation_linux import Operation, Process, end_worker
 from criupy.rpc._option_types import Directory
@@ -33,6 +33,7 @@ from criupy.rpc._options import (
     CpuinfoOptions,
     DumpOptions,
     LazyDumpOptions,
+    LazyRestoreOptions,
     PageServerOptions,
     PreDumpOptions,
     RestoreOptions,
@@ -313,8 +314,9 @@ class Criu:
         listens on ``address`` (None is all interfaces); ``port`` 0 lets the
         kernel choose, with a worker of our own. ``request_timeout`` counts until
         then. Leaving the block waits until the destination has all pages.
-        CRIU asks nobody who they are, and takes any connection that is closed
-        for a destination that has all: see that only yours reaches the port.
+        Without ``tls`` CRIU asks nobody who they are, and takes any connection
+        that is closed for a destination that has all: see that only yours
+        reaches the port.
         """
         check_hooks(hooks, Hooks)
         plan = LazyDumpPlan(
@@ -330,19 +332,19 @@ class Criu:
         daemon: Sequence[str] | None = OUR_DAEMON,
         hooks: Hooks | None = None,
         request_timeout: float | None = None,
-        **options: Unpack[RestoreOptions],
+        **options: Unpack[LazyRestoreOptions],
     ) -> LazyRestore:
         """Restore a tree whose memory follows, in a block.
 
         Starts a lazy-pages ``daemon``, given as the words of its command and by
         default criupy's own, that takes pages from ``page_server`` (host and
         port), or from the images themselves; None expects one that listens in
-        the work directory already. The block begins when the tasks run; leaving
-        it waits for the last page.
+        the work directory already. With ``tls`` the daemon talks TLS to
+        ``page_server``. The block begins when the tasks run; leaving it waits
+        for the last page.
         """
         check_hooks(hooks, Hooks)
-        plan = make_plan(daemon, page_server)
-        call = calls.restore(images_dir, options, lazy=True)
+        call, plan = plan_restore(images_dir, options, daemon=daemon, page_server=page_server)
         return LazyRestore(self, call, hooks, plan, request_timeout)
 
     # ---- inside --------------------------------------------------------------------------------------

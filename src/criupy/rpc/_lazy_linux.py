@@ -18,9 +18,11 @@ from typing import Final, Literal
 from criupy._descriptor import Descriptor
 from criupy.errors import CriuError, CriuTimeout, LazyPagesError, OptionError
 from criupy.rpc import _calls_linux as calls
+from criupy.rpc import _schema_pb2 as schema
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._option_checks import host_file
 from criupy.rpc._option_types import Directory
+from criupy.rpc._options import TlsOptions
 from criupy.rpc._report import errors_in
 from criupy.rpc._results import SourceOutcome, Version
 from criupy.rpc._worker_linux import Worker
@@ -32,7 +34,7 @@ __all__ = [
     "check_listening",
     "daemon_failure",
     "goes_on",
-    "make_plan",
+    "plan_restore",
     "status_pipe",
 ]
 
@@ -272,10 +274,15 @@ class LazyDumpPlan:
 
 @dataclass(frozen=True, slots=True)
 class DaemonPlan:
-    """How to start a lazy-pages daemon: its command, and where the pages come from (None is the images)."""
+    """How to start a lazy-pages daemon.
+
+    That is its command, where the pages come from (None is the images), and
+    what it is told of TLS.
+    """
 
     command: tuple[str, ...]
     page_server: tuple[str, int] | None
+    tls: tuple[str, ...]
 
     @property
     def is_ours(self) -> bool:
@@ -288,14 +295,16 @@ class DaemonPlan:
         words += ["-o", DAEMON_LOG, "--status-fd", str(status_fd)]
         if self.page_server is not None:
             host, port = self.page_server
-            words += ["--page-server", "--address", host, "--port", str(port)]
+            words += ["--page-server", "--address", host, "--port", str(port), *self.tls]
         if self.is_ours:
             words += ["--progress", "none"]
         return words
 
 
-def make_plan(daemon: object, page_server: object) -> DaemonPlan | None:
-    """Check what was said of the daemon."""
+def plan_restore(
+    images_dir: Directory, options: Mapping[str, object], *, daemon: object, page_server: object
+) -> tuple[Call[int], DaemonPlan | None]:
+    """Make the call of a lazy restore, and the plan of the daemon that is to be started for it."""
     if page_server is not None:
         if not (
             isinstance(page_server, tuple)
@@ -307,11 +316,29 @@ def make_plan(daemon: object, page_server: object) -> DaemonPlan | None:
             raise OptionError("page_server", f"expected (host, port) of the source, got {page_server!r}")
         if daemon is None:
             raise OptionError("page_server", "expected None: it is for the daemon that is started here")
+    elif options.get("tls"):
+        raise OptionError("tls", "expected together with page_server, which the daemon talks TLS to")
     if daemon is None:
-        return None
+        return calls.restore(images_dir, options, lazy=True), None
     if isinstance(daemon, str) or not isinstance(daemon, (tuple, list)) or not daemon:
         raise OptionError("daemon", f"expected the words of a command, got {daemon!r}")
-    return DaemonPlan(tuple(map(os.fspath, daemon)), page_server)
+    command = tuple(map(os.fspath, daemon))
+    call = calls.restore(images_dir, options, lazy=True)
+    return call, DaemonPlan(command, page_server, _take_tls(call.request.opts))
+
+
+def _take_tls(message: schema.Options) -> tuple[str, ...]:
+    """Take the TLS options out of a restore's message, as words for a daemon.
+
+    CRIU's restore makes no connection, and one built without TLS would refuse them.
+    """
+    words: list[str] = []
+    for name in TlsOptions.__annotations__:
+        value = getattr(message, name)
+        if value:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+        message.ClearField(name)  # type: ignore[arg-type]
+    return tuple(words)
 
 
 def check_listening(work_dir: Path) -> None:

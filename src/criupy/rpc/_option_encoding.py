@@ -51,16 +51,14 @@ def _declared(declaration: type) -> Mapping[str, Field]:
     return MappingProxyType(fields)
 
 
-_RESTORE: Final = _declared(_options.RestoreOptions)
-
 #: The options of each request.
 REQUESTS: Final[Mapping[str, Mapping[str, Field]]] = MappingProxyType(
     {
         "dump": _declared(_options.DumpOptions),
         "lazy_dump": _declared(_options.LazyDumpOptions),
         "pre_dump": _declared(_options.PreDumpOptions),
-        "restore": _RESTORE,
-        "lazy_restore": _RESTORE,
+        "restore": _declared(_options.RestoreOptions),
+        "lazy_restore": _declared(_options.LazyRestoreOptions),
         "page_server": _declared(_options.PageServerOptions),
         "check": _declared(_options.CheckOptions),
         "cpuinfo": _declared(_options.CpuinfoOptions),

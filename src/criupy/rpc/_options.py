@@ -44,6 +44,7 @@ __all__ = [
     "FullDumpOptions",
     "ImageOptions",
     "LazyDumpOptions",
+    "LazyRestoreOptions",
     "PageServerAddressOptions",
     "PageServerOptions",
     "PreDumpOptions",
@@ -52,6 +53,7 @@ __all__ = [
     "StatusFdOptions",
     "StopOptions",
     "TaskOptions",
+    "TlsOptions",
     "TransferOptions",
 ]
 
@@ -111,13 +113,8 @@ class StatisticsOptions(TypedDict, total=False):
     well. Off by default. Since 3.19."""
 
 
-class TransferOptions(TypedDict, total=False):
-    """Dump, lazy dump, pre-dump and page server."""
-
-    parent_img: Annotated[StrPath, Field(one(check.path))]
-    """Images of the dump before this one, for pages that have not changed since: a path that starts at the
-    images directory, ``../1`` say. CRIU makes a symbolic link of it there, so an absolute path breaks when
-    the images move. A dump needs ``track_mem`` with it."""
+class TlsOptions(TypedDict, total=False):
+    """Dump, lazy dump, pre-dump, page server, and the lazy-pages daemon of a lazy restore."""
 
     tls: Annotated[bool, Field(one(check.flag), since=(3, 13))]
     """Encrypt the page transfer and authenticate both of its ends with X.509 certificates. Off by default.
@@ -141,6 +138,15 @@ class TransferOptions(TypedDict, total=False):
     """Do not compare the name in the peer's certificate with the address that was given here. A server
     compares with the address that it listens on, so it nearly always needs this. Off by default. Since
     3.13."""
+
+
+class TransferOptions(TlsOptions, total=False):
+    """Dump, lazy dump, pre-dump and page server."""
+
+    parent_img: Annotated[StrPath, Field(one(check.path))]
+    """Images of the dump before this one, for pages that have not changed since: a path that starts at the
+    images directory, ``../1`` say. CRIU makes a symbolic link of it there, so an absolute path breaks when
+    the images move. A dump needs ``track_mem`` with it."""
 
 
 class PageServerAddressOptions(TypedDict, total=False):
@@ -385,7 +391,7 @@ class PreDumpOptions(
 class RestoreOptions(
     CommonOptions, ImageOptions, StatisticsOptions, CpuOptions, TaskOptions, EndStateOptions, total=False
 ):
-    """Options of a restore and of a lazy restore."""
+    """Options of a restore."""
 
     rst_sibling: Annotated[bool, Field(one(check.flag), swrk_only=True)]
     """Make the root task a child of the process that started the worker, rather than of the worker. Needs
@@ -423,6 +429,10 @@ class RestoreOptions(
 
     skip_file_rwx_check: Annotated[bool, Field(one(check.flag), since=(3, 18))]
     """Do not compare the permissions of files with those at the dump. Off by default. Since 3.18."""
+
+
+class LazyRestoreOptions(RestoreOptions, TlsOptions, total=False):
+    """Options of a lazy restore. Those of TLS are for its daemon's connection to ``page_server``."""
 
 
 class PageServerOptions(
