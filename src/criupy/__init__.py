@@ -1,14 +1,16 @@
 """criupy: CRIU from Python, and post-copy migration.
 
 ``Criu`` and ``AsyncCriu`` drive CRIU; ``criupy.lazy_pages`` takes the place of
-``criu lazy-pages``; ``criupy.images`` reads checkpoints. Importing this package
-works on any system; what needs Linux says so when it is used.
+``criu lazy-pages``, ``criupy.page_server`` that of ``criu page-server``, and
+``criupy.images`` reads checkpoints. Importing this package works on any system;
+what needs Linux says so when it is used.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from criupy._tls.files import TlsFiles
 from criupy.errors import (
     CriuDied,
     CriuError,
@@ -19,8 +21,10 @@ from criupy.errors import (
     LazyPagesError,
     LocalProtocolError,
     OptionError,
+    PageServerError,
     ProtocolError,
     RemoteProtocolError,
+    TlsError,
     UffdError,
     UffdUnavailable,
 )
@@ -60,12 +64,15 @@ __all__ = [
     "LocalProtocolError",
     "Notification",
     "OptionError",
+    "PageServerError",
     "ProtocolError",
     "Refused",
     "RemoteProtocolError",
     "Restored",
     "Script",
     "SourceOutcome",
+    "TlsError",
+    "TlsFiles",
     "UffdError",
     "UffdUnavailable",
     "Version",
