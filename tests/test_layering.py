@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "_descriptor": frozenset[str](),
     "_kill_linux": frozenset[str](),
     "_command": frozenset({"errors", "_tls"}),
-    "": frozenset({"errors", "rpc"}),  # criupy/__init__.py
+    "": frozenset({"errors", "rpc", "_tls"}),  # criupy/__init__.py; of _tls the files, which are only named
     "wire": frozenset({"errors"}),
     "images": frozenset({"errors"}),
     "_uffd": frozenset({"errors"}),
