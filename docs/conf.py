@@ -101,7 +101,10 @@ def place_of(group: type) -> str:
 def public_names(name: str) -> list[str]:
     """Return under which names a class of a private module may be documented."""
     last = name.rpartition(".")[2]
-    rooms = ("criupy.rpc", "criupy.errors", _options.__name__, "criupy.testing.rpc_peer_linux")
+    rooms = (
+        *("criupy.rpc", "criupy.errors", "criupy.page_server", "criupy"),
+        *(_options.__name__, "criupy.testing.rpc_peer_linux"),
+    )
     return [f"{room}.{last}" for room in rooms]
 
 

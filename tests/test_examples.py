@@ -53,6 +53,10 @@ page server: exit status 0
 here: 0 MiB of pages, at the page server: 3\d MiB of pages
 dumped at \d+, restored, counts on: \d+
 """,
+    "restore_many": r"""dumped at \d+
+(?:copy [123]: counts on, and all of its memory is here
+){3}served \d+ pages to 3 destinations: {'closed': 3}
+""",
     "lazy_migration": r"""source: process (\d+) is frozen, its memory at 127\.0\.0\.1:\d+
 destination: process \1 runs after [\d.]+ s, was at \d+
 destination: counts on: \d+

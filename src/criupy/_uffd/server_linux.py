@@ -27,28 +27,51 @@ __all__ = ["Account", "Ending", "Question", "Server", "punch_hole"]
 class Ending(enum.IntEnum):
     """Why a connection ended; from COMMAND on the client broke the protocol."""
 
+    #: CLOSE was answered, and the peer has closed.
     CLOSED = lib.CRIUPY_SERVED_CLOSED
+    #: The peer closed without CLOSE.
     EOF = lib.CRIUPY_SERVED_EOF
+    #: By the peer, or the network has lost it.
     RESET = lib.CRIUPY_SERVED_RESET
+    #: By the server itself.
     CUT = lib.CRIUPY_SERVED_CUT
+    #: Nothing was asked for ``idle_timeout`` seconds.
     IDLE = lib.CRIUPY_SERVED_IDLE
+    #: In the middle of something nothing came or went for ``stall_timeout`` seconds.
     STALLED = lib.CRIUPY_SERVED_STALLED
+    #: The images cannot be read; ``errno``.
     DATA = lib.CRIUPY_SERVED_DATA
+    #: Something else failed here; ``errno``.
     ERROR = lib.CRIUPY_SERVED_ERROR
+    #: What was uploaded cannot be written; ``errno``.
     DISK = lib.CRIUPY_SERVED_DISK
+    #: What was uploaded makes no images; ``errno``, and the log says why.
     REFUSED = lib.CRIUPY_SERVED_REFUSED
+    #: The peer speaks TLS to a server that does not.
     SPEAKS_TLS = lib.CRIUPY_SERVED_SPEAKS_TLS
+    #: TLS failed; ``fault``.
     TRANSPORT = lib.CRIUPY_SERVED_TRANSPORT
+    #: Somebody has written to the images.
     CHANGED = lib.CRIUPY_SERVED_CHANGED
+    #: Nothing that is done here.
     COMMAND = lib.CRIUPY_SERVED_COMMAND
+    #: No pages, or more than there can be.
     COUNT = lib.CRIUPY_SERVED_COUNT
+    #: Not the address of a page.
     ADDRESS = lib.CRIUPY_SERVED_ADDRESS
+    #: No such process in the images; of an upload: not the type of a pagemap.
     ID = lib.CRIUPY_SERVED_ID
+    #: Not a lazy page of that process.
     PAGE = lib.CRIUPY_SERVED_PAGE
+    #: The peer closed inside a frame or its pages.
     TRUNCATED = lib.CRIUPY_SERVED_TRUNCATED
+    #: Something came after CLOSE.
     TRAILING = lib.CRIUPY_SERVED_TRAILING
+    #: Flags of an entry that mean nothing.
     FLAGS = lib.CRIUPY_SERVED_FLAGS
+    #: An entry that begins before the end of the one before.
     ORDER = lib.CRIUPY_SERVED_ORDER
+    #: An entry of another image than was opened.
     UNOPENED = lib.CRIUPY_SERVED_UNOPENED
 
 

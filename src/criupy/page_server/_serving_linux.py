@@ -56,8 +56,8 @@ async def serve_tasks(config: Config, tasks: Iterable[ServedTask]) -> AsyncItera
 def open_page_server(config: Config) -> AbstractAsyncContextManager[PageServer]:
     """Serve the lazy pages of images while the block runs, to any number of destinations.
 
-    What is connected at the end of the block is cut; so is who asks for more
-    when somebody has written to the images. Entering raises ImageError for
+    What is connected at the end of the block is cut, and so is a destination
+    that asks for more after somebody has written to the images. Entering raises ImageError for
     images that cannot be served, PageServerError when it cannot listen, TlsError
     for files that TLS cannot be done with.
     """
