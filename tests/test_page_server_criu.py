@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import trio
 
 from criupy.page_server import Config, Ending, PageServer, open_page_server
+from criupy.testing.certificates import Certificates
 from criupy.testing.control_linux import Order
 from criupy.testing.criu_linux import (
     Criu,
@@ -36,6 +38,7 @@ async def restore_and_verify(
     room: Path,
     name: str,
     daemon: tuple[str, ...],
+    extra: Sequence[str] = (),
 ) -> None:
     """Restore a copy of the workload elsewhere, touching it all the while, and look at every byte."""
     work = room / name
@@ -45,7 +48,7 @@ async def restore_and_verify(
         control.worker().start_touching(Order.RANDOM, count=5000)
         async with (
             lazy_pages_daemon(
-                daemon, room / "images", work, source=(server.address, server.port)
+                daemon, room / "images", work, source=(server.address, server.port), extra=extra
             ) as lazy_pages,
             restore(
                 criu, room / "images", work, workload.pid, binds={workload.control.path: control.path}
@@ -59,14 +62,15 @@ async def restore_and_verify(
                 assert (await control.worker(task).verify()).is_good
 
 
-@pytest.mark.parametrize("ours", [True, False], ids=["our-daemon", "stock-daemon"])
-async def test_restores_one_after_the_other(criu: Criu, room: Path, ours: bool) -> None:
-    daemon = our_command() if ours else stock_command(criu)
-    async with start_workload(SPEC, room) as workload:
+async def test_ten_restores_in_a_row(criu: Criu, room: Path) -> None:
+    spec = WorkloadSpec(size=12 * MIB, areas=3, tree=2, fragmented=True)
+    async with start_workload(spec, room) as workload:
         await dump(criu, workload.pid, room / "images")
-        async with open_page_server(Config(room / "images", once=False)) as server:
-            for n in range(3):
+        async with open_page_server(Config(room / "images")) as server:
+            for n in range(10):
+                daemon = stock_command(criu) if n % 2 else our_command()
                 await restore_and_verify(criu, server, workload, room, f"work{n}", daemon)
+            assert dict(server.statistics.endings) == {"closed": 10}
 
 
 async def test_five_restores_at_the_same_time(criu: Criu, room: Path) -> None:
@@ -95,19 +99,29 @@ async def test_the_command_for_one_restore(criu: Criu, room: Path, ours: bool) -
             assert served.errors == served.warnings == []
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("ours", [True, False], ids=["our-daemon", "stock-daemon"])
-async def test_an_older_criu_dumped(room: Path, ours: bool) -> None:
-    """The images tell the size of frames of who wrote them, and the server takes that of who asks."""
+@pytest.mark.parametrize("pair", ["older", "newer", "mixed"])
+async def test_each_pair_of_versions(
+    room: Path, certificates: Certificates, pair: str, ours: bool, secure: bool
+) -> None:
+    """The images tell the size of frames of who wrote them, and the server takes that of who asks.
+
+    Images of a newer CRIU an older one cannot restore, whoever serves their pages.
+    """
     found, _ = find_criu()
-    if len({criu.frame_size for criu in found}) < 2:
+    newer, older = found[0], found[-1]
+    if newer.frame_size == older.frame_size:
         pytest.skip("needs two CRIUs, of 4.1 or before and of 4.2 or later: `make test` fetches them")
-    criu, older = found[0], found[-1]
+    dumping, restoring = {"older": (older, older), "newer": (newer, newer), "mixed": (older, newer)}[pair]
+    tls = certificates.files("server") if secure else None
+    extra = certificates.options("client") if secure else []
     async with start_workload(SPEC, room) as workload:
-        await dump(older, workload.pid, room / "images")
-        async with open_page_server(Config(room / "images")) as server:
-            daemon = our_command() if ours else stock_command(criu)
-            await restore_and_verify(criu, server, workload, room, "restoring", daemon)
+        await dump(dumping, workload.pid, room / "images")
+        async with open_page_server(Config(room / "images", tls=tls)) as server:
+            daemon = our_command() if ours else stock_command(restoring)
+            await restore_and_verify(restoring, server, workload, room, "restoring", daemon, extra)
             server.stop()
             await server.wait()
             assert server.last is not None
-            assert server.last.frame_size == (older.frame_size if ours else criu.frame_size)
+            assert server.last.frame_size == (dumping.frame_size if ours else restoring.frame_size)
