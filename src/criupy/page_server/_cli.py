@@ -202,8 +202,7 @@ def _check_only(server: PageServer, *, received: bool) -> None:
 
     last = server.last
     if last is None:
-        who = "dump" if received else "destination"
-        raise PageServerError(f"asked to stop, and no {who} had connected")
+        raise PageServerError("no dump has come" if received else "no destination was served")
     if server.is_whole if received else last.ending is Ending.CLOSED:
         return
     if received:
