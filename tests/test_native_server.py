@@ -302,8 +302,22 @@ def test_a_wrong_frame(serve: Serve, case: str, frame_size: int, first: bool) ->
 def test_answers_before_a_wrong_frame_are_not_held_back_for_ever(serve: Serve, frame_size: int) -> None:
     served = serve()
     with served.connect(frame_size) as destination:
-        destination.sock.sendall(frame(frame_size, GET, 1, A, 100) + frame(frame_size, GET, 1, A, 5))
-        assert served.end().ending is Ending.ID
+        good, wrong = frame(frame_size, GET, 1, A, 100), frame(frame_size, GET, 1, A, 5)
+        destination.sock.sendall(10 * good + wrong)
+        for _ in range(10):
+            assert destination.answer()[0] == 1
+        assert destination.is_over()
+        account = served.end()
+        assert (account.ending, account.pages, account.id) == (Ending.ID, 10, 5)
+
+
+def test_a_peer_that_has_its_status_may_go_as_it_likes(serve: Serve) -> None:
+    served = serve()
+    with served.connect() as destination:
+        destination.send(CLOSE)
+        assert destination.receive(4) == bytes(4)
+        destination.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert served.end().ending is Ending.CLOSED
 
 
 @pytest.mark.parametrize("length", [1, 23, 24, 31])
@@ -426,6 +440,46 @@ def test_images_that_somebody_writes_to(serve: Serve, change: Callable[[Path], N
         assert destination.sock.recv(1) == b""
         account = served.end()
     assert (account.ending, account.pages) == (Ending.CHANGED, nr)
+
+
+@pytest.mark.parametrize("nr", [15, 64])  # copied, and from the page cache
+def test_what_is_not_sent_yet_is_not_sent_when_it_changes(serve: Serve, nr: int) -> None:
+    """Of one batch of requests, while the peer takes nothing."""
+    served = serve(WorkloadSpec(size=16 << 20))
+    task = served.images.tasks[0]
+    good = task.pages.read_bytes()
+    with served.connect() as destination:
+        start = task.runs[0].start
+        for n in range(512):
+            destination.send(GET, nr, start + (n * nr % 2048) * PAGE, task.pid)
+        for n in range(10):
+            destination.answer()
+        time.sleep(0.1)
+        with task.pages.open("r+b") as file:
+            file.write(bytes(len(good)))
+        with contextlib.suppress(struct.error, ConnectionResetError):
+            for _ in range(502):
+                destination.answer()
+        account = served.end()
+    assert account.ending is Ending.CHANGED
+    assert account.pages < 512 * nr
+
+
+@pytest.mark.parametrize("nr", [1, 64])
+def test_the_first_page_is_told_when_it_has_gone(serve: Serve, nr: int) -> None:
+    """And not when all that was asked for with it has."""
+    served = serve(WorkloadSpec(size=16 << 20), stall=1)
+    task = served.images.tasks[0]
+    with served.connect() as destination:
+        many = b"".join(
+            frame(32, GET, 1024, task.runs[0].start + n % 2048 * PAGE, task.pid) for n in range(100)
+        )
+        destination.sock.sendall(frame(32, GET, nr, task.runs[0].start, task.pid) + many)
+        assert select.select([served.server.event_fd], [], [], 10)[0]
+        assert list(served.server.ended()) == []
+        (account,) = served.server.connections(1)
+        assert account.first_page is not None
+        assert account.pages >= nr
 
 
 def test_images_that_are_replaced_are_served_as_they_were(serve: Serve, tmp_path: Path) -> None:

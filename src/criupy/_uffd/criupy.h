@@ -156,6 +156,7 @@ struct criupy_transport {
 	/* Without a word to the peer. */
 	void (*destroy)(struct criupy_transport *transport);
 	int events;
+	uint64_t sent;			/* bytes that the socket took */
 };
 
 /* ---- latency histogram (histogram.c) --------------------------------------- */

@@ -57,7 +57,7 @@ static void cut(struct connection *c)
 static void connection_free(struct connection *c)
 {
 	pthread_join(c->thread, NULL);
-	upload_free(c->upload);
+	upload_free(c->server, c->upload);
 	pthread_cond_destroy(&c->answered);
 	free(c);
 }

@@ -4,6 +4,7 @@
 #define CRIUPY_SERVER_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <sys/types.h>
 #include <time.h>
 
@@ -22,8 +23,8 @@
 #define SERVER_HELD (256 << 10)
 /* So much is written before the disk is told to begin with it. */
 #define SERVER_WRITEBACK (8 << 20)
-/* An upload's image has at most so many entries, of at most so many pages in
- * all: every second page of 128 GiB (half a gigabyte of memory here), and 4 PiB. */
+/* All uploads together have room for so many entries, every second page of
+ * 128 GiB (half a gigabyte of memory here); an image has at most 4 PiB of pages. */
 #define SERVER_ENTRIES (UINT64_C(1) << 24)
 #define SERVER_IMAGE_PAGES (UINT64_C(1) << 40)
 
@@ -43,6 +44,7 @@ struct criupy_server {
 	pthread_mutex_t lock;		/* of what follows, and of every connection's account */
 	uint64_t nr_connections;
 	struct connection *connections;
+	_Atomic uint64_t nr_entries;	/* for which uploads have room */
 };
 
 /* The image that a dumper uploads. */
@@ -83,11 +85,13 @@ struct connection {
 	uint64_t timeout_ns;		/* what the socket's receive timeout is set to */
 	uint64_t partial_ns;		/* since when a frame is incomplete */
 	const struct served_image *unchanged;	/* looked at since something was received */
+	const struct served_image *in_out;	/* whose pages are in out, if any are */
 	bool closing;			/* CLOSE was answered */
 	struct upload *upload;		/* NULL until something is opened */
 	uint64_t offset;		/* in the stream, of the next frame */
 	size_t in_start, in_end;
 	size_t out_length;
+	uint64_t out_pages;		/* of which out has answers */
 	uint8_t in[SERVER_IN];
 	uint8_t out[SERVER_OUT];
 };
@@ -110,6 +114,8 @@ void connection_publish(struct connection *c);
 /* Send what is in c->out and what a transport holds; with more, it may wait for
  * what follows. */
 int connection_flush(struct connection *c, bool more);
+/* Count pages that have gone. */
+void connection_sent(struct connection *c, uint64_t nr_pages);
 
 /* ---- server_stream.c ------------------------------------------------------------ */
 
@@ -124,7 +130,7 @@ int stream_send(struct connection *c, const void *data, size_t length, bool more
 /* Send what a transport holds back for more. */
 int stream_flush(struct connection *c);
 /* From the page cache; through c->out, which must be empty, where there is a transport. */
-int stream_send_file(struct connection *c, int fd, uint64_t start, size_t length);
+int stream_send_file(struct connection *c, const struct served_image *served, uint64_t start, size_t length);
 /* Answer a peer that announced its end, let a transport say what it has to, and
  * release it. */
 void stream_end(struct connection *c);
@@ -133,6 +139,8 @@ void stream_end(struct connection *c);
 
 int answer_get(struct connection *c, const struct criupy_frame *frame);
 int read_pages(struct connection *c, int fd, uint64_t offset, uint8_t *into, size_t length);
+/* Nobody has written to the pages of an image. */
+int check_unchanged(struct connection *c, const struct served_image *served);
 
 /* ---- server_receive.c ----------------------------------------------------------------------- */
 
@@ -142,6 +150,6 @@ int receive_parent(struct connection *c, const struct criupy_frame *frame);
 int receive_add(struct connection *c, const struct criupy_frame *frame);
 /* status receives what CLOSE is answered with. */
 int receive_close(struct connection *c, const struct criupy_frame *frame, int32_t *status);
-void upload_free(struct upload *upload);
+void upload_free(struct criupy_server *server, struct upload *upload);
 
 #endif

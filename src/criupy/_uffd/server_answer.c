@@ -3,8 +3,10 @@
  * A short answer is read into the buffer behind the answers before it, and all
  * go with one send: at one page each, system calls are what costs. A long one
  * goes from the page cache to the socket. Nothing is mapped, so nothing of an
- * image is ever resident here. Once for all that was received together is looked
- * whether somebody writes to it: other bytes than were dumped are worse than none.
+ * image is ever resident here. Whether somebody writes to it is looked at before
+ * the answers to what was received together, and after every read, before what was
+ * read is sent; what went from the page cache only afterwards, before more goes.
+ * Other bytes than were dumped are worse than none.
  *
  * Over a transport every header has a record of its own and pages begin one, as
  * a stock server sends them: a stock client that took a header out of a record
@@ -30,6 +32,15 @@ int read_pages(struct connection *c, int fd, uint64_t offset, uint8_t *into, siz
 	return 0;
 }
 
+int check_unchanged(struct connection *c, const struct served_image *served)
+{
+	int result = server_check_pages(served);
+
+	if (result == -ESTALE)
+		return connection_fail(c, CRIUPY_SERVED_CHANGED, 0);
+	return result < 0 ? connection_fail(c, CRIUPY_SERVED_DATA, -result) : 0;
+}
+
 int answer_get(struct connection *c, const struct criupy_frame *frame)
 {
 	struct criupy_frame reply = *frame;
@@ -46,11 +57,8 @@ int answer_get(struct connection *c, const struct criupy_frame *frame)
 	if (!served)
 		return connection_fail(c, CRIUPY_SERVED_ID, 0);
 	if (served != c->unchanged) {
-		int result = server_check_pages(served);
-
-		if (result < 0)
-			return result == -ESTALE ? connection_fail(c, CRIUPY_SERVED_CHANGED, 0)
-						 : connection_fail(c, CRIUPY_SERVED_DATA, -result);
+		if (check_unchanged(c, served) < 0)
+			return -1;
 		c->unchanged = served;
 	}
 	i = image_extent_after(served->image, frame->vaddr);
@@ -68,24 +76,28 @@ int answer_get(struct connection *c, const struct criupy_frame *frame)
 
 		criupy_frame_encode(&reply, header, c->frame_size);
 		if (stream_send(c, header, c->frame_size, true) < 0 ||
-		    stream_send_file(c, served->fd, offset, length) < 0)
+		    stream_send_file(c, served, offset, length) < 0)
 			return -1;
+		connection_sent(c, reply.nr_pages);
 	} else if (reply.nr_pages < SERVER_SENDFILE_PAGES) {
-		if (c->out_length + c->frame_size + length > SERVER_OUT && connection_flush(c, true) < 0)
+		if ((c->out_length + c->frame_size + length > SERVER_OUT || (c->in_out && c->in_out != served)) &&
+		    connection_flush(c, true) < 0)
 			return -1;
 		criupy_frame_encode(&reply, c->out + c->out_length, c->frame_size);
 		c->out_length += c->frame_size;
 		if (read_pages(c, served->fd, offset, c->out + c->out_length, length) < 0)
 			return -1;
 		c->out_length += length;
+		c->out_pages += reply.nr_pages;
+		c->in_out = served;
 	} else {
 		if (c->out_length + c->frame_size > SERVER_OUT && connection_flush(c, true) < 0)
 			return -1;
 		criupy_frame_encode(&reply, c->out + c->out_length, c->frame_size);
 		c->out_length += c->frame_size;
-		if (connection_flush(c, true) < 0 || stream_send_file(c, served->fd, offset, length) < 0)
+		if (connection_flush(c, true) < 0 || stream_send_file(c, served, offset, length) < 0)
 			return -1;
+		connection_sent(c, reply.nr_pages);
 	}
-	c->counted.nr_pages += reply.nr_pages;
 	return 0;
 }

@@ -1,7 +1,8 @@
 /* One connection of the page server, on a thread of its own.
  *
  * A client that neither sends nor takes costs its own thread and two small
- * buffers, and no other client anything. All requests that have arrived are answered, in order, before more are received.
+ * buffers, and no other client anything. All requests that have arrived are
+ * answered, in order, before more are received.
  *
  * What ends it is found out here and told in the account. Whatever it is, images
  * that are given out are only read: a client can come again. An upload counts
@@ -18,12 +19,44 @@ int connection_fail(struct connection *c, uint32_t reason, int error)
 
 int connection_flush(struct connection *c, bool more)
 {
+	const struct served_image *served = c->in_out;
+	uint64_t nr_pages = c->out_pages;
 	size_t length = c->out_length;
 
 	c->out_length = 0;
-	if (length)
-		return stream_send(c, c->out, length, more);
-	return more ? 0 : stream_flush(c);
+	c->out_pages = 0;
+	c->in_out = NULL;
+	if (served && check_unchanged(c, served) < 0)
+		return -1;
+	if (!length)
+		return more ? 0 : stream_flush(c);
+	if (stream_send(c, c->out, length, more) < 0)
+		return -1;
+	connection_sent(c, nr_pages);
+	return 0;
+}
+
+void connection_sent(struct connection *c, uint64_t nr_pages)
+{
+	c->counted.nr_pages += nr_pages;
+	if (!nr_pages || c->counted.first_ns)
+		return;
+	c->counted.first_ns = server_now_ns();
+	connection_publish(c);
+	server_wake(c->server);
+}
+
+/* The peer broke the rules: what it had asked for before it gets, unless it takes too long. */
+static void answer_the_rest(struct connection *c)
+{
+	struct criupy_served found = c->counted;
+
+	if (found.reason < CRIUPY_SERVED_COMMAND)
+		return;
+	(void)connection_flush(c, false);
+	found.nr_pages = c->counted.nr_pages;
+	found.first_ns = c->counted.first_ns;
+	c->counted = found;
 }
 
 /* How long the next receive may take: between requests as long as it likes, for
@@ -118,8 +151,7 @@ static int close_session(struct connection *c, int32_t status, bool force)
 	} while (got > 0);
 	if (status)
 		return connection_fail(c, CRIUPY_SERVED_REFUSED, -status);
-	if (got < 0 && c->counted.reason != CRIUPY_SERVED_STALLED)
-		return -1;
+	/* However it went away: it has what it wanted. */
 	return connection_fail(c, CRIUPY_SERVED_CLOSED, 0);
 }
 
@@ -183,16 +215,12 @@ void connection_serve(struct connection *c)
 		if (!c->frame_size && c->in_end - c->in_start >= CRIUPY_FRAME_24 && learn_frame_size(c) < 0)
 			return;
 		while (c->frame_size && c->in_end - c->in_start >= c->frame_size)
-			if (obey(c) < 0)
+			if (obey(c) < 0) {
+				answer_the_rest(c);
 				return;
+			}
 		if (connection_flush(c, false) < 0)
 			return;
-		if (!c->counted.first_ns && c->counted.nr_pages) {
-			c->counted.first_ns = server_now_ns();
-			connection_publish(c);
-			server_wake(c->server);
-		} else {
-			connection_publish(c);
-		}
+		connection_publish(c);
 	}
 }

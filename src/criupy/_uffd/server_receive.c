@@ -15,10 +15,11 @@
 
 #include "server.h"
 
-void upload_free(struct upload *upload)
+void upload_free(struct criupy_server *server, struct upload *upload)
 {
 	if (!upload)
 		return;
+	atomic_fetch_sub(&server->nr_entries, upload->room);
 	if (upload->fd >= 0)
 		close(upload->fd);
 	free(upload->starts);
@@ -119,11 +120,13 @@ static int receive_pages(struct connection *c, struct upload *u, uint64_t nr_pag
 
 static int grow(struct connection *c, struct upload *u)
 {
-	uint64_t room = u->room ? 2 * u->room : 1024, *starts, *nr_pages;
+	uint64_t more = u->room ? u->room : 1024, room = u->room + more, *starts, *nr_pages;
 	uint8_t *flags;
 
-	if (u->nr == SERVER_ENTRIES)
-		return connection_fail(c, CRIUPY_SERVED_COUNT, 0);
+	if (atomic_fetch_add(&c->server->nr_entries, more) > SERVER_ENTRIES - more) {
+		atomic_fetch_sub(&c->server->nr_entries, more);
+		return connection_fail(c, CRIUPY_SERVED_ERROR, ENOMEM);
+	}
 	starts = realloc(u->starts, room * sizeof(*starts));
 	if (!starts)
 		goto no_memory;
@@ -140,6 +143,7 @@ static int grow(struct connection *c, struct upload *u)
 	return 0;
 
 no_memory:
+	atomic_fetch_sub(&c->server->nr_entries, more);
 	return connection_fail(c, CRIUPY_SERVED_ERROR, ENOMEM);
 }
 

@@ -75,7 +75,7 @@ static ssize_t transport_receive(struct connection *c, void *into, size_t room)
 
 static int transport_send(struct connection *c, const uint8_t *from, size_t length)
 {
-	uint64_t since = server_now_ns();
+	uint64_t since = server_now_ns(), gone = c->transport->sent;
 
 	while (length) {
 		int64_t sent = c->transport->send(c->transport, from, length);
@@ -84,25 +84,36 @@ static int transport_send(struct connection *c, const uint8_t *from, size_t leng
 			from += sent;
 			length -= (size_t)sent;
 			since = server_now_ns();
-		} else if (sent != -EAGAIN) {
-			return fail(c, (int)-sent);
-		} else if (wait_for(c, since, c->server->config.stall_timeout_ns) < 0) {
-			return -1;
+			continue;
 		}
+		if (sent != -EAGAIN)
+			return fail(c, (int)-sent);
+		if (c->transport->sent != gone) {
+			gone = c->transport->sent;
+			since = server_now_ns();
+		}
+		if (wait_for(c, since, c->server->config.stall_timeout_ns) < 0)
+			return -1;
 	}
 	return 0;
 }
 
 int stream_flush(struct connection *c)
 {
-	uint64_t since = server_now_ns();
+	uint64_t since = server_now_ns(), gone;
 	int result;
 
 	if (!c->transport)
 		return 0;
-	while ((result = c->transport->flush(c->transport)) == -EAGAIN)
+	gone = c->transport->sent;
+	while ((result = c->transport->flush(c->transport)) == -EAGAIN) {
+		if (c->transport->sent != gone) {
+			gone = c->transport->sent;
+			since = server_now_ns();
+		}
 		if (wait_for(c, since, c->server->config.stall_timeout_ns) < 0)
 			return -1;
+	}
 	return result < 0 ? fail(c, -result) : 0;
 }
 
@@ -170,20 +181,23 @@ int stream_send(struct connection *c, const void *data, size_t length, bool more
 	return 0;
 }
 
-int stream_send_file(struct connection *c, int fd, uint64_t start, size_t length)
+int stream_send_file(struct connection *c, const struct served_image *served, uint64_t start, size_t length)
 {
 	off_t offset = (off_t)start;
 
 	while (c->transport && length) {
 		size_t some = min_u64(length, SERVER_OUT);
 
-		if (read_pages(c, fd, start, c->out, some) < 0 || stream_send(c, c->out, some, true) < 0)
+		if (read_pages(c, served->fd, start, c->out, some) < 0 || check_unchanged(c, served) < 0 ||
+		    stream_send(c, c->out, some, true) < 0)
 			return -1;
 		start += some;
 		length -= some;
 	}
+	if (!length)
+		return 0;
 	while (length) {
-		ssize_t sent = sendfile(c->fd, fd, &offset, length);
+		ssize_t sent = sendfile(c->fd, served->fd, &offset, length);
 
 		if (sent > 0)
 			length -= (size_t)sent;
@@ -194,5 +208,5 @@ int stream_send_file(struct connection *c, int fd, uint64_t start, size_t length
 		else if (errno != EINTR)
 			return fail(c, errno);
 	}
-	return 0;
+	return check_unchanged(c, served);
 }
