@@ -452,7 +452,7 @@ def test_what_is_not_sent_yet_is_not_sent_when_it_changes(serve: Serve, nr: int)
         start = task.runs[0].start
         for n in range(512):
             destination.send(GET, nr, start + (n * nr % 2048) * PAGE, task.pid)
-        for n in range(10):
+        for _ in range(10):
             destination.answer()
         time.sleep(0.1)
         with task.pages.open("r+b") as file:

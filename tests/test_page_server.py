@@ -21,9 +21,12 @@ pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 from criupy import page_server
 from criupy.errors import ImageError, PageServerError
 from criupy.page_server import Config, Ending, PageServer
+from criupy.page_server._access import household
+from criupy.page_server._images import load_tasks
+from criupy.page_server._serving_linux import serve_tasks
 from criupy.testing.images import WrittenImages, write_images
 from criupy.testing.spec import WorkloadSpec
-from page_server_clients import GET, PAGE, Destination, loopback
+from page_server_clients import GET, PAGE, Destination, frame, loopback
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
@@ -156,7 +159,7 @@ async def test_one_address_does_not_take_all(images: WrittenImages, caplog: pyte
             await get(stack.enter_context(connect(server)))
         with connect(server) as sixth:
             assert await is_over(sixth)
-        assert "refused, 5 from its address are connected already, which is half of all" in caplog.text
+        assert "refused, 5 from its address are connected already, which is what one may have" in caplog.text
         other = socket.create_connection((server.address, server.port), source_address=("127.0.0.2", 0))
         with Destination(other) as destination:
             await get(destination)
@@ -328,6 +331,49 @@ async def test_a_destination_of_images_that_change(
 def test_settings_that_make_no_sense(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         Config(tmp_path, **settings)
+
+
+def test_one_peer_by_its_address() -> None:
+    assert household("192.0.2.1") == household("::ffff:192.0.2.1") != household("192.0.2.2")
+    assert household("2001:db8::1") == household("2001:db8::2:3:4:5") != household("2001:db8:0:1::1")
+
+
+def test_a_listener_of_another_family(tmp_path: Path) -> None:
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        pytest.raises(ValueError, match=r"^listener: expected a socket of AF_INET or AF_INET6$"),
+    ):
+        Config(tmp_path, listener=listener)
+
+
+async def test_images_that_change_before_they_are_served(tmp_path: Path) -> None:
+    written = write_images(tmp_path / "images", WorkloadSpec(size=4 * PAGE), style="full")
+    tasks = list(load_tasks(written.directory))
+    await trio.sleep(0.02)
+    with written.tasks[0].pages.open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(ImageError, match="it has changed since its pagemap was read"):
+        async with serve_tasks(Config(written.directory), tasks):
+            pass
+
+
+async def test_the_first_that_has_a_page_is_the_one_that_counts(images: WrittenImages) -> None:
+    """Though it takes its time, and another is quicker."""
+    large = write_images(images.directory.parent / "large", WorkloadSpec(size=64 << 20), style="full")
+    async with serving(large, once=True) as server:
+        with connect(server) as slow:
+            slow.sock.sendall(
+                b"".join(frame(32, GET, 1024, A + n % 8 * 1024 * PAGE, 100) for n in range(200))
+            )
+            await trio.to_thread.run_sync(slow.answer)
+            while server._accepts:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            for _ in range(199):
+                await trio.to_thread.run_sync(slow.answer)
+            assert await close(slow) == 0
+        await server.wait()
+        assert server.last is not None
+        assert server.last.pages == 200 * 1024
 
 
 def test_a_listener_beside_a_connection(tmp_path: Path) -> None:

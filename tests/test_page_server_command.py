@@ -205,6 +205,13 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
         c.process.kill()
 
 
+def test_who_asked_for_nothing_lacks_nothing(images: WrittenImages, tmp_path: Path) -> None:
+    with command(images.directory, tmp_path, "--stop-timeout", "100ms") as c, c.connect() as silent:
+        c.stop()
+        assert silent.is_over()
+        assert c.ended() == 0
+
+
 # ---- one connection ----------------------------------------------------------------------
 
 
@@ -464,6 +471,14 @@ def test_receiving_half_a_dump(tmp_path: Path) -> None:
         (warning,) = running.warnings
         assert "the peer closed without CLOSE" in warning
     assert list(folder.iterdir()) == []
+
+
+def test_a_dump_that_ends_without_an_image(tmp_path: Path) -> None:
+    """As one that has failed early: CRIU closes its session in good order also then."""
+    with command(tmp_path, tmp_path, lazy_pages=False) as running:
+        with running.connect() as sock:
+            assert Dumper(sock.sock, 32).close() == 0
+        assert "the dump has ended, and no images came: it must have failed" in running.failed()
 
 
 def test_receiving_nothing(tmp_path: Path) -> None:

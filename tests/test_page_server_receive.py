@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
@@ -27,7 +28,7 @@ from criupy._uffd.image_linux import Image
 from criupy._uffd.server_linux import Server
 from criupy.errors import ImageError, PageServerError, UffdError
 from criupy.images import PagemapStyle, check_pages, present_pages, read_pagemap, read_shared_pagemap
-from criupy.page_server import Account, Config, Ending, PageServer, open_page_receiver
+from criupy.page_server import Account, Config, Ending, PageServer, _writer, open_page_receiver
 from criupy.testing.wait import until
 from images_writer import Run, pagemap
 from page_server_clients import (
@@ -600,6 +601,52 @@ async def test_a_hole_that_the_parent_lacks(hole: tuple[int, int], tmp_path: Pat
     async with receive(tmp_path / "1", prev_images_dir="../0") as r:
         assert await r.dump(dump) == -22
         assert r.names() == {"parent"}
+
+
+async def test_lazy_pages_that_went_elsewhere_are_not_in_a_parent(tmp_path: Path) -> None:
+    write_parent(tmp_path / "0", [Run(BASE, 4, PE_LAZY)], b"", "new")
+
+    def dump(dumper: Dumper) -> int:
+        dumper.open(task(7))
+        dumper.entry(task(7), BASE, 1)
+        return dumper.close()
+
+    async with receive(tmp_path / "1", prev_images_dir="../0") as r:
+        assert await r.dump(dump) == -22
+        assert r.names() == {"parent"}
+
+
+async def test_a_parent_whose_pages_file_is_too_short(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_parent(tmp_path / "0", [Run(BASE, 4, 4)], pages(0, 3), "new")
+
+    def dump(dumper: Dumper) -> bool:
+        dumper.send(OPEN2, dst_id=task(7))
+        return dumper.is_over()
+
+    async with receive(tmp_path / "1", prev_images_dir="../0") as r:
+        assert await r.dump(dump)
+        assert (await r.end()).ending is Ending.REFUSED
+    assert "pages-" in caplog.text
+
+
+async def test_an_error_of_ours_ends_only_that_dump(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def dump(dumper: Dumper) -> int:
+        dumper.open(task(7))
+        dumper.add(task(7), BASE, pages(0, 3))
+        return dumper.close()
+
+    async with receive(tmp_path / "images") as r:
+        with monkeypatch.context() as patch:
+            patch.setattr(_writer, "write_pagemap", mock.Mock(side_effect=MemoryError))
+            assert await r.dump(dump) == -5
+        assert (await r.end()).ending is Ending.REFUSED
+        assert r.names() == set()
+        assert "please report it" in caplog.text
+        assert await r.dump(dump) == 0
 
 
 def blocks(path: Path, nr: int) -> list[bool]:

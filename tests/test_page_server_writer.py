@@ -234,3 +234,35 @@ def test_a_pagemap_that_cannot_be_read_is_replaced(tmp_path: Path) -> None:
     pagemap_path(tmp_path, 8).write_bytes(b"nothing")
     upload(ImagesDirectory(tmp_path), 2).commit()
     assert versions(tmp_path) == ALL_NEW
+
+
+def test_only_what_was_made_here_is_discarded(tmp_path: Path) -> None:
+    """Where no lock keeps another server away."""
+    theirs = tmp_path / "pagemap-7.img.partial"
+    theirs.touch()
+    images = UploadedImages(ImagesDirectory(tmp_path))
+    images.open(ImageType.TASK, 7, PagemapStyle.NEW)
+    with pytest.raises(FileExistsError):
+        images.finish(array("Q", []), array("Q", []), array("B", []))
+    images.discard()
+    assert list(tmp_path.iterdir()) == [theirs]
+
+
+def test_a_commit_that_fails_says_what_it_has_cost(tmp_path: Path) -> None:
+    images = upload(ImagesDirectory(tmp_path), 1)
+    with mock.patch.object(Path, "replace", side_effect=OSError(errno.EIO, "no")), pytest.raises(OSError):
+        images.commit()
+    assert not images.has_cost_the_old
+    images.discard()
+    upload(ImagesDirectory(tmp_path), 1).commit()
+    images = upload(ImagesDirectory(tmp_path), 2)
+    replace = Path.replace
+    late = mock.Mock(side_effect=[*[mock.DEFAULT] * 3, OSError(errno.EIO, "no")])
+
+    def fail(self: Path, target: Path) -> Path:
+        late()
+        return replace(self, target)
+
+    with mock.patch.object(Path, "replace", fail), pytest.raises(OSError):
+        images.commit()
+    assert images.has_cost_the_old

@@ -577,3 +577,43 @@ async def test_who_does_not_shake_hands_is_refused(
         server.stop()
         await server.wait()
         assert server.last is None
+
+
+async def test_a_cut_ends_a_handshake_too(
+    room: Path, certificates: Certificates, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = write_images(room / "full", ONE, style="full")
+    config = ServerConfig(full.directory, tls=certificates.files("server"))
+    async with open_page_server(config) as server:
+        with socket.create_connection((server.address, server.port)) as silent:
+            while not server._handshakes:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            server.stop()
+            with trio.move_on_after(0.1) as waiting:
+                await server.wait()
+            assert waiting.cancelled_caught
+            server.cut()
+            with trio.fail_after(5):
+                await server.wait()
+            assert silent.recv(1) == b""
+    assert "refused, it was cut here" in caplog.text
+
+
+async def test_a_silent_handshake_does_not_hold_up_once(room: Path, certificates: Certificates) -> None:
+    full = write_images(room / "full", ONE, style="full")
+    config = ServerConfig(full.directory, once=True, tls=certificates.files("server"))
+    async with open_page_server(config) as server:
+        where = (server.address, server.port)
+        with socket.create_connection(where), socket.create_connection(where) as sock:
+
+            def fetch() -> int:
+                context = python_end(certificates, server=False)
+                with Destination(context.wrap_socket(sock)) as destination:
+                    assert len(destination.get(100, A)) == PAGE
+                    return destination.close()
+
+            assert await trio.to_thread.run_sync(fetch) == 0
+            with trio.fail_after(5):
+                await server.wait()
+        assert server.last is not None
+        assert server.last.ending is Ending.CLOSED

@@ -82,6 +82,10 @@ def common_warnings(given: argparse.Namespace, program: Program, environ: Mappin
         warnings.append(f"--restore-sibling {program.no_sense('restore-sibling')}")
     if environ.get("CRIU_CONFIG_FILE"):
         warnings.append("CRIU_CONFIG_FILE is ignored: CRIU's configuration files are not read")
+    if given.tls and given.tls_no_cn_verify and given.tls_cacert is None:
+        warnings.append(
+            "--tls-no-cn-verify without --tls-cacert: a certificate of any CA that this system trusts will do"
+        )
     if given.pidfile is not None and not given.daemon:
         warnings.append(f"--pidfile is written only with --daemon, as criu {program.command} does")
     return warnings

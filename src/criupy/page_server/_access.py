@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Sequence
 from typing import TypeAlias
 
-__all__ = ["Network", "at", "is_allowed", "is_loopback", "parse_network"]
+__all__ = ["Network", "at", "household", "is_allowed", "is_loopback", "parse_network"]
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -28,6 +28,12 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     address = ipaddress.ip_address(host.partition("%")[0])  # a link-local one names its interface
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return address if mapped is None else mapped
+
+
+def household(host: str) -> object:
+    """Return what one peer has in common whichever of its addresses it uses: of IPv6 the first 64 bits."""
+    address = _address(host)
+    return address if address.version == 4 else int(address) >> 64
 
 
 def is_allowed(host: str, allow: Sequence[Network]) -> bool:

@@ -205,6 +205,8 @@ def _check_only(server: PageServer, *, received: bool) -> None:
         raise PageServerError("no dump has come" if received else "no destination was served")
     if server.is_whole if received else last.ending is Ending.CLOSED:
         return
+    if received and last.ending is Ending.CLOSED:
+        raise PageServerError("the dump has ended, and no images came: it must have failed")
     if received:
         raise PageServerError("the dump did not come to its end, see the warning: no images of it are here")
     raise PageServerError(
@@ -214,7 +216,7 @@ def _check_only(server: PageServer, *, received: bool) -> None:
 
 def _check_all(statistics: Statistics) -> None:
     """Raise PageServerError when destinations lack pages because of this server."""
-    if cut := statistics.endings["cut"]:
+    if cut := statistics.ours["cut"]:
         raise PageServerError(f"asked to stop, and {cut} of those connected were cut: they may lack pages")
-    if failed := sum(statistics.endings[name] for name in ("data", "changed", "error")):
+    if failed := statistics.ours.total():
         raise PageServerError(f"{failed} connections failed here, see the warnings: they may lack pages")

@@ -27,7 +27,7 @@ class Config:
     ``allow`` are the networks that peers may come from, all when it is empty.
     ``once`` ends with the first that was given a page, or began a dump; who
     connects and does neither does not count. Of ``max_connections`` one address
-    has at most half, but always four. Timeouts are in seconds:
+    (of IPv6: one /64) has at most half, but always four. Timeouts are in seconds:
     ``stall_timeout`` for a peer that stops in the middle of something,
     ``idle_timeout`` for one that asks for nothing (None: for ever). With ``tls``
     peers need a certificate, which (unless it says otherwise) must be for
@@ -52,6 +52,8 @@ class Config:
         """Refuse what would show later, and elsewhere."""
         if self.listener is not None and self.connection is not None:
             raise ValueError("expected a listener or a connection, or neither")
+        if self.listener is not None and self.listener.family not in {socket.AF_INET, socket.AF_INET6}:
+            raise ValueError("listener: expected a socket of AF_INET or AF_INET6")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port: expected 0 to 65535, not {self.port}")
         if self.max_connections < 1:

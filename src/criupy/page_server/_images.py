@@ -18,16 +18,25 @@ from criupy.images import (
     read_pstree,
 )
 
-__all__ = ["ServedTask", "load_tasks", "open_pages"]
+__all__ = ["ServedTask", "load_tasks"]
 
 
 @dataclass(frozen=True, slots=True)
 class ServedTask:
-    """The lazy pages of one dumped process, and the file that has them."""
+    """The lazy pages of one dumped process, and the file that has them, as it was then."""
 
     pid: int
     entries: LazyEntries
     pages: Path
+    seen: tuple[int, ...]
+
+    def open(self) -> int:
+        """Open the pages file; raise ImageError where that cannot be, or where it is another by now."""
+        fd = _open_pages(self.pages)
+        if _look(fd) != self.seen:
+            os.close(fd)
+            raise ImageError(self.pages, None, "it has changed since its pagemap was read")
+        return fd
 
 
 def load_tasks(images_dir: str | os.PathLike[str]) -> Iterator[ServedTask]:
@@ -52,12 +61,19 @@ def _load(images_dir: str | os.PathLike[str], pid: int) -> ServedTask:
             "its lazy pages are not in the images: this is a lazy dump, whose source serves them itself",
         )
     pages = check_pages(images_dir, pagemap)
-    os.close(open_pages(pages))  # what is wrong with it is told now
-    return ServedTask(pid, entries, pages)
+    fd = _open_pages(pages)  # what is wrong with it is told now
+    try:
+        return ServedTask(pid, entries, pages, _look(fd))
+    finally:
+        os.close(fd)
 
 
-def open_pages(path: Path) -> int:
-    """Open a pages file; raise ImageError where that cannot be."""
+def _look(fd: int) -> tuple[int, ...]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _open_pages(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

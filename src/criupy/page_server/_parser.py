@@ -143,7 +143,8 @@ def _add_limits(group: Group) -> None:
     group.value(
         "--max-connections",
         "N",
-        "refuse more than N connections at a time (default: 64), and more than half of them from one address",
+        "refuse more than N connections at a time (default: 64), and from one address more than half of that "
+        "(or than 4, where that is more)",
         type=partial(values.number, low=1, high=_MOST_CONNECTIONS, what="a number of connections"),
         default=64,
     )

@@ -58,7 +58,7 @@ class Uploads:
             try:
                 decide = partial(_decide, upload, self._directory, question)
                 answer, fd = await trio.to_thread.run_sync(decide)
-            except (OSError, ImageError) as error:
+            except Exception as error:  # noqa: BLE001 - it is told, and costs this upload only
                 answer, upload.why = _refusal(error)
                 # Before the dumper hears of it.
                 await trio.to_thread.run_sync(upload.images.discard)
@@ -75,8 +75,9 @@ class Uploads:
         if finished is not None:
             for warning in finished.warnings:
                 log.warning("connection %d: %s", account.serial, warning)
-        tell_upload(account, peer, finished, why)
-        return finished is not None
+        lost = upload is not None and upload.images.has_cost_the_old
+        tell_upload(account, peer, finished, why, has_cost_the_old=lost)
+        return finished is not None and finished.images > 0
 
     def discard(self) -> None:
         """Discard what all connections left unfinished; they have been cut."""
@@ -85,10 +86,13 @@ class Uploads:
         self._uploads.clear()
 
 
-def _refusal(error: OSError | ImageError) -> tuple[int, str]:
+def _refusal(error: Exception) -> tuple[int, str]:
     """Return what to answer, and what to say."""
     if isinstance(error, ImageError):
         return -errno.EINVAL, str(error)
+    if not isinstance(error, OSError):  # nor does it end other dumps
+        log.error("this should not be possible; please report it", exc_info=error)
+        return -errno.EIO, f"{type(error).__name__}: {error}"
     said = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
     return -(error.errno or errno.EIO), said
 
@@ -167,7 +171,10 @@ def _link_parent(images_dir: Path, previous: str | os.PathLike[str]) -> None:
         )
 
 
-def _prepare(directory: ImagesDirectory, previous: str | os.PathLike[str] | None, *, is_ours: bool) -> None:
+def _prepare(
+    directory: ImagesDirectory, previous: str | os.PathLike[str] | None, *, is_ours: bool
+) -> tuple[Path, ...]:
+    """Make the directory ready, and return the parents of what it will hold."""
     if previous is not None:
         _link_parent(directory.path, previous)
     parents = directory.parents()
@@ -179,8 +186,7 @@ def _prepare(directory: ImagesDirectory, previous: str | os.PathLike[str] | None
         raise PageServerError(f"{directory.path}: {error.strerror}; see --images-dir") from error
     if removed:
         log.info("%s: removed %s of an upload that was interrupted", directory.path, counted(removed, "file"))
-    based = f", based on {parents[0]}" if parents else ""
-    log.info("%s: receives images%s", directory.path, based)
+    return parents
 
 
 def check_receiving(images_dir: Path, prev_images_dir: str | os.PathLike[str] | None) -> None:
@@ -215,7 +221,11 @@ async def open_page_receiver(
     native = Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout, receives=True)
     uploads = Uploads(native, directory)
     with native, _claimed(config.images_dir) as is_ours:
-        await trio.to_thread.run_sync(partial(_prepare, directory, prev_images_dir, is_ours=is_ours))
+        parents = await trio.to_thread.run_sync(
+            partial(_prepare, directory, prev_images_dir, is_ours=is_ours)
+        )
+        based = f", based on {parents[0]}" if parents else ""
+        log.info("%s: receives images%s", directory.path, based)
         server = PageServer(config, native, uploads)
         try:
             async with running(server, config, "whoever reaches it can write images here"):

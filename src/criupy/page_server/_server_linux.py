@@ -14,7 +14,7 @@ import trio
 from criupy._tls.tls_linux import TlsSession
 from criupy._uffd.server_linux import Account, Ending, Question, Server
 from criupy.errors import PageServerError, TlsError
-from criupy.page_server._access import at, is_allowed, is_loopback
+from criupy.page_server._access import at, household, is_allowed, is_loopback
 from criupy.page_server._admission_linux import Admission, take
 from criupy.page_server._config import Config
 from criupy.page_server._socket_linux import listen, prepare
@@ -59,7 +59,7 @@ class PageServer:
         self._native = native
         self._uploads = uploads
         self._peers: dict[int, _Peer] = {}
-        self._unchecked: list[_Peer] = []  # their handshake is not done
+        self._handshakes: dict[trio.CancelScope, _Peer] = {}
         self._only: int | None = None  # with ``once``: whom it was all for
         self._accepting = trio.CancelScope()
         self._accepts = True
@@ -83,7 +83,7 @@ class PageServer:
 
     async def wait(self) -> None:
         """Wait until nothing more is accepted and every connection has ended."""
-        while self._peers or self._unchecked or self._accepts:
+        while self._peers or self._handshakes or self._accepts:
             await self._changed.wait()
 
     def cut(self) -> None:
@@ -94,6 +94,8 @@ class PageServer:
         for serial in self._peers:
             if serial != keep:
                 self._native.cut(serial)
+        for scope in self._handshakes:
+            scope.cancel()
 
     # ---- those who come ------------------------------------------------------
 
@@ -132,12 +134,13 @@ class PageServer:
     def _refusal(self, peer: _Peer) -> str | None:
         if not is_allowed(peer.host, self._config.allow):
             return "it is in no network that is allowed"
-        connected = [*self._peers.values(), *self._unchecked]
+        connected = [*self._peers.values(), *self._handshakes.values()]
         if len(connected) >= self._config.max_connections:
             return f"{len(connected)} are connected already"
-        from_there = sum(other.host == peer.host for other in connected)
+        house = household(peer.host)
+        from_there = sum(household(other.host) == house for other in connected if other.host)
         if from_there >= self._config.share:
-            return f"{from_there} from its address are connected already, which is half of all"
+            return f"{from_there} from its address are connected already, which is what one may have"
         return None
 
     def _adopt(self, connection: trio.socket.SocketType, nursery: trio.Nursery) -> None:
@@ -150,12 +153,13 @@ class PageServer:
                 raise PageServerError(f"the inherited socket cannot be served: {error}") from error
 
     def _take(self, connection: trio.socket.SocketType, peer: _Peer, nursery: trio.Nursery) -> None:
-        prepare(connection)
+        prepare(connection, self._config.stall_timeout)
         if self._admission is None:
             self._serve(connection, peer)
         else:
-            nursery.start_soon(self._check, self._admission, take(connection), peer)
-            self._unchecked.append(peer)
+            scope = trio.CancelScope()
+            nursery.start_soon(self._check, self._admission, take(connection), peer, scope)
+            self._handshakes[scope] = peer
 
     def _serve(
         self, connection: trio.socket.SocketType, peer: _Peer, session: TlsSession | None = None
@@ -170,18 +174,20 @@ class PageServer:
         self._peers[serial] = peer
         log.info("connection %d: from %s, %s", serial, peer.name, kind)
 
-    async def _check(self, admission: Admission, connection: trio.socket.SocketType, peer: _Peer) -> None:
-        """Serve a peer whose certificate is good; with ``once`` nobody after it."""
+    async def _check(
+        self, admission: Admission, connection: trio.socket.SocketType, peer: _Peer, scope: trio.CancelScope
+    ) -> None:
+        """Serve a peer whose certificate is good, unless it is cut before."""
+        refusal = "it was cut here"
         try:
-            with connection, await admission.handshake(connection, self._config.stall_timeout) as session:
-                if self._only is None:
+            with connection, scope:
+                with await admission.handshake(connection, self._config.stall_timeout) as session:
                     self._serve(connection, peer, session)
-                    return
-            refusal = "another is served"
+                return
         except (TlsError, OSError) as error:
             refusal = str(error)
         finally:
-            self._unchecked.remove(peer)
+            del self._handshakes[scope]
             self._notify()
         log.warning("%s: refused, %s", peer.name, refusal)
         self.statistics.refused += 1
@@ -204,10 +210,15 @@ class PageServer:
     def _look_for_the_only(self, accounts: list[Account]) -> None:
         # One that was given a page needs the others; one that closed its session needed none. Who merely
         # connects (to see if there is somebody, or to speak HTTP) keeps nobody from being served.
-        for account in accounts:
-            if self._uploads is None and (account.first_page or account.ending is Ending.CLOSED):
-                self._choose(account.serial)
-                return
+        if self._uploads is not None:
+            return
+        counting = [
+            (account.first_page or account.started, account.serial)
+            for account in accounts
+            if account.first_page or account.ending is Ending.CLOSED
+        ]
+        if counting:
+            self._choose(min(counting)[1])
 
     def _choose(self, serial: int) -> None:
         self._only = serial

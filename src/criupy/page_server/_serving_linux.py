@@ -14,7 +14,7 @@ import trio
 from criupy._uffd.image_linux import Image
 from criupy._uffd.server_linux import Server
 from criupy.page_server._config import Config
-from criupy.page_server._images import ServedTask, load_tasks, open_pages
+from criupy.page_server._images import ServedTask, load_tasks
 from criupy.page_server._server_linux import PageServer, running
 
 __all__ = ["open_page_server", "serve_tasks"]
@@ -32,7 +32,7 @@ def _add_tasks(native: Server, config: Config, tasks: Iterable[ServedTask]) -> N
 def _add_task(native: Server, task: ServedTask) -> int:
     entries = task.entries
     image = Image(task.pid, entries.starts, entries.nr_pages, entries.page_indices)
-    fd = open_pages(task.pages)
+    fd = task.open()
     try:
         native.add_image(image, fd)
     except BaseException:

@@ -13,6 +13,7 @@ __all__ = ["Statistics", "counted", "summary"]
 
 _PAGE_SIZE: Final = 4096
 _KEPT: Final = 1000
+_OURS: Final = frozenset({"cut", "data", "changed", "error"})
 
 
 @dataclass(slots=True)
@@ -20,8 +21,9 @@ class Statistics:
     """Sums over all connections that have ended.
 
     ``refused`` are connections that were not served at all. ``endings`` counts
-    them by the name of their Ending, in lower case. ``connections`` says more of
-    the last thousand.
+    those that were by the name of their Ending, in lower case, and ``ours`` those
+    that had asked for something and were ended here, with nothing wrong about
+    them. ``connections`` says more of the last thousand.
     """
 
     ended: int = 0
@@ -29,6 +31,7 @@ class Statistics:
     requests: int = 0
     pages: int = 0
     endings: Counter[str] = field(default_factory=Counter)
+    ours: Counter[str] = field(default_factory=Counter)
     connections: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_KEPT))
 
     def add(self, account: Account, peer: str) -> None:
@@ -38,6 +41,8 @@ class Statistics:
         self.requests += account.requests
         self.pages += account.pages
         self.endings[ending] += 1
+        if account.requests and ending in _OURS:
+            self.ours[ending] += 1
         first, ended = account.first_page, account.ended or account.started
         self.connections.append(
             {

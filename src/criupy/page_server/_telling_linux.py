@@ -96,7 +96,9 @@ def tell(account: Account, peer: str) -> None:
         log.warning("connection %d: %s: %s; closed after %s", account.serial, peer, problem, did)
 
 
-def tell_upload(account: Account, peer: str, finished: Finished | None, why: str | None) -> None:
+def tell_upload(
+    account: Account, peer: str, finished: Finished | None, why: str | None, *, has_cost_the_old: bool
+) -> None:
     """Log the end of an upload, in one line; ``why`` is what was refused."""
     seconds = _seconds(account)
     problem = _problem(_UPLOAD_PROBLEMS, account, why)
@@ -108,7 +110,9 @@ def tell_upload(account: Account, peer: str, finished: Finished | None, why: str
                 what += f", {finished.bytes_given_back >> 10} KiB given back by their parents"
         log.info("connection %d: %s has ended, %s in %.3f s", account.serial, peer, what, seconds)
         return
-    left = "nothing of it is left" if finished is None else "its images are whole and stay"
+    left = "its images are whole and stay"
+    if finished is None:
+        left = "nothing of it is left" + (", nor of what was there before" if has_cost_the_old else "")
     log.warning(
         "connection %d: %s: %s; closed after %s in %.3f s, %s",
         account.serial,

@@ -23,13 +23,14 @@ are still whole, later some or all of them are lost.
 
 That all has come does not say that the dump succeeded: CRIU ends its session
 in good order also when it failed after the pages went. Nothing here can know
-it, but from ``inventory.img``, the last that a dump writes before that.
+it, but from ``inventory.img``, which a dump writes shortly before (and a
+pre-dump afterwards).
 
 The parent of the images is where the link ``parent`` in the directory leads.
 A page that is said to be in it must be, or the images could never be restored;
 with ``auto_dedup`` the parents give the blocks of pages back that were uploaded
-again. CRIU does that while the pages come; here it is done when the dump is
-known to have succeeded, for one that fails must not cost the one before.
+again. CRIU does that while the pages come; here it is done when all has come
+and the inventory is there, for a dump that fails must not cost the one before.
 (CRIU: criu/page-xfer.c, criu/cr-dump.c, criu/pagemap.c, criu/image.c.)
 """
 
@@ -166,7 +167,10 @@ class UploadedImages:
         self._done: list[_Image] = []
         self._image: _Image | None = None
         self._pages_fd = -1
+        self._created: set[Path] = set()
         self._began = time.time_ns()
+        #: Whether a commit that failed has cost what was there before.
+        self.has_cost_the_old: bool = False
 
     def open(self, image_type: ImageType, number: int, style: PagemapStyle) -> tuple[int, bool]:
         """Begin an image; return where to write its pages, which stay ours, and if there is a parent."""
@@ -180,10 +184,11 @@ class UploadedImages:
         if parents and (parents[0] / path.name).exists():
             # What is wrong with it is told before the pages come.
             parent = _read(parents[0], image_type, number)
+            check_pages(parents[0], parent)
         pages_id = self._directory._reserve(path)
         pages = pages_path(self._path, pages_id)
         self._image = _Image(image_type, number, pages_id, path, pages, style, parent)
-        self._pages_fd = _create(_partial(pages))
+        self._pages_fd = self._create(_partial(pages))
         return self._pages_fd, parent is not None
 
     def finish(self, starts: array[int], nr_pages: array[int], flags: array[int]) -> None:
@@ -205,7 +210,7 @@ class UploadedImages:
         os.fsync(self._pages_fd)
         fd, self._pages_fd = self._pages_fd, -1
         os.close(fd)
-        with os.fdopen(_create(_partial(image.path)), "wb") as file:
+        with os.fdopen(self._create(_partial(image.path)), "wb") as file:
             write_pagemap(file, image.pages_id, starts, nr_pages, flags, image.style)
             file.flush()
             os.fsync(file.fileno())
@@ -223,6 +228,7 @@ class UploadedImages:
             self._name([image.pages_path for image in self._done], named)
             for path, pages in old.items():
                 path.unlink()
+                self.has_cost_the_old = True
                 orphans += pages
             if old:
                 _sync_directory(self._path)
@@ -233,6 +239,8 @@ class UploadedImages:
                 _sync_directory(self._path)
             raise
         done, self._done = self._done, []
+        self._created.clear()
+        self.has_cost_the_old = False
         self._directory._release({image.path for image in done})
         _remove(orphans)
         given_back, warnings = self._deduplicate(done)
@@ -245,8 +253,15 @@ class UploadedImages:
             self._pages_fd = -1
         images = self._done if self._image is None else [*self._done, self._image]
         self._done, self._image = [], None
-        _remove([_partial(path) for image in images for path in (image.path, image.pages_path)])
+        _remove(list(self._created))
+        self._created.clear()
         self._directory._release({image.path for image in images})
+
+    def _create(self, path: Path) -> int:
+        """Make a file for us alone: the memory of a process is nobody else's business."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+        self._created.add(path)
+        return fd
 
     def _name(self, paths: list[Path], named: list[Path]) -> None:
         """Give files their names, which are on disk then; ``named`` grows by those that have theirs."""
@@ -278,7 +293,8 @@ class UploadedImages:
                 f"expected a parent that has the page at {start:#x}: the dump is incremental, "
                 "and these images have no parent with this pagemap",
             )
-        there = _joined(_with_flag(parent.starts, parent.nr_pages, parent.flags, 0xFF))
+        # Lazy pages that are not there either went elsewhere with the parent's own dump.
+        there = _joined(_with_flag(parent.starts, parent.nr_pages, parent.flags, _PRESENT | _PARENT))
         end = 0
         begin = 0
         for start, stop in holes:
@@ -337,11 +353,6 @@ def _partial(path: Path) -> Path:
 def _read(directory: Path, image_type: ImageType, number: int) -> Pagemap:
     read = read_shared_pagemap if image_type is ImageType.SHMEM else read_pagemap
     return read(directory, number)
-
-
-def _create(path: Path) -> int:
-    """Make a file for us alone: the memory of a process is nobody else's business."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
 
 
 def _remove(paths: list[Path]) -> None:
