@@ -42,14 +42,22 @@ from page_server_clients import (
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 STALL = 0.3
+LONGER_STALL = 1.0
 
 
 class Served:
     """A server over written images, with connections made directly."""
 
-    def __init__(self, images: WrittenImages, *, stall: float = 30.0, idle: float | None = None) -> None:
+    def __init__(
+        self,
+        images: WrittenImages,
+        *,
+        stall: float = 30.0,
+        first: float | None = None,
+        idle: float | None = None,
+    ) -> None:
         self.images = images
-        self.server = Server(stall_timeout=stall, idle_timeout=idle)
+        self.server = Server(stall_timeout=stall, first_timeout=first, idle_timeout=idle)
         for task in load_tasks(images.directory):
             entries = task.entries
             fd = os.open(task.pages, os.O_RDONLY | os.O_CLOEXEC)
@@ -85,10 +93,15 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     with contextlib.ExitStack() as stack:
 
         def make(
-            spec: WorkloadSpec | None = None, *, stall: float = 30.0, idle: float | None = None
+            spec: WorkloadSpec | None = None,
+            *,
+            stall: float = 30.0,
+            first: float | None = None,
+            idle: float | None = None,
         ) -> Served:
             spec = spec or WorkloadSpec(size=256 * PAGE, areas=2, tree=2)
-            served = Served(write_images(tmp_path / "images", spec, style="full"), stall=stall, idle=idle)
+            images = write_images(tmp_path / "images", spec, style="full")
+            served = Served(images, stall=stall, first=first, idle=idle)
             stack.callback(served.close)
             return served
 
@@ -339,9 +352,17 @@ def test_half_a_frame_and_silence(serve: Serve, before: int) -> None:
 
 
 def test_silence_from_the_start(serve: Serve) -> None:
-    served = serve(stall=STALL)
+    served = serve(first=STALL)
     with served.connect():
-        assert served.end().ending is Ending.STALLED
+        assert served.end().ending is Ending.IDLE
+
+
+def test_a_restore_may_take_its_time_before_the_first_page(serve: Serve) -> None:
+    served = serve(stall=STALL, idle=STALL)
+    with served.connect() as destination:
+        time.sleep(3 * STALL)
+        assert len(destination.get(100, A)) == PAGE
+        assert served.end().ending is Ending.IDLE
 
 
 def test_a_frame_in_drips_has_no_more_time(serve: Serve) -> None:
@@ -389,14 +410,19 @@ def test_idleness(serve: Serve) -> None:
 @pytest.mark.parametrize("nr", [1, 128])
 def test_a_peer_that_never_reads(serve: Serve, nr: int) -> None:
     """It is given up; meanwhile others are served, and nothing piles up."""
-    served = serve(stall=STALL)
+    served = serve(stall=LONGER_STALL)
     with served.connect() as destination, served.connect() as other:
         other.get(100, A)
         with contextlib.suppress(OSError):
             while True:
                 destination.send(GET, nr, A, 100)
         assert len(other.get(100, A, 100)) == 100 * PAGE
-        assert served.end().ending is Ending.STALLED
+        account = served.end()
+        assert account.ending is Ending.STALLED
+        assert account.ended is not None
+        assert (
+            account.ended - account.started < 3 * LONGER_STALL
+        )  # and not as long for each part of an answer
 
 
 def test_a_pages_file_that_is_shorter_than_its_image(serve: Serve) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pydoc
 import resource
 import socket
 from collections.abc import AsyncIterator
@@ -286,6 +287,27 @@ async def test_an_inherited_connection_that_is_none(images: WrittenImages) -> No
             await server.wait()
             assert server.last is not None
             assert server.last.ending is Ending.ERROR
+
+
+@pytest.mark.parametrize("where", ["in the block", "around it"])
+async def test_what_is_cancelled_is_counted(where: str, images: WrittenImages) -> None:
+    with trio.CancelScope() as scope:
+        async with serving(images) as server:
+            destination = connect(server)
+            await get(destination, 2)
+            if where == "around it":
+                scope.cancel()
+            with trio.move_on_after(0.01):
+                await server.wait()
+    destination.sock.close()
+    assert dict(server.statistics.endings) == {"cut": 1}
+    assert server.statistics.pages == 2
+
+
+def test_help_has_what_is_public() -> None:
+    shown = pydoc.plain(pydoc.render_doc(page_server))
+    for name in page_server.__all__:
+        assert f"    class {name}(" in shown or f"    {name}(" in shown, name
 
 
 async def test_a_server_that_has_ended(images: WrittenImages) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -203,6 +204,17 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
         (peak,) = (int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
         assert peak < 60_000_000 + 64 * len(entries)
         c.process.kill()
+
+
+def test_wishes_to_stop_that_come_late_change_nothing(images: WrittenImages, tmp_path: Path) -> None:
+    for n in range(10):
+        work = tmp_path / str(n)
+        work.mkdir()
+        with command(images.directory, work) as c:
+            while c.process.poll() is None:
+                c.stop()
+                time.sleep(0.001 * n)
+            assert c.ended() == 0
 
 
 def test_who_asked_for_nothing_lacks_nothing(images: WrittenImages, tmp_path: Path) -> None:

@@ -791,3 +791,38 @@ async def test_a_chain_that_is_broken_gets_no_link(tmp_path: Path) -> None:
         async with receive(tmp_path / "2", prev_images_dir="../1"):
             pass
     assert list((tmp_path / "2").iterdir()) == []
+
+
+async def test_the_link_stays_when_images_came(size: int, tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    async with receive(tmp_path / "1", size, prev_images_dir="../0") as r:
+        assert (r.directory / "parent").readlink() == Path("../0")
+    assert list((tmp_path / "1").iterdir()) == []
+
+    def dump(dumper: Dumper) -> int:
+        dumper.open(task(7))
+        return dumper.close()
+
+    async with receive(tmp_path / "1", size, prev_images_dir="../0") as r:
+        assert await r.dump(dump) == 0
+    assert (tmp_path / "1" / "parent").readlink() == Path("../0")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (b"\x16\x03\x01\x00\xf0" + bytes(60), "the peer speaks TLS"),
+        (b"GET / HTTP/1.1\r\nHost: there\r\n\r\n", "nothing that is done here"),
+    ],
+)
+async def test_one_line_for_a_peer_that_is_no_dump(
+    said: bytes, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with receive(tmp_path / "images") as r:
+        with Dumper(socket.create_connection(("127.0.0.1", r.server.port)), 32) as peer:
+            peer.sock.sendall(said)
+            assert await trio.to_thread.run_sync(peer.is_over)
+        await r.end()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert told in record.getMessage()

@@ -34,7 +34,7 @@ from criupy.testing.certificates import Certificates
 from criupy.testing.images import WrittenImages, write_images
 from criupy.testing.spec import WorkloadSpec
 from native_peer import Restore, Source
-from page_server_clients import CLOSE, GET, PAGE, Destination, frame, loopback
+from page_server_clients import CLOSE, GET, OPEN2, PAGE, Destination, frame, loopback
 from serving import MIB, all_good, serve
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -617,3 +617,21 @@ async def test_a_silent_handshake_does_not_hold_up_once(room: Path, certificates
                 await server.wait()
         assert server.last is not None
         assert server.last.ending is Ending.CLOSED
+
+
+@pytest.mark.parametrize(("command", "answer"), [(GET, b"\x15\x03\x03\x00\x02\x02\x46"), (OPEN2, b"")])
+async def test_a_plain_peer_is_told_what_it_understands(
+    room: Path, certificates: Certificates, command: int, answer: bytes
+) -> None:
+    """A dump would take the alert for the answer to its first frame."""
+    full = write_images(room / "full", ONE, style="full")
+    async with open_page_server(ServerConfig(full.directory, tls=certificates.files("server"))) as server:
+        with socket.create_connection((server.address, server.port)) as sock:
+            sock.sendall(frame(32, command, 1, A, 100))
+
+            def listen() -> bytes:
+                with contextlib.suppress(ConnectionResetError):
+                    return sock.recv(100)
+                return b""
+
+            assert await trio.to_thread.run_sync(listen) == answer

@@ -35,5 +35,9 @@ async def stop_on_signal(stop: Callable[[], None], *, task_status: trio.TaskStat
     with trio.open_signal_receiver(*_STOP_SIGNALS) as received:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         task_status.started()
-        async for _ in received:
-            stop()
+        try:
+            async for _ in received:
+                stop()
+        finally:
+            # It ends already; a further wish must not make of its status that of a signal.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)

@@ -303,8 +303,9 @@ struct criupy_server;
 
 struct criupy_server_config {
 	uint32_t receives;		/* uploads; no image can be added, no page asked for */
-	uint64_t stall_timeout_ns;	/* for the first GET, the rest of a frame, and a peer that does not read */
-	uint64_t idle_timeout_ns;	/* between requests, and before the first of an upload; 0: for ever */
+	uint64_t stall_timeout_ns;	/* for the rest of a frame, and a peer that does not read */
+	uint64_t first_timeout_ns;	/* before the first frame; 0: for ever */
+	uint64_t idle_timeout_ns;	/* between requests; 0: for ever */
 };
 
 /* Why a connection ended. From COMMAND on the client broke the protocol. */

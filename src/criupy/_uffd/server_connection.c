@@ -59,18 +59,18 @@ static void answer_the_rest(struct connection *c)
 	c->counted = found;
 }
 
-/* How long the next receive may take: between requests as long as it likes, for
- * the first frame and the rest of one that began only so long in all. */
+/* How long the next receive may take: for the rest of a frame that began only so
+ * long in all, otherwise longer. Who dumps, and who restores, connects first and
+ * has much to do before the first page. */
 static int arm(struct connection *c)
 {
 	const struct criupy_server_config *config = &c->server->config;
-	/* A dumper connects first and collects its pages then. */
-	bool begun = c->counted.nr_requests || config->receives;
 	uint64_t passed;
 
-	if (c->in_start == c->in_end && begun && !c->closing) {
+	if (c->in_start == c->in_end && !c->closing) {
 		c->partial_ns = 0;
-		return stream_set_timeout(c, config->idle_timeout_ns);
+		return stream_set_timeout(c, c->counted.nr_requests ? config->idle_timeout_ns
+								    : config->first_timeout_ns);
 	}
 	if (!c->partial_ns)
 		c->partial_ns = server_now_ns();
@@ -134,7 +134,8 @@ static int learn_frame_size(struct connection *c)
 static int close_session(struct connection *c, int32_t status, bool force)
 {
 	/* A leading CLOSE may be the long one. */
-	size_t rest = c->counted.frame_size ? 0 : CRIUPY_FRAME_32 - CRIUPY_FRAME_24;
+	const size_t longer = c->counted.frame_size ? 0 : CRIUPY_FRAME_32 - CRIUPY_FRAME_24;
+	size_t rest = longer;
 	int got;
 
 	memcpy(c->out + c->out_length, &status, sizeof(status));
@@ -151,6 +152,8 @@ static int close_session(struct connection *c, int32_t status, bool force)
 	} while (got > 0);
 	if (status)
 		return connection_fail(c, CRIUPY_SERVED_REFUSED, -status);
+	if (rest && rest < longer)	/* a part of the longer one */
+		return connection_fail(c, CRIUPY_SERVED_TRAILING, 0);
 	/* However it went away: it has what it wanted. */
 	return connection_fail(c, CRIUPY_SERVED_CLOSED, 0);
 }

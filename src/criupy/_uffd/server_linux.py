@@ -35,7 +35,7 @@ class Ending(enum.IntEnum):
     RESET = lib.CRIUPY_SERVED_RESET
     #: By the server itself.
     CUT = lib.CRIUPY_SERVED_CUT
-    #: Nothing was asked for ``idle_timeout`` seconds.
+    #: Nothing was asked for too long.
     IDLE = lib.CRIUPY_SERVED_IDLE
     #: In the middle of something nothing came or went for ``stall_timeout`` seconds.
     STALLED = lib.CRIUPY_SERVED_STALLED
@@ -173,18 +173,26 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 class Server:
     """Gives out the lazy pages of dumped tasks from their images, or ``receives`` uploads.
 
-    A peer has ``stall_timeout`` seconds for its first frame, for the rest of
-    one that it began, and to take something of what it asked for;
-    ``idle_timeout`` is how long it may ask for nothing (None: for ever). That
-    goes for the first frame of an upload too.
+    A peer has ``stall_timeout`` seconds for the rest of a frame that it began,
+    and to take something of what it asked for; ``idle_timeout`` is how long it
+    may ask for nothing (None: for ever), ``first_timeout`` the same before its
+    first frame.
     """
 
-    def __init__(self, *, stall_timeout: float, idle_timeout: float | None, receives: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        stall_timeout: float,
+        idle_timeout: float | None,
+        first_timeout: float | None = None,
+        receives: bool = False,
+    ) -> None:
         config = ffi.new(
             "struct criupy_server_config *",
             {
                 "receives": receives,
                 "stall_timeout_ns": int(stall_timeout * 1e9),
+                "first_timeout_ns": 0 if first_timeout is None else int(first_timeout * 1e9),
                 "idle_timeout_ns": 0 if idle_timeout is None else int(idle_timeout * 1e9),
             },
         )

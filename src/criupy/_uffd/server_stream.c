@@ -162,6 +162,13 @@ ssize_t stream_receive(struct connection *c, void *into, size_t room)
 	return got < 0 ? fail(c, errno) : got;
 }
 
+/* A call that began then did a part: it did so at once, and the rest was waited
+ * for in vain. The next would wait as long again. */
+static bool ended_by_timeout(const struct connection *c, uint64_t since)
+{
+	return server_now_ns() - since >= c->server->config.stall_timeout_ns;
+}
+
 int stream_send(struct connection *c, const void *data, size_t length, bool more)
 {
 	const uint8_t *from = data;
@@ -169,14 +176,17 @@ int stream_send(struct connection *c, const void *data, size_t length, bool more
 	if (c->transport)
 		return transport_send(c, from, length) < 0 || (!more && stream_flush(c) < 0) ? -1 : 0;
 	while (length) {
+		uint64_t since = server_now_ns();
 		ssize_t sent = send(c->fd, from, length, MSG_NOSIGNAL | (more ? MSG_MORE : 0));
 
-		if (sent >= 0) {
-			from += sent;
-			length -= (size_t)sent;
-		} else if (errno != EINTR) {
+		if (sent < 0 && errno != EINTR)
 			return fail(c, errno);
-		}
+		if (sent < 0)
+			continue;
+		from += sent;
+		length -= (size_t)sent;
+		if (length && ended_by_timeout(c, since))
+			return fail(c, EAGAIN);
 	}
 	return 0;
 }
@@ -197,16 +207,20 @@ int stream_send_file(struct connection *c, const struct served_image *served, ui
 	if (!length)
 		return 0;
 	while (length) {
+		uint64_t since = server_now_ns();
 		ssize_t sent = sendfile(c->fd, served->fd, &offset, length);
 
-		if (sent > 0)
+		if (sent > 0) {
 			length -= (size_t)sent;
-		else if (!sent)	/* the file has shrunk */
+			if (length && ended_by_timeout(c, since))
+				return fail(c, EAGAIN);
+		} else if (!sent) { /* the file has shrunk */
 			return connection_fail(c, CRIUPY_SERVED_DATA, ENODATA);
-		else if (errno == EIO)
+		} else if (errno == EIO) {
 			return connection_fail(c, CRIUPY_SERVED_DATA, EIO);
-		else if (errno != EINTR)
+		} else if (errno != EINTR) {
 			return fail(c, errno);
+		}
 	}
 	return check_unchanged(c, served);
 }

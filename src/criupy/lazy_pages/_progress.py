@@ -207,8 +207,11 @@ def _line(statistics: Statistics, rates: Rates) -> str:
 
 
 def _figures(statistics: Statistics, rates: Rates) -> str:
+    # When tasks have been given up nobody waits for their pages any more, and yet they never came.
+    is_cut_short = statistics.state in {State.ABORTED, State.FAILED}
+    done = statistics.pages_received if is_cut_short else statistics.pages_settled
     text = (
-        f"{statistics.pages_settled:,} of {statistics.pages_total:,} pages, {rates.bytes / 1e6:,.0f} MB/s, "
+        f"{done:,} of {statistics.pages_total:,} pages, {rates.bytes / 1e6:,.0f} MB/s, "
         f"{rates.faults:,.0f} faults/s"
     )
     if rates.p50_us is not None and rates.p99_us is not None:

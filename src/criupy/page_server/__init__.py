@@ -45,3 +45,7 @@ def __getattr__(name: str) -> object:
     if name in _OF_LINUX:
         return getattr(importlib.import_module(_OF_LINUX[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,6 +9,7 @@ import trio
 
 from criupy._tls.tls_linux import TlsContext, TlsFault, TlsFiles, TlsSession
 from criupy.errors import PageServerError, TlsError
+from criupy.wire.page_server import Command
 
 __all__ = ["Admission", "take"]
 
@@ -16,6 +17,8 @@ __all__ = ["Admission", "take"]
 _FAREWELL = 1.0
 # A fatal alert as TLS 1.2 has it: "protocol version". OpenSSL has no word for who does not speak TLS.
 _NO_TLS_HERE = bytes.fromhex("15 0303 0002 02 46")
+# By our daemon, which asks for pages or closes. A dump takes any byte for an answer to its first frame.
+_UNDERSTOOD_BY = frozenset(bytes([command & 0xFF]) for command in (Command.GET, Command.CLOSE))
 
 
 def take(connection: trio.socket.SocketType) -> trio.socket.SocketType:
@@ -38,14 +41,16 @@ class Admission:
     async def handshake(self, connection: trio.socket.SocketType, timeout: float) -> TlsSession:
         """Return a session with a peer that proved who it is; raise TlsError otherwise."""
         session = self._context.session(connection.fileno(), self._name)
+        first = b""
         try:
             with trio.move_on_after(timeout) as patience:
+                first = await connection.recv(1, socket.MSG_PEEK)
                 await session.handshake()
                 return session
         except TlsError:
-            fault = session.fault
+            is_plain = session.fault is TlsFault.PLAIN
             session.close()
-            await _say_goodbye(connection, fault)
+            await _say_goodbye(connection, with_alert=is_plain and first in _UNDERSTOOD_BY)
             raise
         except BaseException:
             session.close()
@@ -62,10 +67,10 @@ def _is_wildcard(address: str) -> bool:
         return False
 
 
-async def _say_goodbye(connection: trio.socket.SocketType, fault: TlsFault) -> None:
+async def _say_goodbye(connection: trio.socket.SocketType, *, with_alert: bool) -> None:
     with trio.move_on_after(_FAREWELL):
         try:
-            if fault is TlsFault.PLAIN:
+            if with_alert:
                 await connection.send(_NO_TLS_HERE)
             connection.shutdown(socket.SHUT_WR)
             while await connection.recv(4096):

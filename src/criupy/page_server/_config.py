@@ -13,6 +13,8 @@ from criupy.page_server._access import Network
 
 __all__ = ["Config"]
 
+# Who dumps or restores has much to do between its connect and its first page.
+_STALLS_BEFORE_THE_FIRST = 20
 # So many an address may always have at a time, however few there may be in all.
 _LEAST_SHARE = 4
 
@@ -29,7 +31,8 @@ class Config:
     connects and does neither does not count. Of ``max_connections`` one address
     (of IPv6: one /64) has at most half, but always four. Timeouts are in seconds:
     ``stall_timeout`` for a peer that stops in the middle of something,
-    ``idle_timeout`` for one that asks for nothing (None: for ever). With ``tls``
+    ``idle_timeout`` for one that asks for nothing (None: for ever, once it has
+    begun; before that, 20 times ``stall_timeout``). With ``tls``
     peers need a certificate, which (unless it says otherwise) must be for
     ``address``: so CRIU has it, whose hosts use one certificate for either end.
 
@@ -66,6 +69,11 @@ class Config:
                 raise TypeError(
                     f"allow: expected networks such as ipaddress.ip_network('10.0.0.0/8'), not {network!r}"
                 )
+
+    @property
+    def first_timeout(self) -> float:
+        """How long a peer may say nothing at all, in seconds."""
+        return self.idle_timeout or _STALLS_BEFORE_THE_FIRST * self.stall_timeout
 
     @property
     def share(self) -> int:

@@ -151,7 +151,8 @@ def _add_limits(group: Group) -> None:
     group.value(
         "--idle-timeout",
         "TIME",
-        "cut a destination that asks for nothing for so long (default: never)",
+        "cut a peer that asks for nothing for so long (default: never; before its first frame, 20 times "
+        "--stall-timeout)",
         type=values.seconds,
     )
     add_timeout(group, "stall", 30.0, "how long a destination may stop in the middle of something")

@@ -147,20 +147,27 @@ def _claimed(path: Path) -> Iterator[bool]:
         os.close(fd)
 
 
-def _link_parent(images_dir: Path, previous: str | os.PathLike[str]) -> None:
-    """Make the link that CRIU finds the previous images by, relative to ``images_dir`` as it does."""
-    target = os.fspath(previous)
+def _check_previous(images_dir: Path, target: str) -> None:
     link = images_dir / _LINK
     if not (images_dir / target).is_dir():
         raise PageServerError(f"{images_dir / target}: no such directory; see --prev-images-dir")
-    parent_chain(images_dir / target)  # what is wrong with it is told before the link is there
+    parent_chain(images_dir / target)
+    if os.path.lexists(link) and not (link.exists() and link.samefile(images_dir / target)):
+        raise PageServerError(
+            f"{link}: it is there already, and does not lead to {target}; see --prev-images-dir"
+        )
+
+
+@contextlib.contextmanager
+def _linked(directory: ImagesDirectory, previous: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Make the link that CRIU finds the previous images by, as it does; it stays when images came."""
+    link = directory.path / _LINK
+    if previous is None or os.path.lexists(link):
+        yield
+        return
+    target = os.fspath(previous)
     try:
         link.symlink_to(target)
-    except FileExistsError as error:
-        if not link.exists() or not link.samefile(images_dir / target):
-            raise PageServerError(
-                f"{link}: it is there already, and does not lead to {target}; see --prev-images-dir"
-            ) from error
     except OSError as error:
         raise PageServerError(f"{link}: {error.strerror}") from error
     if Path(target).is_absolute():
@@ -169,6 +176,12 @@ def _link_parent(images_dir: Path, previous: str | os.PathLike[str]) -> None:
             link,
             target,
         )
+    try:
+        yield
+    finally:
+        if not directory.nr_committed:
+            with contextlib.suppress(OSError):
+                link.unlink()
 
 
 def _prepare(
@@ -176,8 +189,11 @@ def _prepare(
 ) -> tuple[Path, ...]:
     """Make the directory ready, and return the parents of what it will hold."""
     if previous is not None:
-        _link_parent(directory.path, previous)
-    parents = directory.parents()
+        _check_previous(directory.path, os.fspath(previous))
+        previous = directory.path / previous
+        parents: tuple[Path, ...] = (previous, *parent_chain(previous))
+    else:
+        parents = directory.parents()
     try:
         with tempfile.TemporaryFile(dir=directory.path):
             pass  # that nothing can be written is told now, and not when a dump comes
@@ -218,7 +234,12 @@ async def open_page_receiver(
     when the images before cannot be followed.
     """
     directory = ImagesDirectory(config.images_dir, auto_dedup=auto_dedup, punch_hole=punch_hole)
-    native = Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout, receives=True)
+    native = Server(
+        stall_timeout=config.stall_timeout,
+        idle_timeout=config.idle_timeout,
+        first_timeout=config.first_timeout,
+        receives=True,
+    )
     uploads = Uploads(native, directory)
     with native, _claimed(config.images_dir) as is_ours:
         parents = await trio.to_thread.run_sync(
@@ -227,9 +248,10 @@ async def open_page_receiver(
         based = f", based on {parents[0]}" if parents else ""
         log.info("%s: receives images%s", directory.path, based)
         server = PageServer(config, native, uploads)
-        try:
-            async with running(server, config, "whoever reaches it can write images here"):
-                yield server
-        finally:
-            native.close()  # no thread writes any more
-            uploads.discard()
+        with _linked(directory, prev_images_dir):
+            try:
+                async with running(server, config, "whoever reaches it can write images here"):
+                    yield server
+            finally:
+                native.close()  # no thread writes any more
+                uploads.discard()

@@ -280,19 +280,21 @@ async def running(server: PageServer, config: Config, warning: str) -> AsyncIter
         if config.tls is None and not config.allow and not is_loopback(server.address):
             log.warning("%s: %s; --allow says who may", at(server.address, server.port), warning)
     error: BaseException | None = None
-    async with trio.open_nursery() as nursery:
-        if config.connection is not None:
-            server._adopt(trio.socket.from_stdlib_socket(config.connection), nursery)
-        if listener is not None:
-            nursery.start_soon(server._accept, listener, nursery)
-        nursery.start_soon(server._reap)
-        try:
-            yield
-        except BaseException as raised:  # noqa: BLE001 - raised below, as it is and in no group
-            error = raised
-        nursery.cancel_scope.cancel()
-    with trio.CancelScope(shield=True):
-        await server._end_all()
+    try:
+        async with trio.open_nursery() as nursery:
+            if config.connection is not None:
+                server._adopt(trio.socket.from_stdlib_socket(config.connection), nursery)
+            if listener is not None:
+                nursery.start_soon(server._accept, listener, nursery)
+            nursery.start_soon(server._reap)
+            try:
+                yield
+            except BaseException as raised:  # noqa: BLE001 - raised below, as it is and in no group
+                error = raised
+            nursery.cancel_scope.cancel()
+    finally:  # the nursery raises where the block was cancelled from outside
+        with trio.CancelScope(shield=True):
+            await server._end_all()
     try:
         if error is not None:
             raise error

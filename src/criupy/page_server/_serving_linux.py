@@ -45,7 +45,11 @@ def _add_task(native: Server, task: ServedTask) -> int:
 @contextlib.asynccontextmanager
 async def serve_tasks(config: Config, tasks: Iterable[ServedTask]) -> AsyncIterator[PageServer]:
     """Serve the lazy pages of tasks that have been read, or are read now, one after the other."""
-    with Server(stall_timeout=config.stall_timeout, idle_timeout=config.idle_timeout) as native:
+    with Server(
+        stall_timeout=config.stall_timeout,
+        idle_timeout=config.idle_timeout,
+        first_timeout=config.first_timeout,
+    ) as native:
         await trio.to_thread.run_sync(partial(_add_tasks, native, config, tasks))
         server = PageServer(config, native)
         warning = "whoever reaches it is given the memory of these processes, in clear text"

@@ -48,6 +48,8 @@ _UPLOAD_PROBLEMS: Final = _PROBLEMS | {
     Ending.UNOPENED: "{frame}: that is not what was opened",
 }
 
+# Of one that did nothing at all.
+_QUIET: Final = frozenset({Ending.EOF, Ending.RESET, Ending.CUT})
 _RUNS: Final = frozenset({Command.GET, Command.ADD, Command.ADD_F, Command.HOLE})
 _OPENS: Final = frozenset({Command.OPEN, Command.OPEN2, Command.PARENT})
 _TYPES: Final = {ImageType.TASK: "process", ImageType.SHMEM: "shared memory"}
@@ -102,7 +104,7 @@ def tell_upload(
     """Log the end of an upload, in one line; ``why`` is what was refused."""
     seconds = _seconds(account)
     problem = _problem(_UPLOAD_PROBLEMS, account, why)
-    if problem is None or (finished is None and not account.requests):
+    if problem is None or (not account.requests and account.ending in _QUIET):
         what = "nothing was uploaded"
         if finished is not None:
             what = f"{counted(finished.pages, 'page')} in {counted(finished.images, 'image')}"

@@ -73,6 +73,7 @@ _FIRST_PAGES_ID: Final = 0x10001
 _PARTIAL: Final = ".partial"
 _LEFT_OVER: Final = re.compile(r"(pages|pagemap|pagemap-shmem)-\d+\.img\.partial")
 
+_BLOCK: Final = 512  # bytes; whatever the file system's are (stat(2))
 #: Nanoseconds by which a file's time may be older than the clock says.
 _CLOCK_STEP: Final = 20_000_000
 
@@ -104,6 +105,8 @@ class ImagesDirectory:
         self._lock = threading.Lock()
         self._next_id = _FIRST_PAGES_ID
         self._uploading: set[Path] = set()
+        #: Images that got their names.
+        self.nr_committed: int = 0
 
     def remove_left_overs(self) -> int:
         """Remove what a page server that died was writing; only when no other one is alive here."""
@@ -242,6 +245,7 @@ class UploadedImages:
         self._created.clear()
         self.has_cost_the_old = False
         self._directory._release({image.path for image in done})
+        self._directory.nr_committed += len(done)
         _remove(orphans)
         given_back, warnings = self._deduplicate(done)
         return Finished(len(done), sum(image.pages for image in done), given_back, tuple(warnings))
@@ -314,8 +318,8 @@ class UploadedImages:
         if punch_hole is None or not any(image.present for image in images):
             return 0, []
         if not self._has_succeeded():
-            why = "whether the dump succeeds is not to be seen here"
-            return 0, [f"{self._path}: --auto-dedup is left to `criu dedup` when it has: {why}"]
+            why = "no inventory.img came, which would say that the dump succeeds"
+            return 0, [f"{self._path}: its parents give nothing back: {why}; use `criu dedup` when it has"]
         given_back = 0
         warnings = []
         try:
@@ -415,9 +419,8 @@ def _in_file(pagemap: Pagemap, present: tuple[Range, ...]) -> Iterator[Range]:
 def _punch(punch_hole: PunchHole, parent: Path, image: _Image) -> int:
     pagemap = _read(parent, image.image_type, image.number)
     holes = _joined(_in_file(pagemap, image.present))
-    total = 0
     with check_pages(parent, pagemap).open("r+b") as file:
+        before = os.fstat(file.fileno()).st_blocks
         for start, stop in holes:
             punch_hole(file.fileno(), start, stop - start)
-            total += stop - start
-    return total
+        return max(0, before - os.fstat(file.fileno()).st_blocks) * _BLOCK
