@@ -20,10 +20,10 @@ from criupy.testing.criu_linux import (
     our_command,
     restore,
 )
+from criupy.testing.link_linux import Conditions, Link, open_link
 from criupy.testing.spec import WorkloadSpec
 from criupy.testing.wait import until
 from criupy.testing.workload_linux import Workload, start_workload
-from slow_link import SlowLink, slow_link
 
 MIB = 1 << 20
 
@@ -37,7 +37,7 @@ class Migration:
     daemon: CriuJob
     restored: Restored
     control: Control
-    link: SlowLink | None
+    link: Link | None
     images: Path
     room: Path
 
@@ -87,8 +87,8 @@ async def migrate(
         link = None
         address = (pages.address, pages.port)
         if rate is not None:
-            link = await stack.enter_async_context(slow_link(address, rate))
-            address = link.address
+            link = await stack.enter_async_context(open_link(address, Conditions(bandwidth=rate)))
+            address = (link.address, link.port)
         control = source.control.copy(room / "restored.control")
         stack.callback(control.close)
         if before is not None:

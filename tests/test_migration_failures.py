@@ -113,13 +113,13 @@ async def test_silent_source(criu: Criu, room: Path) -> None:
     async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=["--link-timeout", "1"]) as m:
         await m.transferring()
         assert m.link is not None
-        m.link.blocked = True
+        m.link.stall()
         assert (await m.daemon.wait()).code == 1
         assert "silent" in last_error(m)
         result = await m.control.worker().verify()
         assert result.zero == result.wrong == 0
         assert result.poisoned > 0
-        m.link.blocked = False
+        m.link.flow()
         # The process runs here, damaged as it is: the source must not run, too.
         assert (await m.dump.job.wait()).code == 0
         assert (await m.source.wait()).signal == signal.SIGKILL
