@@ -21,6 +21,7 @@ from criupy.testing.criu_linux import (
     restore,
     stock_command,
 )
+from criupy.testing.link_linux import Link, open_link, random_cuts
 from criupy.testing.spec import WorkloadSpec
 from criupy.testing.workload_linux import Workload, start_workload
 from page_server_command import Running, command
@@ -33,7 +34,7 @@ SPEC = WorkloadSpec(size=48 * MIB, areas=3, tree=2, fragmented=True)
 
 async def restore_and_verify(
     criu: Criu,
-    server: PageServer | Running,
+    server: PageServer | Running | Link,
     workload: Workload,
     room: Path,
     name: str,
@@ -125,3 +126,24 @@ async def test_each_pair_of_versions(
             await server.wait()
             assert server.last is not None
             assert server.last.frame_size == (dumping.frame_size if ours else restoring.frame_size)
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+async def test_a_link_that_is_cut_twenty_times(
+    criu: Criu, room: Path, certificates: Certificates, secure: bool
+) -> None:
+    tls = certificates.files("server") if secure else None
+    extra = [
+        "--reconnect",
+        "20",
+        "--link-timeout",
+        "500ms",
+        *(certificates.options("client") if secure else []),
+    ]
+    async with start_workload(SPEC, room) as workload:
+        await dump(criu, workload.pid, room / "images")
+        async with open_page_server(Config(room / "images", tls=tls)) as server:
+            cuts = random_cuts(criu.frame_size, nr=20, within=SPEC.tree * SPEC.size // 2, down=0.02)
+            async with open_link((server.address, server.port), script=cuts) as link:
+                await restore_and_verify(criu, link, workload, room, "restoring", our_command(), extra)
+                assert link.cuts == 20

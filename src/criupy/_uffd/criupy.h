@@ -277,6 +277,9 @@ int criupy_pager_next_notice(struct criupy_pager *pager, struct criupy_notice *n
  * what carries its bytes and passes like the descriptor; NULL: the socket. */
 int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, int shared,
 			  struct criupy_transport *transport);
+/* Let go of a link that is lost, by a reset, so that another can be set: only
+ * where that is no verdict on a process, and before the end has begun. */
+int criupy_pager_drop_link(struct criupy_pager *pager);
 /* A task of the restore. The image is new for each pid. */
 int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, struct criupy_image *image);
 /* All tasks are announced: read restore-finished from here. */

@@ -142,6 +142,9 @@ static void obey(struct criupy_pager *p, struct command *c)
 	case COMMAND_LINK:
 		link_open(p, c->fd, c->value, c->shared, c->transport);
 		break;
+	case COMMAND_DROP_LINK:
+		link_drop(p);
+		break;
 	case COMMAND_TASK:
 		add_task(p, c);
 		break;

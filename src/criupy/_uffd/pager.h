@@ -104,7 +104,7 @@ struct receiver {
 
 struct command {
 	enum {
-		COMMAND_LINK, COMMAND_TASK, COMMAND_RESTORE, COMMAND_ABORT,
+		COMMAND_LINK, COMMAND_DROP_LINK, COMMAND_TASK, COMMAND_RESTORE, COMMAND_ABORT,
 		COMMAND_GIVE_UP, COMMAND_POISON, COMMAND_PROBE, COMMAND_END, COMMAND_STOP,
 	} kind;
 	int fd;
@@ -234,6 +234,7 @@ void link_flush(struct criupy_pager *p);
 /* Take in what is there, up to about one long reply. */
 void link_read(struct criupy_pager *p);
 void link_lost(struct criupy_pager *p, int error);
+void link_drop(struct criupy_pager *p);
 /* Nothing more is waited for: it is lost, or closed if CLOSE was answered. */
 void link_abandon(struct criupy_pager *p, int error);
 void link_send_close(struct criupy_pager *p);

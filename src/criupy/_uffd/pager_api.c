@@ -192,6 +192,11 @@ int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, in
 					     .shared = shared, .transport = transport });
 }
 
+int criupy_pager_drop_link(struct criupy_pager *pager)
+{
+	return tell(pager, (struct command){ .kind = COMMAND_DROP_LINK });
+}
+
 int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, struct criupy_image *image)
 {
 	return tell(pager, (struct command){ .kind = COMMAND_TASK, .fd = uffd, .pid = pid, .image = image });

@@ -74,6 +74,23 @@ void link_lost(struct criupy_pager *p, int error)
 	pager_publish(p);
 }
 
+void link_drop(struct criupy_pager *p)
+{
+	if (p->stats.link != CRIUPY_LINK_LOST || p->stats.phase >= CRIUPY_PHASE_CLOSING)
+		return;
+	link_reset(&p->link);
+	p->stats.link = CRIUPY_LINK_NONE;
+	p->stats.link_error = 0;
+	p->stats.link_fault[0] = 0;
+	p->out_have = 0;
+	p->link_writable_wanted = false;
+	p->saying_goodbye = false;
+	p->rx.state = RX_HEADER;
+	p->rx.header_have = 0;
+	p->bytes_per_ns = 0;
+	pager_publish(p);
+}
+
 /* ---- out ---------------------------------------------------------------------- */
 
 static int room_for_request(struct criupy_pager *p)

@@ -163,6 +163,10 @@ class Pager:
         under = ffi.cast("struct criupy_transport *", transport)
         self._tell("set_link", lib.criupy_pager_set_link(self._pager, fd, frame_size, shared, under))
 
+    def drop_link(self) -> None:
+        """Let go of a link that is lost, so that another can be set."""
+        self._tell("drop_link", lib.criupy_pager_drop_link(self._pager))
+
     def add_task(self, pid: int, uffd: int, image: Image) -> None:
         """Hand over a restored task's userfaultfd and its image; both are the pager's now."""
         self._tell("add_task", lib.criupy_pager_add_task(self._pager, pid, uffd, image._to_give()))

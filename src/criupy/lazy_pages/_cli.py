@@ -51,7 +51,7 @@ def _run(options: LazyPagesOptions) -> int:
     )
     from criupy._command.signals_linux import hold_signals
     from criupy.lazy_pages._daemon_linux import Config
-    from criupy.lazy_pages._images import load_tasks
+    from criupy.lazy_pages._images import check_reconnect, load_tasks
     from criupy.lazy_pages._restore_socket_linux import bind_restore_socket
     from criupy.lazy_pages._source_linux import adopt_source
 
@@ -77,6 +77,7 @@ def _run(options: LazyPagesOptions) -> int:
         link_timeout=options.link_timeout,
         stop_timeout=options.stop_timeout,
         on_failure=options.on_failure,
+        reconnect=options.reconnect,
         tls=options.tls,
         source_name=options.source_name,
     )
@@ -86,6 +87,7 @@ def _run(options: LazyPagesOptions) -> int:
 
         tls = TlsContext(options.tls, server=False)
     dumped = load_tasks(config.images_dir, local=not config.remote)
+    check_reconnect(dumped, asked_for=config.reconnect is not None and config.remote)
     listener = bind_restore_socket(options.work_dir)
     if options.daemon:
         child = daemonize()

@@ -18,6 +18,7 @@ says what came of it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -38,7 +39,7 @@ from criupy._uffd.pager_linux import Link, Outcome, Pager, Phase
 from criupy.errors import CriupyError, LazyPagesError
 from criupy.images import frame_size
 from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask
-from criupy.lazy_pages._images import DumpedTask, load_tasks
+from criupy.lazy_pages._images import DumpedTask, check_reconnect, load_tasks
 from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_socket
 from criupy.lazy_pages._source_linux import SecuredSource, adopt_source, connect_source
 from criupy.lazy_pages._statistics import State, Statistics
@@ -55,6 +56,9 @@ log = logging.getLogger("criupy.lazy_pages")
 # After SIGKILL an address space goes within milliseconds, unless its tasks hang in the kernel.
 _KILL_PATIENCE = 10.0
 _PROBE_INTERVAL = 0.02
+# Between attempts to reach a page server again: at first, and at most.
+_RECONNECT_PAUSE = 0.05
+_LONGEST_PAUSE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +68,10 @@ class Config:
     ``page_server`` is the source's (host, port), ``ps_socket`` an inherited
     connected socket instead; with neither, pages come from the images.
     Timeouts are in seconds. ``frame_size`` None takes what the images tell.
-    With ``tls`` the source's certificate must be for ``source_name``, which is
-    the host of ``page_server`` unless given.
+    ``reconnect`` is how long a page server that was lost is tried to be reached
+    again; only one that serves full images can be. With ``tls`` the source's
+    certificate must be for ``source_name``, which is the host of
+    ``page_server`` unless given.
     """
 
     images_dir: Path
@@ -76,6 +82,7 @@ class Config:
     link_timeout: float = 30.0
     stop_timeout: float = 30.0
     on_failure: Literal["poison", "kill"] = "poison"
+    reconnect: float | None = None
     tls: TlsFiles | None = None
     source_name: str | None = None
 
@@ -120,6 +127,7 @@ class LazyPages:
         self._secured: SecuredSource | None = None
         self._announced: set[int] = set()
         self._tasks: list[RestoredTask] = []
+        self._unreachable: str | None = None  # what was lost, and that it did not come back
         self._mismatch: str | None = None  # tasks run whose lazy pages no image tells
         self._last = Statistics()
         self._state = State.WAITING
@@ -190,6 +198,8 @@ class LazyPages:
     async def _serve(self, pager: Pager) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._listen_to, pager)
+            if self.config.reconnect is not None and self.config.page_server is not None:
+                nursery.start_soon(self._keep_linked, pager, self.config.reconnect)
             try:
                 try:
                     with self._before:
@@ -232,6 +242,7 @@ class LazyPages:
                 self._dumped = await trio.to_thread.run_sync(
                     partial(load_tasks, self.config.images_dir, local=not self.config.remote)
                 )
+        check_reconnect(self._dumped, asked_for=self.config.reconnect is not None and self.config.remote)
         sock, _ = await self._listener.accept()
         self._connection = connection = RestoreConnection(sock)
         self._close_listener()
@@ -315,6 +326,76 @@ class LazyPages:
         self._linked = True
         pager.set_link(fd, frame_size=size, shared=False)
         log.info("connected to page server %s:%d, frames of %d bytes", host, port, size)
+
+    async def _keep_linked(self, pager: Pager, patience: float) -> None:
+        """Reach the page server again whenever it is lost; pages that were asked for are missing again.
+
+        One that is reached and lost again, without a page in between, gets no more time.
+        """
+        deadline, received = float("inf"), -1
+        while True:
+            changed = self._changed
+            stats = pager.snapshot()
+            if not self._may_reconnect(stats):
+                await changed.wait()
+                continue
+            lost = trouble_of(stats, self.config.link_timeout)
+            if stats.pages_received > received:
+                deadline = trio.current_time() + patience
+            received = stats.pages_received
+            log.warning("%s; trying to reach it again for at most %g s", lost, patience)
+            pager.drop_link()
+            failure = await self._relink(pager, deadline)
+            if failure is not None:
+                self._unreachable = (
+                    f"{lost}, and it could not be reached again within {patience:g} s: {failure}"
+                )
+                self._before.cancel()
+                self._wake()
+                return
+            await self._obeyed(pager)
+            log.info("reached the page server again")
+
+    def _may_reconnect(self, stats: Stats) -> bool:
+        return (
+            self.config.reconnect is not None
+            and self.config.page_server is not None
+            and not stats.error
+            and stats.phase < Phase.CLOSING
+            and stats.link == Link.LOST
+            and stats.link_error != errno.EPROTO
+            and not was_refused(stats)
+        )
+
+    async def _relink(self, pager: Pager, deadline: float) -> str | None:
+        """Connect again and again; return what was wrong when the time is up."""
+        pause = _RECONNECT_PAUSE
+        failure = "no answer"
+        while True:
+            with trio.move_on_at(deadline):
+                try:
+                    await self._link_again(pager)
+                except CriupyError as error:
+                    failure = str(error)
+                else:
+                    return None
+                await trio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            if trio.current_time() >= deadline:
+                return failure
+
+    async def _link_again(self, pager: Pager) -> None:
+        assert self.config.page_server is not None  # noqa: S101 - or it is not asked to
+        size = self._frame_size()
+        if self._tls is None:
+            pager.set_link(await self._reach(*self.config.page_server), frame_size=size, shared=False)
+            return
+        secured = await self._begin_secured(self._tls)
+        try:
+            await secured.handshake(connect_timeout=self.config.connect_timeout)
+            secured.give(pager, frame_size=size)
+        finally:
+            secured.close()
 
     async def _reach(self, host: str, port: int) -> int:
         return await connect_source(
@@ -463,6 +544,8 @@ class LazyPages:
             raise LazyPagesError(story)
 
     def _trouble(self, stats: Stats) -> str | None:
+        if self._unreachable is not None or self._may_reconnect(stats):
+            return self._unreachable
         return trouble_of(stats, self.config.link_timeout)
 
     def _report_end(self, stats: Stats) -> None:

@@ -47,6 +47,7 @@ class LazyPagesOptions:
     connect_timeout: float = 10.0
     link_timeout: float = 30.0
     stop_timeout: float = 30.0
+    reconnect: float | None = None
     frame_size: Literal[24, 32] | None = None
     on_failure: Literal["poison", "kill"] = "poison"
     tls: TlsFiles | None = None
@@ -86,6 +87,7 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> LazyPa
         connect_timeout=given.connect_timeout,
         link_timeout=given.link_timeout,
         stop_timeout=given.stop_timeout,
+        reconnect=given.reconnect,
         frame_size={"auto": None, "24": 24, "32": 32}[given.frame],
         on_failure=given.on_failure,
         tls=tls,
@@ -102,6 +104,10 @@ def _source(given: argparse.Namespace) -> tuple[tuple[str, int] | None, int | No
     if not given.use_page_server:
         return None, None
     if given.ps_socket is not None:
+        if given.reconnect is not None:
+            raise UsageError(
+                "--reconnect needs --address and --port: a socket that was inherited is gone when it is lost"
+            )
         return None, given.ps_socket
     missing = [name for name in ("address", "port") if getattr(given, name) is None]
     if missing:
@@ -135,6 +141,7 @@ def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str
             ("--address and --port have", _has_address(given)),
             ("--ps-socket has", given.ps_socket is not None),
             ("--tls has", given.tls),
+            ("--reconnect has", given.reconnect is not None),
         ):
             if there:
                 warnings.append(f"{what} no effect without --page-server: pages come from the images")

@@ -30,6 +30,7 @@ OWN_OPTIONS = tuple(
         "connect-timeout",
         "link-timeout",
         "stop-timeout",
+        "reconnect",
         "frame",
         "on-failure",
     )
@@ -108,6 +109,13 @@ def _add_running(group: Group) -> None:
 def _add_failure(group: Group) -> None:
     add_timeout(group, "connect", 10.0, "how long to try to reach the page server")
     add_timeout(group, "link", 30.0, "how long it may owe an answer before it counts as lost")
+    group.value(
+        "--reconnect",
+        "TIME",
+        "how long to try to reach a criupy-page-server again that was lost, and serves full images; faults "
+        "wait meanwhile (default: not at all)",
+        type=values.seconds,
+    )
     add_timeout(group, "stop", 30.0, "how long to go on fetching after the first SIGTERM once tasks run")
     group.choice(
         "--on-failure",

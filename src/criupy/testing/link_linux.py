@@ -187,6 +187,7 @@ class _Way:
         while end is None:
             while self.queued >= self.link.conditions.room:
                 await self.changed.wait()
+            await trio.lowlevel.checkpoint_if_cancelled()  # after a cut the sockets may be closed
             await trio.lowlevel.wait_readable(self.near)
             try:
                 end = self._take_some()
@@ -258,6 +259,7 @@ class _Way:
                     sent = os.splice(data[0], self.far.fileno(), length, flags=os.SPLICE_F_NONBLOCK)
                     await trio.lowlevel.checkpoint_if_cancelled()
             except BlockingIOError:
+                await trio.lowlevel.checkpoint_if_cancelled()
                 await trio.lowlevel.wait_writable(self.far)
                 continue
             if piece is not None:
