@@ -17,9 +17,10 @@ from criupy.page_server import Config as ServerConfig
 from criupy.page_server import PageServer, open_page_server
 from criupy.testing.certificates import Certificates
 from criupy.testing.control_linux import Order
-from criupy.testing.images import WrittenImages, write_images
+from criupy.testing.images import write_images
 from criupy.testing.link_linux import Conditions, Cut, Event, Link, Loss, open_link, random_cuts
 from criupy.testing.spec import WorkloadSpec
+from page_server_command import command
 from serving import MIB, Serving, all_good, needs_poison, serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
@@ -96,41 +97,29 @@ async def test_byte_by_byte(room: Path) -> None:
         await s.daemon.wait()
 
 
-async def test_a_page_server_that_starts_anew(room: Path) -> None:
+async def test_a_page_server_that_is_killed_and_started_again(room: Path) -> None:
     images = write_images(room / "images", SPEC, style="full")
-    async with open_page_server(ServerConfig(images.directory)) as first:
-        where = (first.address, first.port)
-        link = await open_slow(where, room, images, first)
-    assert link == "all of it"
-
-
-async def open_slow(where: tuple[str, int], room: Path, images: WrittenImages, first: PageServer) -> str:
-    async with (
-        open_link(where, Conditions(bandwidth=20e6)) as link,
-        serve(
-            room, SPEC, images=images, style="full", page_server=(link.address, link.port), reconnect=20.0
-        ) as s,
-        s.restore() as standin,
-        trio.open_nursery() as nursery,
-    ):
-        await standin.finish()
-        await link.reached(8 * MIB)
-        first.stop()
-        first.cut()
-        await first.wait()
-        await trio.sleep(0.2)
-
-        async def serve_anew(*, task_status: trio.TaskStatus[None]) -> None:
-            async with open_page_server(ServerConfig(images.directory, port=where[1])):
-                task_status.started()
-                await trio.sleep_forever()
-
-        await nursery.start(serve_anew)
-        link.conditions = Conditions()
-        await all_good(standin)
-        assert (await s.daemon.wait()).pages_missing == 0
-        nursery.cancel_scope.cancel()
-    return "all of it"
+    (room / "first").mkdir()
+    (room / "second").mkdir()
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(command(images.directory, room / "first"))
+        async with (
+            open_link((first.address, first.port), Conditions(bandwidth=20e6)) as link,
+            serve(
+                room, SPEC, images=images, style="full", page_server=(link.address, link.port), reconnect=20.0
+            ) as s,
+            s.restore() as standin,
+        ):
+            await standin.finish()
+            await link.reached(8 * MIB)
+            first.process.kill()
+            await trio.to_thread.run_sync(first.process.wait)
+            await trio.sleep(0.3)
+            stack.enter_context(command(images.directory, room / "second", "--port", str(link.target[1])))
+            link.conditions = Conditions()
+            await all_good(standin)
+            assert (await s.daemon.wait()).pages_missing == 0
+            assert link.connected > 2  # it tried while nobody was there
 
 
 @needs_poison
