@@ -57,7 +57,7 @@ def test_what_forks_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_kill_linux, "_children", slow)
     with subreaper():
-        for n in range(50):
+        for n in range(20):
             with subprocess.Popen(
                 [sys.executable, "-c", FORKS], stdout=subprocess.PIPE, start_new_session=True
             ) as process:
