@@ -425,6 +425,35 @@ def test_a_peer_that_never_reads(serve: Serve, nr: int) -> None:
         )  # and not as long for each part of an answer
 
 
+@pytest.mark.parametrize("nr", [8, 256])
+def test_a_peer_that_reads_slowly_is_served_on(serve: Serve, nr: int) -> None:
+    """It takes much longer for an answer than one may take nothing."""
+    served = serve(WorkloadSpec(size=8 << 20), stall=0.5)
+    start = served.images.tasks[0].runs[0].start
+    with served.connect() as destination:
+        for _ in range(4096 // nr):
+            destination.send(GET, nr, start, 100)
+        got = 0
+        for _ in range(40):
+            got += len(destination.sock.recv(8 << 10))
+            time.sleep(0.05)
+        while got < 4096 // nr * (32 + nr * PAGE):
+            piece = len(destination.sock.recv(1 << 20))
+            assert piece, served.end()
+            got += piece
+        assert destination.close() == 0
+        assert served.end().ending is Ending.CLOSED
+
+
+def test_a_cut_does_not_undo_a_session_that_was_closed(serve: Serve) -> None:
+    served = serve()
+    with served.connect() as destination:
+        destination.send(CLOSE)
+        assert destination.receive(4) == bytes(4)
+        served.server.cut(0)
+        assert served.end().ending is Ending.CLOSED
+
+
 def test_a_pages_file_that_is_shorter_than_its_image(serve: Serve) -> None:
     served = serve()
     task = served.images.tasks[0]

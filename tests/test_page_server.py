@@ -19,6 +19,8 @@ import trio.testing
 
 pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 
+import trio.lowlevel
+
 from criupy import page_server
 from criupy.errors import ImageError, PageServerError
 from criupy.page_server import Config, Ending, PageServer
@@ -127,6 +129,39 @@ async def test_once_is_not_for_those_who_ask_for_nothing(images: WrittenImages) 
         assert server.last is not None
         assert (server.last.ending, server.last.pages) == (Ending.CLOSED, 2)
         assert dict(server.statistics.endings) == {"eof": 1, "command": 1, "page": 1, "cut": 1, "closed": 1}
+
+
+async def test_once_among_many_that_connect(images: WrittenImages) -> None:
+    """At the moment of the choice, too: nobody stays that would be waited for."""
+    socks: list[socket.socket] = []
+
+    async def probe(server: PageServer) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                socks.append(sock := socket.socket())
+                sock.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    sock.connect((server.address, server.port))
+                await trio.lowlevel.checkpoint()
+
+    try:
+        for _ in range(10):
+            async with (
+                serving(images, once=True, max_connections=10000) as server,
+                trio.open_nursery() as nursery,
+            ):
+                with connect(server) as destination:
+                    nursery.start_soon(probe, server)
+                    await get(destination)
+                    assert await close(destination) == 0
+                with trio.fail_after(10):
+                    await server.wait()
+                nursery.cancel_scope.cancel()
+            for sock in socks:
+                sock.close()
+    finally:
+        for sock in socks:
+            sock.close()
 
 
 async def test_once_for_one_that_needs_no_page(images: WrittenImages) -> None:
@@ -302,6 +337,13 @@ async def test_what_is_cancelled_is_counted(where: str, images: WrittenImages) -
     destination.sock.close()
     assert dict(server.statistics.endings) == {"cut": 1}
     assert server.statistics.pages == 2
+
+
+async def test_an_error_in_a_block_that_is_cancelled_is_raised(images: WrittenImages) -> None:
+    with pytest.raises(ValueError, match="mine"), trio.CancelScope() as scope:
+        async with serving(images):
+            scope.cancel()
+            raise ValueError("mine")
 
 
 def test_help_has_what_is_public() -> None:

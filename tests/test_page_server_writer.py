@@ -266,3 +266,14 @@ def test_a_commit_that_fails_says_what_it_has_cost(tmp_path: Path) -> None:
     with mock.patch.object(Path, "replace", fail), pytest.raises(OSError):
         images.commit()
     assert images.has_cost_the_old
+
+
+def test_a_file_that_cannot_be_closed_is_closed_once(tmp_path: Path) -> None:
+    images = UploadedImages(ImagesDirectory(tmp_path))
+    fd, _ = images.open(ImageType.TASK, 7, PagemapStyle.NEW)
+    with mock.patch.object(os, "close", side_effect=OSError(errno.EDQUOT, "no")) as close:
+        images.discard()
+        images.discard()
+    close.assert_called_once_with(fd)
+    os.close(fd)
+    assert list(tmp_path.iterdir()) == []

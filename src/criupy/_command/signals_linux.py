@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from types import FrameType
 
 import trio
 
@@ -23,21 +24,29 @@ _IGNORED_SIGNALS = (
 )
 
 
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    pass
+
+
 def hold_signals() -> None:
     """Let no signal end the process, and keep a wish to stop until ``stop_on_signal`` takes it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    for number in _STOP_SIGNALS:
+        # What holds again between the end of ``stop_on_signal`` and its last words.
+        signal.signal(number, _do_nothing)
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 async def stop_on_signal(stop: Callable[[], None], *, task_status: trio.TaskStatus[None]) -> None:
-    """Call ``stop`` at each signal that asks for it."""
-    with trio.open_signal_receiver(*_STOP_SIGNALS) as received:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-        task_status.started()
-        try:
+    """Call ``stop`` at each signal that asks for it, and take no notice of more when this is cancelled."""
+    try:
+        with trio.open_signal_receiver(*_STOP_SIGNALS) as received:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+            task_status.started()
             async for _ in received:
                 stop()
-        finally:
-            # It ends already; a further wish must not make of its status that of a signal.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    finally:
+        # Python gives a handler of its own up before the process ends, but not this.
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)

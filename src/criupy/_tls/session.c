@@ -39,7 +39,6 @@ static int flush(struct criupy_transport *transport)
 
 		if (sent >= 0) {
 			s->out_start += (size_t)sent;
-			transport->sent += (uint64_t)sent;
 		} else if (errno == EAGAIN) {
 			transport->events = POLLOUT;
 			memmove(s->out, s->out + s->out_start, s->out_end - s->out_start);

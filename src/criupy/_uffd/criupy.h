@@ -156,7 +156,6 @@ struct criupy_transport {
 	/* Without a word to the peer. */
 	void (*destroy)(struct criupy_transport *transport);
 	int events;
-	uint64_t sent;			/* bytes that the socket took */
 };
 
 /* ---- latency histogram (histogram.c) --------------------------------------- */

@@ -171,7 +171,8 @@ static void *run(void *argument)
 	connection_serve(c);
 	stream_end(c);
 	pthread_mutex_lock(&server->lock);
-	if (c->cut)
+	/* One that has its status lost nothing. */
+	if (c->cut && !c->closing)
 		c->counted.reason = CRIUPY_SERVED_CUT;
 	close(c->fd);
 	c->counted.ended_ns = server_now_ns();
@@ -199,10 +200,9 @@ int criupy_server_serve(struct criupy_server *server, int fd, struct criupy_tran
 			uint64_t *serial)
 {
 	struct connection *c;
-	int flags = fcntl(fd, F_GETFL), wanted, result;
+	int flags = fcntl(fd, F_GETFL), result;
 
-	wanted = transport ? flags | O_NONBLOCK : flags & ~O_NONBLOCK;
-	if (flags < 0 || fcntl(fd, F_SETFL, wanted) < 0)
+	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
 		return -errno;
 	c = calloc(1, sizeof(*c));
 	if (!c)

@@ -70,7 +70,7 @@ struct connection {
 	struct connection *next;
 	pthread_t thread;
 	int fd;
-	struct criupy_transport *transport;	/* NULL: plain TCP; otherwise fd is non-blocking */
+	struct criupy_transport *transport;	/* NULL: plain TCP */
 	/* Under the server's lock. */
 	bool cut;
 	struct criupy_served account;
@@ -82,7 +82,7 @@ struct connection {
 	/* The rest belongs to the thread. */
 	struct criupy_served counted;	/* copied to the account between batches */
 	size_t frame_size;
-	uint64_t timeout_ns;		/* what the socket's receive timeout is set to */
+	uint64_t timeout_ns;		/* how long a receive may take, 0: for ever */
 	uint64_t partial_ns;		/* since when a frame is incomplete */
 	const struct served_image *unchanged;	/* looked at since something was received */
 	const struct served_image *in_out;	/* whose pages are in out, if any are */
@@ -121,9 +121,8 @@ void connection_sent(struct connection *c, uint64_t nr_pages);
 
 /* The only functions that touch the connection's bytes. Each returns -1 with the
  * reason in c->counted when it fails; a receive that is out of time is STALLED. */
-int stream_init(struct connection *c);
 /* How long a receive may take, 0: for ever. */
-int stream_set_timeout(struct connection *c, uint64_t ns);
+void stream_set_timeout(struct connection *c, uint64_t ns);
 /* Bytes, 0 at the peer's end. */
 ssize_t stream_receive(struct connection *c, void *into, size_t room);
 int stream_send(struct connection *c, const void *data, size_t length, bool more);

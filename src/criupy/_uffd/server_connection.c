@@ -46,7 +46,8 @@ void connection_sent(struct connection *c, uint64_t nr_pages)
 	server_wake(c->server);
 }
 
-/* The peer broke the rules: what it had asked for before it gets, unless it takes too long. */
+/* The peer broke the rules: what it had asked for before it gets, unless it takes
+ * too long, or sends more (closing a socket with something unread resets it). */
 static void answer_the_rest(struct connection *c)
 {
 	struct criupy_served found = c->counted;
@@ -69,15 +70,16 @@ static int arm(struct connection *c)
 
 	if (c->in_start == c->in_end && !c->closing) {
 		c->partial_ns = 0;
-		return stream_set_timeout(c, c->counted.nr_requests ? config->idle_timeout_ns
-								    : config->first_timeout_ns);
+		stream_set_timeout(c, c->counted.nr_requests ? config->idle_timeout_ns : config->first_timeout_ns);
+		return 0;
 	}
 	if (!c->partial_ns)
 		c->partial_ns = server_now_ns();
 	passed = server_now_ns() - c->partial_ns;
 	if (passed >= config->stall_timeout_ns)
 		return connection_fail(c, CRIUPY_SERVED_STALLED, 0);
-	return stream_set_timeout(c, config->stall_timeout_ns - passed);
+	stream_set_timeout(c, config->stall_timeout_ns - passed);
+	return 0;
 }
 
 void connection_publish(struct connection *c)
@@ -204,8 +206,6 @@ static int obey(struct connection *c)
 
 void connection_serve(struct connection *c)
 {
-	if (stream_init(c) < 0)
-		return;
 	for (;;) {
 		int got = receive(c);
 

@@ -95,8 +95,7 @@ static int receive_pages(struct connection *c, struct upload *u, uint64_t nr_pag
 			memcpy(u->hold + u->held, c->in + c->in_start, (size_t)got);
 			c->in_start += (size_t)got;
 		} else {
-			if (stream_set_timeout(c, c->server->config.stall_timeout_ns) < 0)
-				return -1;
+			stream_set_timeout(c, c->server->config.stall_timeout_ns);
 			got = stream_receive(c, u->hold + u->held, room);
 			if (got < 0)
 				return -1;
@@ -120,13 +119,15 @@ static int receive_pages(struct connection *c, struct upload *u, uint64_t nr_pag
 
 static int grow(struct connection *c, struct upload *u)
 {
-	uint64_t more = u->room ? u->room : 1024, room = u->room + more, *starts, *nr_pages;
+	uint64_t used = atomic_load(&c->server->nr_entries), more, room, *starts, *nr_pages;
 	uint8_t *flags;
 
-	if (atomic_fetch_add(&c->server->nr_entries, more) > SERVER_ENTRIES - more) {
-		atomic_fetch_sub(&c->server->nr_entries, more);
-		return connection_fail(c, CRIUPY_SERVED_ERROR, ENOMEM);
-	}
+	do {
+		more = min_u64(u->room ? u->room : 1024, SERVER_ENTRIES - used);
+		if (!more)
+			return connection_fail(c, CRIUPY_SERVED_ERROR, ENOMEM);
+	} while (!atomic_compare_exchange_weak(&c->server->nr_entries, &used, used + more));
+	room = u->room + more;
 	starts = realloc(u->starts, room * sizeof(*starts));
 	if (!starts)
 		goto no_memory;

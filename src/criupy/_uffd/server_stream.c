@@ -1,10 +1,16 @@
-/* The bytes of a connection: a blocking TCP socket with timeouts, or a transport
- * over one that does not block and is waited for here. */
+/* The bytes of a connection: a socket that does not block, or a transport over
+ * one, and how long it is waited for.
+ *
+ * Who takes something is not given up, however slow it is. Room in the socket
+ * does not tell: there is none before a third of its buffer has gone, which takes
+ * a slow peer longer than anybody waits for a silent one. What it has
+ * acknowledged does. */
 
+#include <linux/sockios.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
-#include <sys/time.h>
 
 #include "server.h"
 
@@ -28,25 +34,13 @@ static int fail(struct connection *c, int error)
 	}
 }
 
-static int set_timeout(struct connection *c, int option, uint64_t ns)
+/* ---- waiting --------------------------------------------------------------------------- */
+
+/* Wait for events, since when that is done and at most so long (0: for ever);
+ * the time that is left, and 0, -1. */
+static int wait_for(struct connection *c, int events, uint64_t since, uint64_t ns)
 {
-	/* 0 would be "for ever". */
-	uint64_t us = ns ? max_u64(ns / 1000, 1) : 0;
-	struct timeval timeout = {
-		.tv_sec = (time_t)(us / 1000000),
-		.tv_usec = (suseconds_t)(us % 1000000),
-	};
-
-	return setsockopt(c->fd, SOL_SOCKET, option, &timeout, sizeof(timeout)) < 0 ? fail(c, errno) : 0;
-}
-
-/* ---- over a transport ---------------------------------------------------------------- */
-
-/* Wait for what the transport waits for, since when it does and at most so long
- * (0: for ever). */
-static int wait_for(struct connection *c, uint64_t since, uint64_t ns)
-{
-	struct pollfd socket = { .fd = c->fd, .events = (short)c->transport->events };
+	struct pollfd socket = { .fd = c->fd, .events = (short)events };
 	uint64_t passed = server_now_ns() - since;
 	struct timespec left = { 0 };
 	int nr;
@@ -62,20 +56,60 @@ static int wait_for(struct connection *c, uint64_t since, uint64_t ns)
 	return nr < 0 && errno != EINTR ? fail(c, errno) : 0;
 }
 
+/* What the peer has not acknowledged yet, or 0. */
+static int unacknowledged(const struct connection *c)
+{
+	int bytes = 0;
+
+	return ioctl(c->fd, SIOCOUTQ, &bytes) < 0 ? 0 : bytes;
+}
+
+/* How long a peer that is to take something has taken nothing. */
+struct patience {
+	uint64_t since;
+	int rest;
+};
+
+static struct patience begin_patience(const struct connection *c)
+{
+	return (struct patience){ .since = server_now_ns(), .rest = unacknowledged(c) };
+}
+
+static int wait_to_send(struct connection *c, int events, struct patience *patience)
+{
+	uint64_t most = c->server->config.stall_timeout_ns;
+
+	if (server_now_ns() - patience->since >= most) {
+		int rest = unacknowledged(c);
+
+		if (rest >= patience->rest)
+			return fail(c, EAGAIN);
+		*patience = (struct patience){ .since = server_now_ns(), .rest = rest };
+	}
+	return wait_for(c, events, patience->since, most);
+}
+
+static int wait_to_receive(struct connection *c, int events, uint64_t since)
+{
+	return wait_for(c, events, since, c->timeout_ns);
+}
+
+/* ---- over a transport ---------------------------------------------------------------- */
+
 static ssize_t transport_receive(struct connection *c, void *into, size_t room)
 {
 	uint64_t since = server_now_ns();
 	int64_t got;
 
 	while ((got = c->transport->receive(c->transport, into, room)) == -EAGAIN)
-		if (wait_for(c, since, c->timeout_ns) < 0)
+		if (wait_to_receive(c, c->transport->events, since) < 0)
 			return -1;
 	return got < 0 ? fail(c, (int)-got) : (ssize_t)got;
 }
 
 static int transport_send(struct connection *c, const uint8_t *from, size_t length)
 {
-	uint64_t since = server_now_ns(), gone = c->transport->sent;
+	struct patience patience = begin_patience(c);
 
 	while (length) {
 		int64_t sent = c->transport->send(c->transport, from, length);
@@ -83,37 +117,27 @@ static int transport_send(struct connection *c, const uint8_t *from, size_t leng
 		if (sent >= 0) {
 			from += sent;
 			length -= (size_t)sent;
-			since = server_now_ns();
-			continue;
-		}
-		if (sent != -EAGAIN)
+			patience = begin_patience(c);
+		} else if (sent != -EAGAIN) {
 			return fail(c, (int)-sent);
-		if (c->transport->sent != gone) {
-			gone = c->transport->sent;
-			since = server_now_ns();
-		}
-		if (wait_for(c, since, c->server->config.stall_timeout_ns) < 0)
+		} else if (wait_to_send(c, c->transport->events, &patience) < 0) {
 			return -1;
+		}
 	}
 	return 0;
 }
 
 int stream_flush(struct connection *c)
 {
-	uint64_t since = server_now_ns(), gone;
+	struct patience patience;
 	int result;
 
 	if (!c->transport)
 		return 0;
-	gone = c->transport->sent;
-	while ((result = c->transport->flush(c->transport)) == -EAGAIN) {
-		if (c->transport->sent != gone) {
-			gone = c->transport->sent;
-			since = server_now_ns();
-		}
-		if (wait_for(c, since, c->server->config.stall_timeout_ns) < 0)
+	patience = begin_patience(c);
+	while ((result = c->transport->flush(c->transport)) == -EAGAIN)
+		if (wait_to_send(c, c->transport->events, &patience) < 0)
 			return -1;
-	}
 	return result < 0 ? fail(c, -result) : 0;
 }
 
@@ -133,66 +157,57 @@ void stream_end(struct connection *c)
 
 /* ---- either way ------------------------------------------------------------------------ */
 
-int stream_init(struct connection *c)
+void stream_set_timeout(struct connection *c, uint64_t ns)
 {
-	if (c->transport)
-		return 0;
-	return set_timeout(c, SO_SNDTIMEO, c->server->config.stall_timeout_ns);
-}
-
-int stream_set_timeout(struct connection *c, uint64_t ns)
-{
-	if (ns == c->timeout_ns)
-		return 0;
 	c->timeout_ns = ns;
-	if (c->transport)
-		return 0;
-	return set_timeout(c, SO_RCVTIMEO, ns);
 }
 
 ssize_t stream_receive(struct connection *c, void *into, size_t room)
 {
+	uint64_t since;
 	ssize_t got;
 
 	if (c->transport)
 		return transport_receive(c, into, room);
-	do
-		got = recv(c->fd, into, room, 0);
-	while (got < 0 && errno == EINTR);
-	return got < 0 ? fail(c, errno) : got;
-}
-
-/* A call that began then did a part: it did so at once, and the rest was waited
- * for in vain. The next would wait as long again. */
-static bool ended_by_timeout(const struct connection *c, uint64_t since)
-{
-	return server_now_ns() - since >= c->server->config.stall_timeout_ns;
+	since = server_now_ns();
+	while ((got = recv(c->fd, into, room, 0)) < 0) {
+		if (errno == EAGAIN) {
+			if (wait_to_receive(c, POLLIN, since) < 0)
+				return -1;
+		} else if (errno != EINTR) {
+			return fail(c, errno);
+		}
+	}
+	return got;
 }
 
 int stream_send(struct connection *c, const void *data, size_t length, bool more)
 {
+	struct patience patience = begin_patience(c);
 	const uint8_t *from = data;
 
 	if (c->transport)
 		return transport_send(c, from, length) < 0 || (!more && stream_flush(c) < 0) ? -1 : 0;
 	while (length) {
-		uint64_t since = server_now_ns();
 		ssize_t sent = send(c->fd, from, length, MSG_NOSIGNAL | (more ? MSG_MORE : 0));
 
-		if (sent < 0 && errno != EINTR)
+		if (sent >= 0) {
+			from += sent;
+			length -= (size_t)sent;
+			patience = begin_patience(c);
+		} else if (errno == EAGAIN) {
+			if (wait_to_send(c, POLLOUT, &patience) < 0)
+				return -1;
+		} else if (errno != EINTR) {
 			return fail(c, errno);
-		if (sent < 0)
-			continue;
-		from += sent;
-		length -= (size_t)sent;
-		if (length && ended_by_timeout(c, since))
-			return fail(c, EAGAIN);
+		}
 	}
 	return 0;
 }
 
 int stream_send_file(struct connection *c, const struct served_image *served, uint64_t start, size_t length)
 {
+	struct patience patience = begin_patience(c);
 	off_t offset = (off_t)start;
 
 	while (c->transport && length) {
@@ -204,18 +219,19 @@ int stream_send_file(struct connection *c, const struct served_image *served, ui
 		start += some;
 		length -= some;
 	}
-	if (!length)
+	if (c->transport)
 		return 0;
 	while (length) {
-		uint64_t since = server_now_ns();
 		ssize_t sent = sendfile(c->fd, served->fd, &offset, length);
 
 		if (sent > 0) {
 			length -= (size_t)sent;
-			if (length && ended_by_timeout(c, since))
-				return fail(c, EAGAIN);
+			patience = begin_patience(c);
 		} else if (!sent) { /* the file has shrunk */
 			return connection_fail(c, CRIUPY_SERVED_DATA, ENODATA);
+		} else if (errno == EAGAIN) {
+			if (wait_to_send(c, POLLOUT, &patience) < 0)
+				return -1;
 		} else if (errno == EIO) {
 			return connection_fail(c, CRIUPY_SERVED_DATA, EIO);
 		} else if (errno != EINTR) {

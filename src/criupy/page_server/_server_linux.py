@@ -121,6 +121,8 @@ class PageServer:
         """Serve a connection, or refuse it; tell which. With TLS that shows later."""
         peer = _Peer(at(*address[:2]), address[0])
         with connection:
+            if self._accepting.cancel_called:
+                return True  # its accept could not be cancelled any more
             refusal = self._refusal(peer)
             if refusal is None:
                 try:
@@ -180,10 +182,14 @@ class PageServer:
         """Serve a peer whose certificate is good, unless it is cut before."""
         refusal = "it was cut here"
         try:
-            with connection, scope:
-                with await admission.handshake(connection, self._config.stall_timeout) as session:
+            with (
+                connection,
+                scope,
+                await admission.handshake(connection, self._config.stall_timeout) as session,
+            ):
+                if not scope.cancel_called:  # as the handshake was done
                     self._serve(connection, peer, session)
-                return
+                    return
         except (TlsError, OSError) as error:
             refusal = str(error)
         finally:
@@ -213,7 +219,7 @@ class PageServer:
         if self._uploads is not None:
             return
         counting = [
-            (account.first_page or account.started, account.serial)
+            (account.first_page or account.ended or account.started, account.serial)
             for account in accounts
             if account.first_page or account.ending is Ending.CLOSED
         ]
@@ -236,12 +242,14 @@ class PageServer:
     async def _end(self, account: Account) -> None:
         peer = self._peers[account.serial]
         is_whole = False
-        if self._uploads is None:
-            tell(account, peer.name)
-        else:
-            with trio.CancelScope(shield=True):  # its account is given once
-                is_whole = await self._uploads.end(account, peer.name)
-        del self._peers[account.serial]
+        try:
+            if self._uploads is None:
+                tell(account, peer.name)
+            else:
+                with trio.CancelScope(shield=True):  # its account is given once
+                    is_whole = await self._uploads.end(account, peer.name)
+        finally:
+            del self._peers[account.serial]
         self.statistics.add(account, peer.name)
         is_given = self._config.connection is not None  # there is no other
         if is_given or not self._config.once or self._only == account.serial:
@@ -295,6 +303,8 @@ async def running(server: PageServer, config: Config, warning: str) -> AsyncIter
     finally:  # the nursery raises where the block was cancelled from outside
         with trio.CancelScope(shield=True):
             await server._end_all()
+        if error is not None and not isinstance(error, trio.Cancelled):
+            raise error
     try:
         if error is not None:
             raise error

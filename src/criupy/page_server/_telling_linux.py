@@ -19,6 +19,7 @@ log = logging.getLogger("criupy.page_server")
 # An end that is not here is as it should be.
 _PROBLEMS: Final = {
     Ending.RESET: "reset by the peer",
+    Ending.CUT: "it was cut here",
     Ending.IDLE: "nothing was asked for too long (--idle-timeout)",
     Ending.STALLED: "the peer stood still in the middle of something for too long (--stall-timeout)",
     Ending.DATA: "the images cannot be read any more: {error}",
@@ -36,7 +37,6 @@ _PROBLEMS: Final = {
 }
 _UPLOAD_PROBLEMS: Final = _PROBLEMS | {
     Ending.EOF: "the peer closed without CLOSE",
-    Ending.CUT: "it was cut here",
     Ending.IDLE: "nothing came for too long (--idle-timeout)",
     Ending.DISK: "the images cannot be written: {error}",
     Ending.REFUSED: "{why}",
@@ -92,7 +92,7 @@ def tell(account: Account, peer: str) -> None:
     pages, requests = counted(account.pages, "page"), counted(account.requests, "request")
     did = f"{pages} for {requests} in {_seconds(account):.3f} s"
     problem = _problem(_PROBLEMS, account)
-    if problem is None:
+    if problem is None or (not account.requests and account.ending in _QUIET):
         log.info("connection %d: %s has ended, %s", account.serial, peer, did)
     else:
         log.warning("connection %d: %s: %s; closed after %s", account.serial, peer, problem, did)

@@ -252,9 +252,10 @@ class UploadedImages:
 
     def discard(self) -> None:
         """Remove what was not committed."""
-        if self._pages_fd >= 0:
-            os.close(self._pages_fd)
-            self._pages_fd = -1
+        fd, self._pages_fd = self._pages_fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # nothing of it is wanted
+                os.close(fd)
         images = self._done if self._image is None else [*self._done, self._image]
         self._done, self._image = [], None
         _remove(list(self._created))
