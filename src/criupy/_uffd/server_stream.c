@@ -36,8 +36,7 @@ static int fail(struct connection *c, int error)
 
 /* ---- waiting --------------------------------------------------------------------------- */
 
-/* Wait for events, since when that is done and at most so long (0: for ever);
- * the time that is left, and 0, -1. */
+/* Wait for events, since when that is done and at most so long (0: for ever). */
 static int wait_for(struct connection *c, int events, uint64_t since, uint64_t ns)
 {
 	struct pollfd socket = { .fd = c->fd, .events = (short)events };
@@ -64,27 +63,23 @@ static int unacknowledged(const struct connection *c)
 	return ioctl(c->fd, SIOCOUTQ, &bytes) < 0 ? 0 : bytes;
 }
 
-/* How long a peer that is to take something has taken nothing. */
+/* Since when a peer that is to take something has taken nothing, and what was
+ * left then; all zero while it has not been waited for. */
 struct patience {
 	uint64_t since;
 	int rest;
 };
 
-static struct patience begin_patience(const struct connection *c)
-{
-	return (struct patience){ .since = server_now_ns(), .rest = unacknowledged(c) };
-}
-
 static int wait_to_send(struct connection *c, int events, struct patience *patience)
 {
-	uint64_t most = c->server->config.stall_timeout_ns;
+	uint64_t most = c->server->config.stall_timeout_ns, now = server_now_ns();
 
-	if (server_now_ns() - patience->since >= most) {
+	if (!patience->since || now - patience->since >= most) {
 		int rest = unacknowledged(c);
 
-		if (rest >= patience->rest)
+		if (patience->since && rest >= patience->rest)
 			return fail(c, EAGAIN);
-		*patience = (struct patience){ .since = server_now_ns(), .rest = rest };
+		*patience = (struct patience){ .since = now, .rest = rest };
 	}
 	return wait_for(c, events, patience->since, most);
 }
@@ -109,7 +104,7 @@ static ssize_t transport_receive(struct connection *c, void *into, size_t room)
 
 static int transport_send(struct connection *c, const uint8_t *from, size_t length)
 {
-	struct patience patience = begin_patience(c);
+	struct patience patience = { 0 };
 
 	while (length) {
 		int64_t sent = c->transport->send(c->transport, from, length);
@@ -117,7 +112,7 @@ static int transport_send(struct connection *c, const uint8_t *from, size_t leng
 		if (sent >= 0) {
 			from += sent;
 			length -= (size_t)sent;
-			patience = begin_patience(c);
+			patience = (struct patience){ 0 };
 		} else if (sent != -EAGAIN) {
 			return fail(c, (int)-sent);
 		} else if (wait_to_send(c, c->transport->events, &patience) < 0) {
@@ -129,12 +124,11 @@ static int transport_send(struct connection *c, const uint8_t *from, size_t leng
 
 int stream_flush(struct connection *c)
 {
-	struct patience patience;
+	struct patience patience = { 0 };
 	int result;
 
 	if (!c->transport)
 		return 0;
-	patience = begin_patience(c);
 	while ((result = c->transport->flush(c->transport)) == -EAGAIN)
 		if (wait_to_send(c, c->transport->events, &patience) < 0)
 			return -1;
@@ -183,7 +177,7 @@ ssize_t stream_receive(struct connection *c, void *into, size_t room)
 
 int stream_send(struct connection *c, const void *data, size_t length, bool more)
 {
-	struct patience patience = begin_patience(c);
+	struct patience patience = { 0 };
 	const uint8_t *from = data;
 
 	if (c->transport)
@@ -194,7 +188,7 @@ int stream_send(struct connection *c, const void *data, size_t length, bool more
 		if (sent >= 0) {
 			from += sent;
 			length -= (size_t)sent;
-			patience = begin_patience(c);
+			patience = (struct patience){ 0 };
 		} else if (errno == EAGAIN) {
 			if (wait_to_send(c, POLLOUT, &patience) < 0)
 				return -1;
@@ -207,7 +201,7 @@ int stream_send(struct connection *c, const void *data, size_t length, bool more
 
 int stream_send_file(struct connection *c, const struct served_image *served, uint64_t start, size_t length)
 {
-	struct patience patience = begin_patience(c);
+	struct patience patience = { 0 };
 	off_t offset = (off_t)start;
 
 	while (c->transport && length) {
@@ -226,7 +220,7 @@ int stream_send_file(struct connection *c, const struct served_image *served, ui
 
 		if (sent > 0) {
 			length -= (size_t)sent;
-			patience = begin_patience(c);
+			patience = (struct patience){ 0 };
 		} else if (!sent) { /* the file has shrunk */
 			return connection_fail(c, CRIUPY_SERVED_DATA, ENODATA);
 		} else if (errno == EAGAIN) {
