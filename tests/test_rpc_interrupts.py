@@ -92,7 +92,11 @@ def serve_on_trio(binary: Path, images_dir: Path) -> None:
 
 
 def children() -> str:
-    return "".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    found = ""
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
+            found += path.read_text()
+    return found
 
 
 # Of descriptors it is not said: one that its owner loses in between is closed by its finalizer, which tells,

@@ -83,6 +83,11 @@ def _problem(problems: Mapping[Ending, str], account: Account, why: str | None =
     return f"{said}, byte {account.offset}" if account.ending >= Ending.COMMAND else said
 
 
+def _did_nothing(account: Account) -> bool:
+    """Tell whether there is nothing to say of a peer, such as one that looked whether somebody listens."""
+    return not account.requests and not account.fault and account.ending in _QUIET
+
+
 def _seconds(account: Account) -> float:
     return (account.ended or account.started) - account.started
 
@@ -92,7 +97,7 @@ def tell(account: Account, peer: str) -> None:
     pages, requests = counted(account.pages, "page"), counted(account.requests, "request")
     did = f"{pages} for {requests} in {_seconds(account):.3f} s"
     problem = _problem(_PROBLEMS, account)
-    if problem is None or (not account.requests and account.ending in _QUIET):
+    if problem is None or _did_nothing(account):
         log.info("connection %d: %s has ended, %s", account.serial, peer, did)
     else:
         log.warning("connection %d: %s: %s; closed after %s", account.serial, peer, problem, did)
@@ -104,7 +109,7 @@ def tell_upload(
     """Log the end of an upload, in one line; ``why`` is what was refused."""
     seconds = _seconds(account)
     problem = _problem(_UPLOAD_PROBLEMS, account, why)
-    if problem is None or (not account.requests and account.ending in _QUIET):
+    if problem is None or _did_nothing(account):
         what = "nothing was uploaded"
         if finished is not None:
             what = f"{counted(finished.pages, 'page')} in {counted(finished.images, 'image')}"

@@ -198,19 +198,19 @@ class _Way:
         self._put(0, end)
 
     def _take_some(self) -> _End | None:
-        pipe = self.link.pipes.take()
+        pipe = self.link._pipes.take()
         try:
             length = os.splice(
                 self.near.fileno(), pipe[1], self.link.conditions.grain, flags=os.SPLICE_F_NONBLOCK
             )
         except OSError:
-            self.link.pipes.give(pipe)
+            self.link._pipes.give(pipe)
             raise
         if length > _SMALL:
             self._put(length, pipe)
             return None
         data = os.read(pipe[0], length) if length else b""
-        self.link.pipes.give(pipe)
+        self.link._pipes.give(pipe)
         if not length:
             return _End.FIN
         self._put(length, data)
@@ -245,7 +245,7 @@ class _Way:
             self.queue.popleft()
             self.queued -= parcel.length
             if isinstance(parcel.data, tuple):
-                self.link.pipes.give(parcel.data)
+                self.link._pipes.give(parcel.data)
             self._notify()
 
     async def _send(self, data: bytes | tuple[int, int], offset: int, length: int) -> int:
@@ -284,7 +284,7 @@ class Link:
         self.up: int = 0
         self.connected: int = 0
         self.cuts: int = 0
-        self.pipes = _Pipes()
+        self._pipes: _Pipes = _Pipes()
         self._script = deque(sorted(script, key=lambda event: event.after))
         self._scopes: dict[trio.CancelScope, tuple[trio.socket.SocketType, ...]] = {}
         self._silent: list[trio.socket.SocketType] = []
@@ -421,13 +421,13 @@ class Link:
         with contextlib.suppress(BlockingIOError):
             while os.read(pipe[0], _CHUNK):
                 pass
-        self.pipes.give(pipe)
+        self._pipes.give(pipe)
 
     def close(self) -> None:
         """Let go of everything."""
         for sock in self._silent:
             _reset(sock)
-        self.pipes.close()
+        self._pipes.close()
 
 
 @contextlib.asynccontextmanager
