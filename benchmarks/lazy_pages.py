@@ -18,10 +18,8 @@ Medians over the rounds are printed and written; the ratio is stock over ours.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from _report import add_report_options, publish
 
 from criupy.testing.control_linux import Control, Order, Touch
 from criupy.testing.criu_linux import (
@@ -196,27 +195,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare criupy-lazy-pages with criu lazy-pages.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=512, metavar="MIB")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run there")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between its marks there")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing, take this report")
+    add_report_options(parser)
     options = parser.parse_args()
-    if options.from_json:
-        report = json.loads(options.from_json.read_text())
-    else:
-        report = trio.run(compare, options.rounds, options.size * MIB)
-    text = table(report)
-    print(text)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if options.readme:
-        begin, end = map(re.escape, MARK)
-        old = options.readme.read_text()
-        new, times = re.subn(
-            f"{begin}.*?{end}", lambda _: f"{MARK[0]}\n{text}\n{MARK[1]}", old, flags=re.DOTALL
-        )
-        if times != 1:
-            raise SystemExit(f"{options.readme}: the marks {MARK[0]} and {MARK[1]} are not there once")
-        options.readme.write_text(new)
+    publish(options, lambda: trio.run(compare, options.rounds, options.size * MIB), table, MARK)
 
 
 if __name__ == "__main__":

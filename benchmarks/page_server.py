@@ -19,12 +19,10 @@ records. Medians over the rounds; the ratio says how many times better ours is.
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
 import platform
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -46,6 +44,7 @@ from _page_clients import (
     sealing,
     server,
 )
+from _report import Report, add_report_options, publish
 
 from criupy.testing.certificates import Certificates, make_certificates
 from criupy.testing.criu_linux import Criu, find_criu
@@ -200,30 +199,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=512, metavar="MIB", help="of the images, for most cases")
     parser.add_argument("--large", type=int, default=4096, metavar="MIB", help="of those for the first page")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run there")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between its marks there")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing, take this report")
+    add_report_options(parser)
     options = parser.parse_args()
-    if options.from_json:
-        report = json.loads(options.from_json.read_text())
-    else:
+
+    def measure() -> Report:
         found, reasons = find_criu()
         if not found:
             raise SystemExit(f"no CRIU to compare with: {'; '.join(reasons)}")
-        report = trio.run(compare, found[0], options.rounds, options.size * MIB, options.large * MIB)
-    text = table(report)
-    print(text)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if options.readme:
-        begin, end = map(re.escape, MARK)
-        old = options.readme.read_text()
-        new, times = re.subn(
-            f"{begin}.*?{end}", lambda _: f"{MARK[0]}\n{text}\n{MARK[1]}", old, flags=re.DOTALL
-        )
-        if times != 1:
-            raise SystemExit(f"{options.readme}: the marks {MARK[0]} and {MARK[1]} are not there once")
-        options.readme.write_text(new)
+        return trio.run(compare, found[0], options.rounds, options.size * MIB, options.large * MIB)
+
+    publish(options, measure, table, MARK)
 
 
 if __name__ == "__main__":

@@ -121,8 +121,6 @@ void connection_sent(struct connection *c, uint64_t nr_pages);
 
 /* The only functions that touch the connection's bytes. Each returns -1 with the
  * reason in c->counted when it fails; a receive that is out of time is STALLED. */
-/* How long a receive may take, 0: for ever. */
-void stream_set_timeout(struct connection *c, uint64_t ns);
 /* Bytes, 0 at the peer's end. */
 ssize_t stream_receive(struct connection *c, void *into, size_t room);
 int stream_send(struct connection *c, const void *data, size_t length, bool more);

@@ -70,7 +70,7 @@ static int arm(struct connection *c)
 
 	if (c->in_start == c->in_end && !c->closing) {
 		c->partial_ns = 0;
-		stream_set_timeout(c, c->counted.nr_requests ? config->idle_timeout_ns : config->first_timeout_ns);
+		c->timeout_ns = c->counted.nr_requests ? config->idle_timeout_ns : config->first_timeout_ns;
 		return 0;
 	}
 	if (!c->partial_ns)
@@ -78,7 +78,7 @@ static int arm(struct connection *c)
 	passed = server_now_ns() - c->partial_ns;
 	if (passed >= config->stall_timeout_ns)
 		return connection_fail(c, CRIUPY_SERVED_STALLED, 0);
-	stream_set_timeout(c, config->stall_timeout_ns - passed);
+	c->timeout_ns = config->stall_timeout_ns - passed;
 	return 0;
 }
 

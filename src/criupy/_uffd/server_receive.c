@@ -95,7 +95,7 @@ static int receive_pages(struct connection *c, struct upload *u, uint64_t nr_pag
 			memcpy(u->hold + u->held, c->in + c->in_start, (size_t)got);
 			c->in_start += (size_t)got;
 		} else {
-			stream_set_timeout(c, c->server->config.stall_timeout_ns);
+			c->timeout_ns = c->server->config.stall_timeout_ns;
 			got = stream_receive(c, u->hold + u->held, room);
 			if (got < 0)
 				return -1;

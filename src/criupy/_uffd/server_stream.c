@@ -151,11 +151,6 @@ void stream_end(struct connection *c)
 
 /* ---- either way ------------------------------------------------------------------------ */
 
-void stream_set_timeout(struct connection *c, uint64_t ns)
-{
-	c->timeout_ns = ns;
-}
-
 ssize_t stream_receive(struct connection *c, void *into, size_t room)
 {
 	uint64_t since;
