@@ -86,6 +86,8 @@ int criupy_frame_detect(const uint8_t *head)
 		return second > 0xffff ? CRIUPY_FRAME_24 : CRIUPY_FRAME_32;
 	case CRIUPY_CMD_ADD:
 	case CRIUPY_CMD_HOLE:
+	case CRIUPY_CMD_HELLO:
+		return CRIUPY_FRAME_32;
 	case CRIUPY_CMD_OPEN:
 	case CRIUPY_CMD_OPEN2:
 	case CRIUPY_CMD_PARENT:

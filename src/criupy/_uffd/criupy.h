@@ -97,7 +97,16 @@ uint64_t criupy_space_next_missing(const struct criupy_space *space, uint64_t *p
 #define CRIUPY_CMD_GET 7
 #define CRIUPY_CMD_CLOSE 0x1023
 #define CRIUPY_CMD_FORCE_CLOSE 0x1024
+/* Between our own ends only; criupy/wire/extension.py says what they mean. */
+#define CRIUPY_CMD_HELLO 0x6301
+#define CRIUPY_CMD_GETV 0x6302
+#define CRIUPY_CMD_FINISHED 0x6303
+#define CRIUPY_CMD_ABORT 0x6304
+#define CRIUPY_CMD_REFUSED 0x6305
 #define CRIUPY_CMD_MASK 0xffff		/* the page flags are above */
+#define CRIUPY_HELLO_LENGTH 64		/* what follows the frame of a HELLO */
+#define CRIUPY_MAX_RUNS 256		/* of a GETV, and pages of all of them: */
+#define CRIUPY_MAX_RUN_PAGES 1024
 #define CRIUPY_PE_PARENT 1
 #define CRIUPY_PE_LAZY 2
 #define CRIUPY_PE_PRESENT 4

@@ -3,7 +3,7 @@
 Every function that reads takes the images directory (of statistics, CRIU's
 work directory), reads what its name says and raises ImageError with path,
 offset and expectation when a file is not what CRIU writes. ``read_dump`` reads
-everything but the pages; only ``write_pagemap`` writes. Works on any system;
+everything but the pages; only ``write_pagemap`` and ``write_marker`` write. Works on any system;
 needs no CRIU.
 """
 
@@ -19,6 +19,7 @@ from criupy.images._lazy import (
     lazy_entries,
     lazy_extents,
 )
+from criupy.images._marker import MARKER, RelayMarker, read_marker, write_marker
 from criupy.images._memory import (
     AreaTotals,
     PageTotals,
@@ -73,6 +74,7 @@ from criupy.images._tree import Task, Thread, read_tasks
 
 __all__ = [
     "DUMP_STATS",
+    "MARKER",
     "NO_PAGE_INDEX",
     "PAGE_SIZE",
     "PID_MAX",
@@ -91,6 +93,7 @@ __all__ = [
     "Pagemap",
     "PagemapStyle",
     "PstreeEntry",
+    "RelayMarker",
     "RestoreStats",
     "SharedMemory",
     "Task",
@@ -114,6 +117,7 @@ __all__ = [
     "read_dump",
     "read_dump_stats",
     "read_inventory",
+    "read_marker",
     "read_mm",
     "read_pagemap",
     "read_pagemap_style",
@@ -126,5 +130,6 @@ __all__ = [
     "read_tasks",
     "shared_pagemap_path",
     "vma_kind",
+    "write_marker",
     "write_pagemap",
 ]

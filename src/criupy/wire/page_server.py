@@ -55,6 +55,12 @@ class Command(enum.IntEnum):
     GET = 7
     CLOSE = 0x1023
     FORCE_CLOSE = 0x1024
+    # Not CRIU's: see criupy.wire.extension.
+    HELLO = 0x6301
+    GETV = 0x6302
+    FINISHED = 0x6303
+    ABORT = 0x6304
+    REFUSED = 0x6305
 
     @classmethod
     def _missing_(cls, value: object) -> Self | None:
@@ -153,6 +159,8 @@ def detect_frame_size(head: bytes) -> FrameSize | None:
         # Short: the address, and no mapping starts below 64 KiB. Long: a
         # count, and no client asks for 256 MiB at once.
         return 24 if second > MAX_GET_PAGES else 32
+    if command is Command.HELLO:
+        return 32
     if command in _OPENS or command in _ADDS:
         # Short: dst_id with a type in its low byte. Long: the address, which
         # is page-aligned (0 in OPEN), and no type is zero.
