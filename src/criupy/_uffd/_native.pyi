@@ -86,7 +86,7 @@ class Served(Protocol):
     bytes_received: int
     fault: Any
 
-class AskedByUpload(Protocol):
+class Asked(Protocol):
     """``struct criupy_question``."""
 
     serial: int
@@ -96,6 +96,7 @@ class AskedByUpload(Protocol):
     starts: Any
     nr_pages: Any
     flags: Any
+    hello: Any
 
 class _FFI(Protocol):
     NULL: Any

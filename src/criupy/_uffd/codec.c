@@ -80,14 +80,14 @@ int criupy_frame_detect(const uint8_t *head)
 	case CRIUPY_CMD_CLOSE:
 	case CRIUPY_CMD_FORCE_CLOSE:
 		return 0;
+	case CRIUPY_CMD_HELLO:
+		return CRIUPY_FRAME_32;
 	case CRIUPY_CMD_GET:
 		/* Short: the address, and no mapping starts below 64 KiB. Long:
 		 * a count, and no client asks for 256 MiB at once. */
 		return second > 0xffff ? CRIUPY_FRAME_24 : CRIUPY_FRAME_32;
 	case CRIUPY_CMD_ADD:
 	case CRIUPY_CMD_HOLE:
-	case CRIUPY_CMD_HELLO:
-		return CRIUPY_FRAME_32;
 	case CRIUPY_CMD_OPEN:
 	case CRIUPY_CMD_OPEN2:
 	case CRIUPY_CMD_PARENT:

@@ -107,6 +107,7 @@ uint64_t criupy_space_next_missing(const struct criupy_space *space, uint64_t *p
 #define CRIUPY_HELLO_LENGTH 64		/* what follows the frame of a HELLO */
 #define CRIUPY_MAX_RUNS 256		/* of a GETV, and pages of all of them: */
 #define CRIUPY_MAX_RUN_PAGES 1024
+#define CRIUPY_RUN_LENGTH 16		/* u64 address, u64 nr_pages */
 #define CRIUPY_PE_PARENT 1
 #define CRIUPY_PE_LAZY 2
 #define CRIUPY_PE_PRESENT 4
@@ -314,6 +315,7 @@ struct criupy_server;
 
 struct criupy_server_config {
 	uint32_t receives;		/* uploads; no image can be added, no page asked for */
+	uint32_t asks;			/* whose a connection is, and about the end of its session */
 	uint64_t stall_timeout_ns;	/* for the rest of a frame, and a peer that does not read */
 	uint64_t first_timeout_ns;	/* before the first frame; 0: for ever */
 	uint64_t idle_timeout_ns;	/* between requests; 0: for ever */
@@ -383,11 +385,15 @@ int criupy_server_next_ended(struct criupy_server *server, struct criupy_served 
 /* Copy the accounts of at most room connections that go on; returns their number. */
 int criupy_server_connections(struct criupy_server *server, struct criupy_served *served, int room);
 
-/* What the thread of an upload cannot decide: it waits for the answer. */
+/* What the thread of a connection cannot decide: it waits for the answer. */
 struct criupy_question {
 	uint64_t serial;		/* of the connection */
-	struct criupy_frame frame;	/* OPEN, OPEN2, PARENT, CLOSE or FORCE_CLOSE */
+	/* Of an upload OPEN, OPEN2, PARENT, CLOSE or FORCE_CLOSE; of a server that asks
+	 * HELLO, or whatever comes first from a stock client, FINISHED, ABORT, CLOSE
+	 * and FORCE_CLOSE. */
+	struct criupy_frame frame;
 	uint32_t frame_size;		/* 0: a CLOSE and nothing else */
+	uint8_t hello[CRIUPY_HELLO_LENGTH];	/* what follows a HELLO */
 	/* The image that an OPEN or CLOSE ends: its entries, in address order. They
 	 * stay until the answer, or until the connection's account is taken. */
 	uint64_t nr_entries;
@@ -399,7 +405,9 @@ struct criupy_question {
 /* 1 and a question, each once, or 0. */
 int criupy_server_next_question(struct criupy_server *server, struct criupy_question *question);
 /* Answer it: an OPEN or PARENT with 0 or 1 (there is a parent) or with -errno,
- * which ends the connection; a CLOSE with its status, 0 or -errno. fd is where
+ * which ends the connection; a CLOSE or ABORT with its status, 0 or -errno; HELLO
+ * and a first frame with 0, or with the negative reason why not, which ends the
+ * connection; FINISHED with 0. fd is where
  * to write the pages of what was opened, -1 otherwise; it passes to the server
  * when 0 is returned. -ESRCH when the connection waits no more. */
 int criupy_server_answer(struct criupy_server *server, uint64_t serial, int answer, int fd);

@@ -86,6 +86,8 @@ struct connection {
 	uint64_t partial_ns;		/* since when a frame is incomplete */
 	const struct served_image *unchanged;	/* looked at since something was received */
 	const struct served_image *in_out;	/* whose pages are in out, if any are */
+	bool begun;			/* a frame came; a server that asks has been told whose it is */
+	bool extended;			/* it began with HELLO */
 	bool closing;			/* CLOSE was answered */
 	struct upload *upload;		/* NULL until something is opened */
 	uint64_t offset;		/* in the stream, of the next frame */
@@ -109,6 +111,9 @@ int server_check_pages(const struct served_image *served);
 void connection_serve(struct connection *c);
 /* Each returns 0, or -1 with the reason in c->counted. */
 int connection_fail(struct connection *c, uint32_t reason, int error);
+/* Wait for Python's answer to a frame, which c->answer and c->answer_fd are then; with
+ * ends, it ends the image that is open. body is that of a HELLO, or NULL. */
+int connection_ask(struct connection *c, const struct criupy_frame *frame, const uint8_t *body, bool ends);
 /* Let the account show what was counted so far. */
 void connection_publish(struct connection *c);
 /* Send what is in c->out and what a transport holds; with more, it may wait for
@@ -135,9 +140,23 @@ void stream_end(struct connection *c);
 /* ---- server_answer.c --------------------------------------------------------------------- */
 
 int answer_get(struct connection *c, const struct criupy_frame *frame);
+/* The runs behind a GETV, as they came. */
+int answer_getv(struct connection *c, const struct criupy_frame *frame, const uint8_t *runs);
 int read_pages(struct connection *c, int fd, uint64_t offset, uint8_t *into, size_t length);
 /* Nobody has written to the pages of an image. */
 int check_unchanged(struct connection *c, const struct served_image *served);
+
+/* ---- server_session.c ------------------------------------------------------------------------ */
+
+/* Each returns 0, or -1 with the reason in c->counted. */
+/* Tell a client of ours why there is no more, and fail. */
+int session_refuse(struct connection *c, uint32_t reason);
+int session_hello(struct connection *c, const struct criupy_frame *frame, const uint8_t *body);
+/* The first frame of a client that is not one of ours. */
+int session_begin(struct connection *c, const struct criupy_frame *frame);
+int session_finished(struct connection *c, const struct criupy_frame *frame);
+/* CLOSE and ABORT where pages are given out; status receives the answer. */
+int session_end(struct connection *c, const struct criupy_frame *frame, int32_t *status);
 
 /* ---- server_receive.c ----------------------------------------------------------------------- */
 

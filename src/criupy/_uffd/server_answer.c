@@ -41,63 +41,149 @@ int check_unchanged(struct connection *c, const struct served_image *served)
 	return result < 0 ? connection_fail(c, CRIUPY_SERVED_DATA, -result) : 0;
 }
 
+/* The lazy pages that begin at an address, at most nr; 0 when the first is none. */
+static uint64_t find_pages(const struct served_image *served, uint64_t address, uint64_t nr, uint64_t *number)
+{
+	size_t i = image_extent_after(served->image, address);
+	const struct extent *e = &served->image->extents[i];
+	uint64_t page;
+
+	if (i == served->image->nr_extents || address < e->start)
+		return 0;
+	page = (address - e->start) >> PAGE_SHIFT;
+	*number = e->data + page;
+	return min_u64(nr, e->nr_pages - page);
+}
+
+static int check_run(struct connection *c, uint64_t address, uint64_t nr_pages)
+{
+	if (address % CRIUPY_PAGE_SIZE)
+		return connection_fail(c, CRIUPY_SERVED_ADDRESS, 0);
+	if (!nr_pages || (nr_pages - 1) > (UINT64_MAX - address) >> PAGE_SHIFT)
+		return connection_fail(c, CRIUPY_SERVED_COUNT, 0);
+	return 0;
+}
+
+static const struct served_image *find_image(struct connection *c, uint64_t id)
+{
+	const struct served_image *served = server_find(c->server, id);
+
+	if (!served) {
+		connection_fail(c, CRIUPY_SERVED_ID, 0);
+		return NULL;
+	}
+	if (served != c->unchanged) {
+		if (check_unchanged(c, served) < 0)
+			return NULL;
+		c->unchanged = served;
+	}
+	return served;
+}
+
+/* More answers fit into the buffer, which has those of one image only. */
+static int make_room(struct connection *c, const struct served_image *served, size_t length)
+{
+	if (c->out_length + length > SERVER_OUT || (c->in_out && c->in_out != served))
+		return connection_flush(c, true);
+	return 0;
+}
+
+/* What goes before pages; without a transport it waits in the buffer for them. */
+static int put_header(struct connection *c, const struct served_image *served, const struct criupy_frame *reply)
+{
+	uint8_t header[CRIUPY_FRAME_32];
+
+	if (c->transport) {
+		criupy_frame_encode(reply, header, c->frame_size);
+		return stream_send(c, header, c->frame_size, true);
+	}
+	if (make_room(c, served, c->frame_size) < 0)
+		return -1;
+	criupy_frame_encode(reply, c->out + c->out_length, c->frame_size);
+	c->out_length += c->frame_size;
+	return 0;
+}
+
+static int put_pages(struct connection *c, const struct served_image *served, uint64_t number, uint64_t nr_pages)
+{
+	uint64_t offset = number << PAGE_SHIFT;
+	size_t length = (size_t)nr_pages << PAGE_SHIFT;
+
+	if (c->transport || nr_pages >= SERVER_SENDFILE_PAGES) {
+		if (connection_flush(c, true) < 0 || stream_send_file(c, served, offset, length) < 0)
+			return -1;
+		connection_sent(c, nr_pages);
+		return 0;
+	}
+	if (make_room(c, served, length) < 0 ||
+	    read_pages(c, served->fd, offset, c->out + c->out_length, length) < 0)
+		return -1;
+	c->out_length += length;
+	c->out_pages += nr_pages;
+	c->in_out = served;
+	return 0;
+}
+
 int answer_get(struct connection *c, const struct criupy_frame *frame)
 {
 	struct criupy_frame reply = *frame;
 	const struct served_image *served;
-	const struct extent *e;
-	uint64_t page, offset;
-	size_t i, length;
+	uint64_t number;
 
-	if (frame->vaddr % CRIUPY_PAGE_SIZE)
-		return connection_fail(c, CRIUPY_SERVED_ADDRESS, 0);
-	if (!frame->nr_pages || (frame->nr_pages - 1) > (UINT64_MAX - frame->vaddr) >> PAGE_SHIFT)
-		return connection_fail(c, CRIUPY_SERVED_COUNT, 0);
-	served = server_find(c->server, frame->dst_id);
+	if (check_run(c, frame->vaddr, frame->nr_pages) < 0)
+		return -1;
+	served = find_image(c, frame->dst_id);
 	if (!served)
-		return connection_fail(c, CRIUPY_SERVED_ID, 0);
-	if (served != c->unchanged) {
-		if (check_unchanged(c, served) < 0)
-			return -1;
-		c->unchanged = served;
-	}
-	i = image_extent_after(served->image, frame->vaddr);
-	e = &served->image->extents[i];
-	if (i == served->image->nr_extents || frame->vaddr < e->start)
-		return connection_fail(c, CRIUPY_SERVED_PAGE, 0);
-	page = (frame->vaddr - e->start) >> PAGE_SHIFT;
+		return -1;
 	reply.cmd = CRIUPY_CMD_ADD_F | CRIUPY_PE_PRESENT << 16;
-	reply.nr_pages = min_u64(min_u64(frame->nr_pages, e->nr_pages - page), SERVER_ANSWER_PAGES);
-	offset = (e->data + page) << PAGE_SHIFT;
-	length = (size_t)reply.nr_pages << PAGE_SHIFT;
+	reply.nr_pages = find_pages(served, frame->vaddr, min_u64(frame->nr_pages, SERVER_ANSWER_PAGES), &number);
+	if (!reply.nr_pages)
+		return connection_fail(c, CRIUPY_SERVED_PAGE, 0);
+	if (put_header(c, served, &reply) < 0)
+		return -1;
+	return put_pages(c, served, number, reply.nr_pages);
+}
 
-	if (c->transport) {
-		uint8_t header[CRIUPY_FRAME_32];
+static uint64_t get_u64(const uint8_t *from)
+{
+	uint64_t value = 0;
 
-		criupy_frame_encode(&reply, header, c->frame_size);
-		if (stream_send(c, header, c->frame_size, true) < 0 ||
-		    stream_send_file(c, served, offset, length) < 0)
+	for (int i = 0; i < 8; i++)
+		value |= (uint64_t)from[i] << 8 * i;
+	return value;
+}
+
+/* All or nothing: what is wrong with any run is found before the header goes. */
+int answer_getv(struct connection *c, const struct criupy_frame *frame, const uint8_t *runs)
+{
+	const uint8_t *end = runs + frame->vaddr * CRIUPY_RUN_LENGTH;
+	const struct served_image *served = find_image(c, frame->dst_id);
+	struct criupy_frame reply = *frame;
+	uint64_t total = 0, number;
+
+	if (!served)
+		return -1;
+	for (const uint8_t *run = runs; run < end; run += CRIUPY_RUN_LENGTH) {
+		uint64_t address = get_u64(run), nr_pages = get_u64(run + 8);
+
+		if (check_run(c, address, nr_pages) < 0)
 			return -1;
-		connection_sent(c, reply.nr_pages);
-	} else if (reply.nr_pages < SERVER_SENDFILE_PAGES) {
-		if ((c->out_length + c->frame_size + length > SERVER_OUT || (c->in_out && c->in_out != served)) &&
-		    connection_flush(c, true) < 0)
+		if (nr_pages > CRIUPY_MAX_RUN_PAGES)
+			return connection_fail(c, CRIUPY_SERVED_COUNT, 0);
+		if (find_pages(served, address, nr_pages, &number) != nr_pages)
+			return connection_fail(c, CRIUPY_SERVED_PAGE, 0);
+		total += nr_pages;
+	}
+	if (total != frame->nr_pages || total > CRIUPY_MAX_RUN_PAGES)
+		return connection_fail(c, CRIUPY_SERVED_COUNT, 0);
+	reply.cmd = CRIUPY_CMD_GETV | CRIUPY_PE_PRESENT << 16;
+	if (put_header(c, served, &reply) < 0)
+		return -1;
+	for (const uint8_t *run = runs; run < end; run += CRIUPY_RUN_LENGTH) {
+		uint64_t nr_pages = find_pages(served, get_u64(run), get_u64(run + 8), &number);
+
+		if (put_pages(c, served, number, nr_pages) < 0)
 			return -1;
-		criupy_frame_encode(&reply, c->out + c->out_length, c->frame_size);
-		c->out_length += c->frame_size;
-		if (read_pages(c, served->fd, offset, c->out + c->out_length, length) < 0)
-			return -1;
-		c->out_length += length;
-		c->out_pages += reply.nr_pages;
-		c->in_out = served;
-	} else {
-		if (c->out_length + c->frame_size > SERVER_OUT && connection_flush(c, true) < 0)
-			return -1;
-		criupy_frame_encode(&reply, c->out + c->out_length, c->frame_size);
-		c->out_length += c->frame_size;
-		if (connection_flush(c, true) < 0 || stream_send_file(c, served, offset, length) < 0)
-			return -1;
-		connection_sent(c, reply.nr_pages);
 	}
 	return 0;
 }

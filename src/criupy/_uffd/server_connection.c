@@ -70,7 +70,7 @@ static int arm(struct connection *c)
 
 	if (c->in_start == c->in_end && !c->closing) {
 		c->partial_ns = 0;
-		c->timeout_ns = c->counted.nr_requests ? config->idle_timeout_ns : config->first_timeout_ns;
+		c->timeout_ns = c->begun ? config->idle_timeout_ns : config->first_timeout_ns;
 		return 0;
 	}
 	if (!c->partial_ns)
@@ -87,6 +87,36 @@ void connection_publish(struct connection *c)
 	pthread_mutex_lock(&c->server->lock);
 	c->account = c->counted;
 	pthread_mutex_unlock(&c->server->lock);
+}
+
+int connection_ask(struct connection *c, const struct criupy_frame *frame, const uint8_t *body, bool ends)
+{
+	const struct upload *u = c->upload;
+	bool is_answered;
+
+	pthread_mutex_lock(&c->server->lock);
+	c->question = (struct criupy_question){
+		.serial = c->counted.serial,
+		.frame = *frame,
+		.frame_size = c->counted.frame_size,
+	};
+	if (body)
+		memcpy(c->question.hello, body, sizeof(c->question.hello));
+	if (u && ends) {
+		c->question.nr_entries = u->nr;
+		c->question.starts = u->starts;
+		c->question.nr_pages = u->nr_pages;
+		c->question.flags = u->flags;
+	}
+	c->account = c->counted;
+	c->asking = ASKS;
+	server_wake(c->server);
+	while (c->asking != IS_ANSWERED && !c->cut)
+		pthread_cond_wait(&c->answered, &c->server->lock);
+	is_answered = c->asking == IS_ANSWERED;
+	c->asking = ASKS_NOTHING;
+	pthread_mutex_unlock(&c->server->lock);
+	return is_answered ? 0 : connection_fail(c, CRIUPY_SERVED_CUT, 0);
 }
 
 /* Receive more. 1 when something came, 0 at the peer's end, -1. */
@@ -160,50 +190,108 @@ static int close_session(struct connection *c, int32_t status, bool force)
 	return connection_fail(c, CRIUPY_SERVED_CLOSED, 0);
 }
 
-static int obey(struct connection *c)
+/* How a session ends: the status is answered, then the peer is waited for. */
+static int end(struct connection *c, const struct criupy_frame *frame)
+{
+	bool force = (frame->cmd & CRIUPY_CMD_MASK) == CRIUPY_CMD_FORCE_CLOSE;
+	int32_t status;
+
+	if ((c->server->config.receives ? receive_close(c, frame, &status) : session_end(c, frame, &status)) < 0)
+		return -1;
+	if (c->out_length + sizeof(status) > SERVER_OUT && connection_flush(c, true) < 0)
+		return -1;
+	return close_session(c, status, force);
+}
+
+static int dispatch(struct connection *c, const struct criupy_frame *frame, const uint8_t *body)
 {
 	bool receives = c->server->config.receives;
-	struct criupy_frame frame;
-	int32_t status = 0;
+	uint32_t cmd = frame->cmd & CRIUPY_CMD_MASK;
 
-	criupy_frame_decode(&frame, c->in + c->in_start, c->frame_size);
-	c->counted.frame = frame;
-	c->counted.offset = c->offset;
-	c->in_start += c->frame_size;
-	c->offset += c->frame_size;
+	if (cmd == CRIUPY_CMD_HELLO)
+		return session_hello(c, frame, body);
+	if (cmd == CRIUPY_CMD_FINISHED)
+		return session_finished(c, frame);
 	c->counted.nr_requests++;
-	c->partial_ns = 0;
-	switch (frame.cmd & CRIUPY_CMD_MASK) {
+	if (!c->begun && session_begin(c, frame) < 0)
+		return -1;
+	switch (cmd) {
+	case CRIUPY_CMD_ABORT:
+		if (receives)
+			break;
+		return end(c, frame);
 	case CRIUPY_CMD_CLOSE:
 	case CRIUPY_CMD_FORCE_CLOSE:
-		if (receives && receive_close(c, &frame, &status) < 0)
-			return -1;
-		if (c->out_length + sizeof(status) > SERVER_OUT && connection_flush(c, true) < 0)
-			return -1;
-		return close_session(c, status, (frame.cmd & CRIUPY_CMD_MASK) == CRIUPY_CMD_FORCE_CLOSE);
+		return end(c, frame);
 	case CRIUPY_CMD_GET:
 		if (!receives)
-			return answer_get(c, &frame);
+			return answer_get(c, frame);
+		break;
+	case CRIUPY_CMD_GETV:
+		if (c->extended)
+			return answer_getv(c, frame, body);
 		break;
 	case CRIUPY_CMD_OPEN:
 	case CRIUPY_CMD_OPEN2:
 		if (receives)
-			return receive_open(c, &frame);
+			return receive_open(c, frame);
 		break;
 	case CRIUPY_CMD_PARENT:
 		if (receives)
-			return receive_parent(c, &frame);
+			return receive_parent(c, frame);
 		break;
 	case CRIUPY_CMD_ADD:
 	case CRIUPY_CMD_ADD_F:
 	case CRIUPY_CMD_HOLE:
 		if (receives)
-			return receive_add(c, &frame);
+			return receive_add(c, frame);
 		break;
 	}
 	return connection_fail(c, CRIUPY_SERVED_COMMAND, 0);
 }
 
+/* What follows a frame and belongs to it; a HELLO or GETV that cannot be has -1. */
+static int body_length(const struct connection *c, const struct criupy_frame *frame, size_t *length)
+{
+	*length = 0;
+	switch (frame->cmd & CRIUPY_CMD_MASK) {
+	case CRIUPY_CMD_HELLO:
+		if (c->begun)
+			return 0;
+		*length = CRIUPY_HELLO_LENGTH;
+		return frame->nr_pages == CRIUPY_HELLO_LENGTH ? 0 : -1;
+	case CRIUPY_CMD_GETV:
+		if (!c->extended)
+			return 0;
+		*length = (size_t)frame->vaddr * CRIUPY_RUN_LENGTH;
+		return frame->vaddr && frame->vaddr <= CRIUPY_MAX_RUNS ? 0 : -1;
+	}
+	return 0;
+}
+
+/* Obey the next frame: 1, 0 when the rest of it has yet to come, -1. */
+static int obey(struct connection *c)
+{
+	struct criupy_frame frame;
+	const uint8_t *body;
+	size_t length;
+	int result;
+
+	criupy_frame_decode(&frame, c->in + c->in_start, c->frame_size);
+	result = body_length(c, &frame, &length);
+	if (!result && c->in_end - c->in_start < c->frame_size + length)
+		return 0;
+	body = c->in + c->in_start + c->frame_size;
+	c->counted.frame = frame;
+	c->counted.offset = c->offset;
+	if (result)
+		return connection_fail(c, CRIUPY_SERVED_COUNT, 0);
+	c->in_start += c->frame_size + length;
+	c->offset += c->frame_size + length;
+	c->partial_ns = 0;
+	result = dispatch(c, &frame, body);
+	return result < 0 ? -1 : 1;
+}
 void connection_serve(struct connection *c)
 {
 	for (;;) {
@@ -217,8 +305,8 @@ void connection_serve(struct connection *c)
 		}
 		if (!c->frame_size && c->in_end - c->in_start >= CRIUPY_FRAME_24 && learn_frame_size(c) < 0)
 			return;
-		while (c->frame_size && c->in_end - c->in_start >= c->frame_size)
-			if (obey(c) < 0) {
+		while (c->frame_size && c->in_end - c->in_start >= c->frame_size && (got = obey(c)))
+			if (got < 0) {
 				answer_the_rest(c);
 				return;
 			}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from criupy._uffd.image_linux import Image, check, ffi, lib
 
 if TYPE_CHECKING:
-    from criupy._uffd._native import AskedByUpload, Served
+    from criupy._uffd._native import Asked, Served
 
 __all__ = ["Account", "Ending", "Question", "Server", "punch_hole"]
 
@@ -128,11 +128,13 @@ def _account(served: Served) -> Account:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What the thread of an upload waits to be told.
+    """What the thread of a connection waits to be told.
 
-    ``command`` and ``id`` are of the frame: OPEN, OPEN2, PARENT, CLOSE or
-    FORCE_CLOSE. ``starts`` and ``nr_pages`` (array 'Q') and ``flags`` (array
-    'B') are the entries of the image that an OPEN or CLOSE ends, if one is open.
+    ``command`` and ``id`` are of the frame. Of an upload it is OPEN, OPEN2,
+    PARENT, CLOSE or FORCE_CLOSE, and ``starts`` and ``nr_pages`` (array 'Q') and
+    ``flags`` (array 'B') are the entries of the image that an OPEN or CLOSE ends,
+    if one is open. Of a server that ``asks`` it is HELLO with its body, what a
+    stock client begins with, FINISHED, ABORT, CLOSE or FORCE_CLOSE.
     """
 
     serial: int
@@ -142,6 +144,7 @@ class Question:
     starts: array[int]
     nr_pages: array[int]
     flags: array[int]
+    hello: bytes
 
 
 def _copy(typecode: str, items: Any, nr: int) -> array[int]:
@@ -151,7 +154,7 @@ def _copy(typecode: str, items: Any, nr: int) -> array[int]:
     return copy
 
 
-def _question(asked: AskedByUpload) -> Question:
+def _question(asked: Asked) -> Question:
     return Question(
         serial=asked.serial,
         command=asked.frame.cmd & lib.CRIUPY_CMD_MASK,
@@ -160,6 +163,7 @@ def _question(asked: AskedByUpload) -> Question:
         starts=_copy("Q", asked.starts, asked.nr_entries),
         nr_pages=_copy("Q", asked.nr_pages, asked.nr_entries),
         flags=_copy("B", asked.flags, asked.nr_entries),
+        hello=bytes(memoryview(ffi.buffer(asked.hello, lib.CRIUPY_HELLO_LENGTH))),
     )
 
 
@@ -172,6 +176,8 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 class Server:
     """Gives out the lazy pages of dumped tasks from their images, or ``receives`` uploads.
+
+    One that ``asks`` is to be told whose a connection is before it is served.
 
     A peer has ``stall_timeout`` seconds for the rest of a frame that it began,
     and to take something of what it asked for; ``idle_timeout`` is how long it
@@ -186,11 +192,13 @@ class Server:
         idle_timeout: float | None,
         first_timeout: float | None = None,
         receives: bool = False,
+        asks: bool = False,
     ) -> None:
         config = ffi.new(
             "struct criupy_server_config *",
             {
                 "receives": receives,
+                "asks": asks,
                 "stall_timeout_ns": int(stall_timeout * 1e9),
                 "first_timeout_ns": 0 if first_timeout is None else int(first_timeout * 1e9),
                 "idle_timeout_ns": 0 if idle_timeout is None else int(idle_timeout * 1e9),
@@ -255,7 +263,7 @@ class Server:
             yield _account(served)
 
     def questions(self) -> Iterator[Question]:
-        """Take what uploads ask, each once. Call ``ended`` before."""
+        """Take what connections ask, each once. Call ``ended`` before."""
         asked = ffi.new("struct criupy_question *")
         while lib.criupy_server_next_question(self._server, asked):
             yield _question(asked)
@@ -264,7 +272,8 @@ class Server:
         """Answer what a connection asked, unless it waits no more.
 
         An OPEN or PARENT is told 0 or 1 (there is a parent) or -errno, which
-        ends the connection, a CLOSE its status, 0 or -errno. ``fd`` is where
+        ends the connection, a CLOSE or ABORT its status, 0 or -errno; HELLO and
+        a first frame 0, or the negative reason why not. ``fd`` is where
         to write the pages of what was opened; it is the server's now.
         """
         result = lib.criupy_server_answer(self._server, serial, answer, fd)

@@ -202,35 +202,6 @@ int receive_add(struct connection *c, const struct criupy_frame *frame)
 
 /* ---- questions ------------------------------------------------------------------------- */
 
-/* Wait for the answer to a frame; with ends, it ends the image that is open. */
-static int ask(struct connection *c, const struct criupy_frame *frame, bool ends)
-{
-	const struct upload *u = c->upload;
-	bool is_answered;
-
-	pthread_mutex_lock(&c->server->lock);
-	c->question = (struct criupy_question){
-		.serial = c->counted.serial,
-		.frame = *frame,
-		.frame_size = c->counted.frame_size,
-	};
-	if (u && ends) {
-		c->question.nr_entries = u->nr;
-		c->question.starts = u->starts;
-		c->question.nr_pages = u->nr_pages;
-		c->question.flags = u->flags;
-	}
-	c->account = c->counted;
-	c->asking = ASKS;
-	server_wake(c->server);
-	while (c->asking != IS_ANSWERED && !c->cut)
-		pthread_cond_wait(&c->answered, &c->server->lock);
-	is_answered = c->asking == IS_ANSWERED;
-	c->asking = ASKS_NOTHING;
-	pthread_mutex_unlock(&c->server->lock);
-	return is_answered ? 0 : connection_fail(c, CRIUPY_SERVED_CUT, 0);
-}
-
 static int send_now(struct connection *c, const void *data, size_t length)
 {
 	memcpy(c->out, data, length);
@@ -251,7 +222,7 @@ int receive_open(struct connection *c, const struct criupy_frame *frame)
 			return connection_fail(c, CRIUPY_SERVED_ERROR, ENOMEM);
 		u->fd = -1;
 	}
-	if (end_file(c, u) < 0 || ask(c, frame, true) < 0)
+	if (end_file(c, u) < 0 || connection_ask(c, frame, NULL, true) < 0)
 		return -1;
 	u->nr = u->end = u->pages = u->written = u->written_back = 0;
 	u->fd = c->answer_fd;
@@ -268,7 +239,7 @@ int receive_parent(struct connection *c, const struct criupy_frame *frame)
 
 	if (!frame_names_image(frame->dst_id))
 		return connection_fail(c, CRIUPY_SERVED_ID, 0);
-	if (ask(c, frame, false) < 0)
+	if (connection_ask(c, frame, NULL, false) < 0)
 		return -1;
 	if (c->answer < 0)
 		return connection_fail(c, CRIUPY_SERVED_REFUSED, -c->answer);
@@ -280,7 +251,7 @@ int receive_close(struct connection *c, const struct criupy_frame *frame, int32_
 {
 	if (c->upload && end_file(c, c->upload) < 0)
 		return -1;
-	if (ask(c, frame, true) < 0)
+	if (connection_ask(c, frame, NULL, true) < 0)
 		return -1;
 	*status = c->answer;
 	return 0;
