@@ -252,6 +252,9 @@ def test_it_is_asked_whose_a_connection_is_and_how_it_ends(serve: Serve) -> None
         assert question.command == Command.HELLO
         assert Hello.decode(question.hello, KEY) == HELLO
         serving.server.answer(question.serial, 0)
+        question = serving.asked()
+        assert question.command == Command.GET
+        serving.server.answer(question.serial, 0)
         assert client.answer()[0] == 1
         client.say(encode_plain(Command.FINISHED))
         question = serving.asked()

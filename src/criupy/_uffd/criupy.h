@@ -389,8 +389,8 @@ int criupy_server_connections(struct criupy_server *server, struct criupy_served
 struct criupy_question {
 	uint64_t serial;		/* of the connection */
 	/* Of an upload OPEN, OPEN2, PARENT, CLOSE or FORCE_CLOSE; of a server that asks
-	 * HELLO, or whatever comes first from a stock client, FINISHED, ABORT, CLOSE
-	 * and FORCE_CLOSE. */
+	 * HELLO and the first GET or GETV, or whatever comes first from a stock client,
+	 * FINISHED, ABORT, CLOSE and FORCE_CLOSE. */
 	struct criupy_frame frame;
 	uint32_t frame_size;		/* 0: a CLOSE and nothing else */
 	uint8_t hello[CRIUPY_HELLO_LENGTH];	/* what follows a HELLO */

@@ -86,7 +86,8 @@ struct connection {
 	uint64_t partial_ns;		/* since when a frame is incomplete */
 	const struct served_image *unchanged;	/* looked at since something was received */
 	const struct served_image *in_out;	/* whose pages are in out, if any are */
-	bool begun;			/* a frame came; a server that asks has been told whose it is */
+	bool begun;			/* a frame came */
+	bool claimed;			/* and a server that asks knows what comes of it */
 	bool extended;			/* it began with HELLO */
 	bool closing;			/* CLOSE was answered */
 	struct upload *upload;		/* NULL until something is opened */
@@ -152,8 +153,8 @@ int check_unchanged(struct connection *c, const struct served_image *served);
 /* Tell a client of ours why there is no more, and fail. */
 int session_refuse(struct connection *c, uint32_t reason);
 int session_hello(struct connection *c, const struct criupy_frame *frame, const uint8_t *body);
-/* The first frame of a client that is not one of ours. */
-int session_begin(struct connection *c, const struct criupy_frame *frame);
+/* The first frame of a stock client, and the first that asks for pages of one of ours. */
+int session_claim(struct connection *c, const struct criupy_frame *frame);
 int session_finished(struct connection *c, const struct criupy_frame *frame);
 /* CLOSE and ABORT where pages are given out; status receives the answer. */
 int session_end(struct connection *c, const struct criupy_frame *frame, int32_t *status);

@@ -213,7 +213,8 @@ static int dispatch(struct connection *c, const struct criupy_frame *frame, cons
 	if (cmd == CRIUPY_CMD_FINISHED)
 		return session_finished(c, frame);
 	c->counted.nr_requests++;
-	if (!c->begun && session_begin(c, frame) < 0)
+	if (!c->claimed && (!c->extended || cmd == CRIUPY_CMD_GET || cmd == CRIUPY_CMD_GETV) &&
+	    session_claim(c, frame) < 0)
 		return -1;
 	switch (cmd) {
 	case CRIUPY_CMD_ABORT:

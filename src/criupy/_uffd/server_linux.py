@@ -133,8 +133,9 @@ class Question:
     ``command`` and ``id`` are of the frame. Of an upload it is OPEN, OPEN2,
     PARENT, CLOSE or FORCE_CLOSE, and ``starts`` and ``nr_pages`` (array 'Q') and
     ``flags`` (array 'B') are the entries of the image that an OPEN or CLOSE ends,
-    if one is open. Of a server that ``asks`` it is HELLO with its body, what a
-    stock client begins with, FINISHED, ABORT, CLOSE or FORCE_CLOSE.
+    if one is open. Of a server that ``asks`` it is HELLO with its body and the first
+    GET or GETV, or what a stock client begins with, FINISHED, ABORT, CLOSE or
+    FORCE_CLOSE.
     """
 
     serial: int

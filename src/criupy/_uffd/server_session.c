@@ -50,9 +50,10 @@ int session_hello(struct connection *c, const struct criupy_frame *frame, const 
 	return c->answer < 0 ? session_refuse(c, (uint32_t)-c->answer) : 0;
 }
 
-int session_begin(struct connection *c, const struct criupy_frame *frame)
+int session_claim(struct connection *c, const struct criupy_frame *frame)
 {
 	c->begun = true;
+	c->claimed = true;
 	if (!c->server->config.asks)
 		return 0;
 	if (connection_ask(c, frame, NULL, false) < 0)
