@@ -23,7 +23,7 @@ from criupy.testing.workload_linux import start_workload
 from migrating import MIB, Migration, migrate
 from test_tls_key_updates import wear_out
 
-pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program")]
+pytestmark = [pytest.mark.criu, pytest.mark.spread, pytest.mark.usefixtures("workload_program")]
 
 SPEC = WorkloadSpec(size=24 * MIB, areas=3, tree=2)
 

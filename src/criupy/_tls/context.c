@@ -17,6 +17,8 @@
  * to CRIU's page server a new key is a failure, because GnuTLS gives it EAGAIN
  * where it waits for a request. Its daemon has a case for that. */
 #define BYTES_PER_KEY ((uint64_t)CRIUPY_TRANSPORT_RECORD << 23)
+/* Who resumes sessions proves anew, this often at least, that its key is still its own. */
+#define TICKET_LIFE (12 * 3600)
 
 /* ---- the socket under a session --------------------------------------------------- */
 
@@ -45,6 +47,8 @@ static int bio_read(BIO *bio, char *into, int room)
 	do
 		got = recv(s->fd, into, (size_t)room, MSG_DONTWAIT);
 	while (got < 0 && errno == EINTR);
+	if (got > 0)
+		s->answered = true;
 	if (got < 0 && errno == EAGAIN)
 		BIO_set_retry_read(bio);
 	else if (got < 0)
@@ -80,7 +84,7 @@ static int configure(struct criupy_tls_context *context)
 	    !SSL_CTX_set_ciphersuites(ssl, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:"
 					   "TLS_CHACHA20_POLY1305_SHA256") ||
 	    !SSL_CTX_set_purpose(ssl, X509_PURPOSE_ANY) ||
-	    /* Nobody resumes a session, and a ticket would come where a reply is expected. */
+	    /* A ticket would come where a reply is expected: only to who asks for it (tickets.c). */
 	    !SSL_CTX_set_num_tickets(ssl, 0))
 		return -EINVAL;
 	SSL_CTX_set_session_cache_mode(ssl, SSL_SESS_CACHE_OFF);
@@ -90,7 +94,7 @@ static int configure(struct criupy_tls_context *context)
 	SSL_CTX_set_read_ahead(ssl, 1);
 	SSL_CTX_set_default_read_buffer_len(ssl, SESSION_IN);
 	SSL_CTX_set_verify(ssl, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, fault_verify);
-	return 0;
+	return tickets_configure(context) ? 0 : -EINVAL;
 }
 
 int criupy_tls_context_create(struct criupy_tls_context **context, int server)
@@ -101,6 +105,8 @@ int criupy_tls_context_create(struct criupy_tls_context **context, int server)
 		return -ENOMEM;
 	atomic_init(&c->users, 1);
 	c->bytes_per_key = BYTES_PER_KEY;
+	c->ticket_life = TICKET_LIFE;
+	pthread_mutex_init(&c->lock, NULL);
 	c->server = server;
 	c->ssl = SSL_CTX_new(server ? TLS_server_method() : TLS_client_method());
 	c->socket = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "criupy");
@@ -119,8 +125,10 @@ void context_release(struct criupy_tls_context *context)
 {
 	if (atomic_fetch_sub(&context->users, 1) != 1)
 		return;
+	tickets_drop(context);
 	SSL_CTX_free(context->ssl);
 	BIO_meth_free(context->socket);
+	pthread_mutex_destroy(&context->lock);
 	free(context);
 }
 
@@ -133,6 +141,11 @@ void criupy_tls_context_destroy(struct criupy_tls_context *context)
 void criupy_tls_context_set_bytes_per_key(struct criupy_tls_context *context, uint64_t bytes)
 {
 	context->bytes_per_key = bytes;
+}
+
+void criupy_tls_context_set_ticket_life(struct criupy_tls_context *context, int64_t seconds)
+{
+	context->ticket_life = seconds;
 }
 
 /* ---- files ------------------------------------------------------------------------------ */

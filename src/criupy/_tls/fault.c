@@ -74,7 +74,7 @@ void fault_date(const ASN1_TIME *when, char *into, size_t room)
 }
 
 /* As GnuTLS does it for CRIU: an address may also stand where a name should. */
-static bool is_for(X509 *certificate, const char *name)
+bool fault_is_for(X509 *certificate, const char *name)
 {
 	return X509_check_ip_asc(certificate, name, 0) == 1 ||
 	       X509_check_host(certificate, name, 0, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS, NULL) == 1;
@@ -137,8 +137,12 @@ int fault_verify(int ok, X509_STORE_CTX *store)
 		learn_certificate(s, store, error);
 		return 0;
 	}
-	if (X509_STORE_CTX_get_error_depth(store) || !s->name || is_for(certificate, s->name))
+	if (X509_STORE_CTX_get_error_depth(store))
 		return 1;
+	if (!s->name || fault_is_for(certificate, s->name)) {
+		tickets_verified(s, store);
+		return 1;
+	}
 	names_of(certificate, names, sizeof(names));
 	say(s, CRIUPY_TLS_NAME, "its certificate is for %s and not for %s (--tls-no-cn-verify)", names, s->name);
 	X509_STORE_CTX_set_error(store, X509_V_ERR_HOSTNAME_MISMATCH);
@@ -228,6 +232,6 @@ void criupy_tls_session_describe(const struct criupy_tls_session *session, char 
 	char subject[160];
 
 	subject_of(certificate, subject, sizeof(subject));
-	(void)snprintf(text, room, "%s, %s, %s", SSL_get_version(session->ssl), SSL_get_cipher_name(session->ssl),
-		       subject);
+	(void)snprintf(text, room, "%s, %s, %s%s", SSL_get_version(session->ssl), SSL_get_cipher_name(session->ssl),
+		       subject, SSL_session_reused(session->ssl) ? ", resumed" : "");
 }

@@ -217,10 +217,12 @@ int criupy_tls_session_create(struct criupy_tls_session **session, struct criupy
 	}
 	SSL_set_bio(s->ssl, bio, bio);
 	SSL_set_app_data(s->ssl, s);
-	if (context->server)
+	if (context->server) {
 		SSL_set_accept_state(s->ssl);
-	else
+	} else {
 		SSL_set_connect_state(s->ssl);
+		tickets_offer(s);
+	}
 	*session = s;
 	return 0;
 }
@@ -230,6 +232,7 @@ void criupy_tls_session_destroy(struct criupy_tls_session *session)
 	if (!session)
 		return;
 	SSL_free(session->ssl);
+	tickets_settle(session);
 	context_release(session->context);
 	free(session->name);
 	free(session);

@@ -15,6 +15,8 @@ int criupy_tls_context_create(struct criupy_tls_context **context, int server);
 void criupy_tls_context_destroy(struct criupy_tls_context *context);
 /* Wear keys out sooner: no test sends the 128 GiB after which a new one is needed. */
 void criupy_tls_context_set_bytes_per_key(struct criupy_tls_context *context, uint64_t bytes);
+/* The same with how long sessions may be resumed, which is hours. */
+void criupy_tls_context_set_ticket_life(struct criupy_tls_context *context, int64_t seconds);
 /* Trust the CAs of a PEM file; -EBADMSG when there are none in it. */
 int criupy_tls_context_trust(struct criupy_tls_context *context, const char *path);
 /* Trust what the system trusts. */
@@ -62,7 +64,8 @@ void criupy_tls_session_destroy(struct criupy_tls_session *session);
 int criupy_tls_session_handshake(struct criupy_tls_session *session, int *events);
 /* A CRIUPY_TLS_* of the failure, and in text what is to be said of it. */
 int criupy_tls_session_fault(const struct criupy_tls_session *session, char *text, size_t room);
-/* Such as "TLSv1.3, TLS_AES_128_GCM_SHA256, CN = name"; once the handshake is done. */
+/* Such as "TLSv1.3, TLS_AES_128_GCM_SHA256, CN = name", with ", resumed" behind it if
+ * it was; once the handshake is done. */
 void criupy_tls_session_describe(const struct criupy_tls_session *session, char *text, size_t room);
 /* What criupy_pager_set_link and criupy_server_serve take; who takes it owns
  * the session. */

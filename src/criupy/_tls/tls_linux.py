@@ -67,6 +67,13 @@ def is_available() -> bool:
 class TlsContext:
     """Whom one end trusts and who it is: the files, read once.
 
+    A client's keeps the tickets that servers of ours give it, and resumes its
+    session with a peer of the same name (TLS 1.3), for some hours at most and
+    no longer than certificates and revocation lists of the first one are good.
+    Lists and authorities that the files get later count neither for resumed
+    sessions nor for others: they need a new context, to which old tickets mean
+    nothing. Sessions may be made and used by several threads at once.
+
     Raises TlsError with one line for files that cannot be used.
     """
 
@@ -211,7 +218,7 @@ class TlsSession:
         return TlsFault(self._lib.criupy_tls_session_fault(self._session, text, _FAULT_LENGTH))
 
     def describe(self) -> str:
-        """Return version, cipher and the peer's name, once the handshake is done."""
+        """Return version, cipher, the peer's name and whether it was resumed, once the handshake is done."""
         return self._text(self._lib.criupy_tls_session_describe)
 
     def _text(self, call: Any) -> str:

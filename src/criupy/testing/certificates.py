@@ -141,7 +141,7 @@ class _Authority:
         curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
         return (*curve, "-keyout", self.directory / f"{name}-key.pem")
 
-    def sign(self, name: str, *, names: str = _LOOPBACK, start: int = -1, end: int = 3650) -> None:
+    def sign(self, name: str, *, names: str = _LOOPBACK, start: float = -1, end: float = 3650) -> None:
         """Make a certificate that is valid from so many days from now to so many."""
         self._configure(names)
         request = self.books / f"{name}.csr"
