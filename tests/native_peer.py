@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from criupy._uffd.image_linux import Image
-from criupy._uffd.pager_linux import Notice, Pager
+from criupy._uffd.pager_linux import BULK, Notice, Pager
+from criupy.wire.extension import HELLO_LENGTH, Refusal, decode_runs, encode_refused
+from criupy.wire.page_server import Command, Frame
 from native_target import PAGE
 
 if TYPE_CHECKING:
     from criupy._uffd._native import Stats
 
 GET, ADD_F_PRESENT, CLOSE, FORCE_CLOSE = 7, 4 << 16 | 6, 0x1023, 0x1024
+HELLO, GETV, FINISHED, REFUSED = 0x6301, 0x6302, 0x6303, 0x6305
+GETV_PRESENT = 4 << 16 | GETV
 RESTORE_FINISHED = struct.pack("=I", 0x52535446)
 FRAMES = {24: struct.Struct("<IIQQ"), 32: struct.Struct("<I4sQQQ")}
 GARBAGE = b"\xde\xad\xbe\xef"
@@ -43,8 +47,10 @@ class Source:
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.requests: list[tuple[int, int, int]] = []
         self.short = 1 << 30  # the longest answer that answer() gives
+        self.runs: list[list[tuple[int, int]]] = []  # of each GETV that serve() answered
+        self.said: list[int] = []  # what else serve() was told
         self._thread: threading.Thread | None = None
-        self._end = b""
+        self._end = ""
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +70,9 @@ class Source:
 
     def frame(self) -> tuple[int, int, int, int]:
         """Wait for the next frame: command, pages, address, id."""
-        data = self.receive(self.frame_size)
+        return self._decode(self.receive(self.frame_size))
+
+    def _decode(self, data: bytes) -> tuple[int, int, int, int]:
         assert len(data) == self.frame_size, f"the stream ended with {data!r}"
         fields = FRAMES[self.frame_size].unpack(data)
         return fields[0], *fields[-3:]
@@ -87,6 +95,25 @@ class Source:
             self.header(ADD_F_PRESENT, nr_pages, address, task_id)
             + (content(task_id, address, nr_pages) if data is None else data)
         )
+
+    def getv(self) -> tuple[int, list[tuple[int, int]]]:
+        """Wait for a GETV: id, and the runs of (address, pages)."""
+        cmd, nr_pages, nr_runs, task_id = self.frame()
+        assert cmd == GETV
+        return task_id, self._runs(nr_pages, nr_runs)
+
+    def _runs(self, nr_pages: int, nr_runs: int) -> list[tuple[int, int]]:
+        return decode_runs(Frame(Command.GETV, nr_pages, nr_runs), self.receive(16 * nr_runs))
+
+    def reply_all(self, task_id: int, runs: Sequence[tuple[int, int]]) -> None:
+        """Answer a GETV."""
+        self.sock.sendall(
+            self.header(GETV_PRESENT, sum(nr for _, nr in runs), len(runs), task_id)
+            + b"".join(content(task_id, *run) for run in runs)
+        )
+
+    def refuse(self, reason: Refusal) -> None:
+        self.sock.sendall(encode_refused(reason))
 
     def answer(self) -> tuple[int, int, int]:
         """Answer the next GET with at most `short` pages."""
@@ -112,25 +139,34 @@ class Source:
 
     def serve(self) -> None:
         """Answer everything from now on in a thread, until joined() finds the end."""
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
 
-        def work() -> None:
-            while True:
-                cmd, nr_pages, address, task_id = self.frame()
-                if cmd != GET:
-                    break
+    def _serve(self) -> None:
+        while data := self.receive(self.frame_size):
+            cmd, nr_pages, address, task_id = self._decode(data)
+            if cmd == GET:
                 self.requests.append((nr_pages, address, task_id))
                 self.reply((min(nr_pages, self.short), address, task_id))
-            assert cmd == CLOSE
-            self.sock.sendall(struct.pack("<i", 0))
-            self._end = self.ending().encode()
-
-        self._thread = threading.Thread(target=work)
-        self._thread.start()
+            elif cmd == GETV:
+                self.runs.append(self._runs(nr_pages, address))
+                self.reply_all(task_id, self.runs[-1])
+            else:
+                self.said.append(cmd)
+                if cmd == HELLO:
+                    self.receive(HELLO_LENGTH)
+                elif cmd == CLOSE:
+                    self.sock.sendall(struct.pack("<i", 0))
+                    self._end = self.ending()
+                    return
+                else:
+                    assert cmd == FINISHED
+        self._end = "FIN without a word"
 
     def joined(self) -> str:
         assert self._thread is not None
         self._thread.join()
-        return self._end.decode()
+        return self._end
 
 
 def remote_image(
@@ -159,6 +195,11 @@ class Restore:
 
     def link(self, source: Source, *, shared: bool = False) -> None:
         self.pager.set_link(source.client.detach(), frame_size=source.frame_size, shared=shared)
+
+    def link_lane(self, source: Source, lane: int = BULK, preamble: bytes = b"") -> None:
+        self.pager.set_link(
+            source.client.detach(), frame_size=32, extended=True, lane=lane, preamble=preamble
+        )
 
     def watch(self) -> None:
         self.pager.watch_restore(self._theirs.detach())

@@ -2,7 +2,9 @@
  * change their memory from several threads, and a source that answers late and
  * short. The main thread looks at the pager while it works, as Python does.
  *
- * pager_stress TARGET SEED ROUNDS HOW, HOW being
+ * pager_stress TARGET SEED ROUNDS LANES HOW. LANES is 1 for a stock source, 2 for
+ * one with a lane for what is urgent, either of which is lost now and then and
+ * made again. HOW is one of
  *   finish   restore-finished after a while; everything arrives
  *   early    restore-finished only once the targets are done: no background
  *   poison   the source closes midway; what is missing is poisoned
@@ -30,11 +32,15 @@
 		}                                                                   \
 	} while (0)
 
+#define CUT_AFTER 150	/* answers */
+
 struct source {
 	int fd;
+	pthread_t thread;
 	uint64_t seed;
 	uint64_t answers;	/* close after so many, 0: when told */
 	bool told;		/* it ended with CLOSE */
+	uint64_t nr_getv;
 };
 
 static bool receive_all(int fd, void *into, size_t length)
@@ -69,16 +75,61 @@ static uint32_t random_below(uint64_t *seed, uint32_t limit)
 	return (uint32_t)(*seed >> 11) % limit;
 }
 
+/* Give the pages of a run, all words of each being its number. */
+static bool send_run(struct source *source, uint64_t address, uint64_t nr_pages)
+{
+	const size_t words = CRIUPY_PAGE_SIZE / sizeof(uint64_t);
+	uint64_t pages[16 * words];
+
+	while (nr_pages) {
+		uint64_t nr = min_u64(nr_pages, 16);
+
+		for (uint64_t i = 0; i < nr * words; i++)
+			pages[i] = address / CRIUPY_PAGE_SIZE + i / words + 1;
+		if (!send_all(source->fd, pages, nr << PAGE_SHIFT))
+			return false;
+		address += nr << PAGE_SHIFT;
+		nr_pages -= nr;
+	}
+	return true;
+}
+
+static bool answer_get(struct source *source, struct criupy_frame *frame)
+{
+	uint8_t header[CRIUPY_FRAME_32];
+
+	frame->cmd = CRIUPY_CMD_ADD_F | CRIUPY_PE_PRESENT << 16;
+	frame->nr_pages = 1 + random_below(&source->seed, (uint32_t)frame->nr_pages);
+	CHECK(!criupy_frame_encode(frame, header, sizeof(header)));
+	return send_all(source->fd, header, sizeof(header)) && send_run(source, frame->vaddr, frame->nr_pages);
+}
+
+static bool answer_getv(struct source *source, struct criupy_frame *frame)
+{
+	uint64_t runs[CRIUPY_MAX_RUNS][2];
+	uint8_t header[CRIUPY_FRAME_32];
+
+	CHECK(frame->vaddr > 1 && frame->vaddr <= CRIUPY_MAX_RUNS);
+	if (!receive_all(source->fd, runs, frame->vaddr * sizeof(runs[0])))
+		return false;
+	source->nr_getv++;
+	frame->cmd |= CRIUPY_PE_PRESENT << 16;
+	CHECK(!criupy_frame_encode(frame, header, sizeof(header)));
+	if (!send_all(source->fd, header, sizeof(header)))
+		return false;
+	for (uint64_t i = 0; i < frame->vaddr; i++)
+		if (!send_run(source, runs[i][0], runs[i][1]))
+			return false;
+	return true;
+}
+
 static void *serve(void *arg)
 {
 	static const int32_t status;
 	struct source *source = arg;
-	uint64_t *pages = malloc(64 * CRIUPY_PAGE_SIZE);
 	uint8_t header[CRIUPY_FRAME_32];
 	struct criupy_frame frame;
-	const size_t words = CRIUPY_PAGE_SIZE / sizeof(*pages);
 
-	CHECK(pages);
 	for (uint64_t nr = 1; receive_all(source->fd, header, sizeof(header)); nr++) {
 		CHECK(!criupy_frame_decode(&frame, header, sizeof(header)));
 		if (frame.cmd == CRIUPY_CMD_CLOSE) {
@@ -87,22 +138,18 @@ static void *serve(void *arg)
 			CHECK(!receive_all(source->fd, header, 1));
 			break;
 		}
-		CHECK(frame.cmd == CRIUPY_CMD_GET && frame.nr_pages && frame.nr_pages <= 64);
+		if (frame.cmd == CRIUPY_CMD_FINISHED)
+			continue;
+		CHECK(frame.cmd == CRIUPY_CMD_GET || frame.cmd == CRIUPY_CMD_GETV);
+		CHECK(frame.nr_pages && frame.nr_pages <= 64);
 		if (source->answers && nr > source->answers)
 			break;
-		frame.cmd = CRIUPY_CMD_ADD_F | CRIUPY_PE_PRESENT << 16;
-		frame.nr_pages = 1 + random_below(&source->seed, (uint32_t)frame.nr_pages);
-		for (uint64_t i = 0; i < frame.nr_pages * words; i++)
-			pages[i] = frame.vaddr / CRIUPY_PAGE_SIZE + i / words + 1;
 		if (!random_below(&source->seed, 4))
 			usleep(random_below(&source->seed, 300));
-		CHECK(!criupy_frame_encode(&frame, header, sizeof(header)));
-		if (!send_all(source->fd, header, sizeof(header)) ||
-		    !send_all(source->fd, pages, frame.nr_pages << PAGE_SHIFT))
+		if (!(frame.cmd == CRIUPY_CMD_GET ? answer_get : answer_getv)(source, &frame))
 			break;
 	}
 	close(source->fd);
-	free(pages);
 	return NULL;
 }
 
@@ -159,6 +206,39 @@ static int start_target(struct target *t, char *path, char *seed, char *rounds, 
 	return uffd;
 }
 
+static void set_lane(struct criupy_pager *pager, struct source *source, int lane, bool extended)
+{
+	int fd;
+
+	connect_pair(&fd, &source->fd);
+	CHECK(!criupy_pager_set_link(pager, fd, CRIUPY_FRAME_32, extended ? CRIUPY_LINK_EXTENDED : 0, lane,
+				     NULL, NULL, 0));
+	CHECK(!pthread_create(&source->thread, NULL, serve, source));
+}
+
+/* Make a lane again that its source has cut, as Python does. */
+static void mend(struct criupy_pager *pager, struct source *sources, const struct criupy_stats *stats)
+{
+	const uint32_t states[] = { stats->link, stats->urgent_link };
+
+	for (int lane = 0; lane < 2; lane++) {
+		struct criupy_stats now;
+		uint64_t told;
+
+		if (states[lane] != CRIUPY_LINK_LOST || stats->phase >= CRIUPY_PHASE_CLOSING)
+			continue;
+		pthread_join(sources[lane].thread, NULL);
+		told = stats->nr_obeyed + 2;
+		CHECK(!criupy_pager_drop_link(pager, lane));
+		sources[lane].answers = random_below(&sources[lane].seed, 2) ? CUT_AFTER : 0;
+		set_lane(pager, &sources[lane], lane, true);
+		do {
+			usleep(100);
+			criupy_pager_snapshot(pager, &now);
+		} while (now.nr_obeyed < told);
+	}
+}
+
 static void look(struct criupy_pager *pager, struct criupy_stats *stats)
 {
 	struct criupy_notice notice;
@@ -185,24 +265,26 @@ int main(int argc, char **argv)
 	};
 	const uint64_t nr_pages = NR_SLICES * SLICE_PAGES;
 	struct target targets[NR_TARGETS];
-	struct source source = { 0 };
+	struct source sources[2] = { 0 };
 	struct criupy_pager *pager;
 	struct criupy_stats stats;
-	pthread_t server;
-	int restore[2], link, nr_left = NR_TARGETS;
+	int restore[2], nr_lanes, nr_left = NR_TARGETS;
 	bool early, poison, destroy, ended = false;
 
-	if (argc != 5)
+	if (argc != 6)
 		return 2;
+	nr_lanes = atoi(argv[4]);
 	alarm(300); /* a guard: with it go the userfaultfds, and then the targets */
-	early = !strcmp(argv[4], "early");
-	poison = !strcmp(argv[4], "poison");
-	destroy = !strcmp(argv[4], "destroy");
-	source.seed = strtoull(argv[2], NULL, 0) * 2654435761u + 1;
-	source.answers = poison ? 100 : 0;
+	early = !strcmp(argv[5], "early");
+	poison = !strcmp(argv[5], "poison");
+	destroy = !strcmp(argv[5], "destroy");
+	for (int i = 0; i < nr_lanes; i++) {
+		sources[i].seed = (strtoull(argv[2], NULL, 0) + (uint64_t)i) * 2654435761u + 1;
+		sources[i].answers = poison ? 100 : nr_lanes > 1 ? CUT_AFTER : 0;
+	}
 	CHECK(!criupy_pager_create(&pager, &config));
-	connect_pair(&link, &source.fd);
-	CHECK(!criupy_pager_set_link(pager, link, CRIUPY_FRAME_32, 0, NULL));
+	for (int i = 0; i < nr_lanes; i++)
+		set_lane(pager, &sources[i], i, nr_lanes > 1);
 	for (int i = 0; i < NR_TARGETS; i++) {
 		struct criupy_image *image;
 		uint64_t address;
@@ -213,7 +295,6 @@ int main(int argc, char **argv)
 	}
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, restore));
 	CHECK(!criupy_pager_watch_restore(pager, restore[0]));
-	CHECK(!pthread_create(&server, NULL, serve, &source));
 	for (int i = 0; i < NR_TARGETS; i++)
 		CHECK(write(targets[i].orders, "", 1) == 1);
 	if (!early) {
@@ -239,26 +320,33 @@ int main(int argc, char **argv)
 		}
 		if (pager)
 			look(pager, &stats);
+		if (pager && nr_lanes > 1 && !poison)
+			mend(pager, sources, &stats);
 		usleep(500);
 	}
 	if (early)
 		CHECK(write(restore[1], "FTSR", 4) == 4);
 	while (pager && !ended) {
 		look(pager, &stats);
+		if (nr_lanes > 1 && !poison)
+			mend(pager, sources, &stats);
 		ended = stats.phase == CRIUPY_PHASE_ENDED;
 		usleep(500);
 	}
 	if (pager) {
 		CHECK(!stats.pages_missing && !stats.nr_outstanding && !stats.nr_live);
 		CHECK(stats.outcome == (poison ? CRIUPY_OUTCOME_GIVEN_UP : CRIUPY_OUTCOME_COMPLETE));
-		fprintf(stderr, "%llu faults, %llu requests, %llu forks, %llu again, %llu dropped, %llu zero\n",
+		fprintf(stderr, "%llu faults, %llu requests, %llu forks, %llu again, %llu dropped, %llu zero, %llu getv\n",
 			(unsigned long long)stats.nr_faults, (unsigned long long)stats.nr_requests,
 			(unsigned long long)stats.nr_forks, (unsigned long long)stats.nr_again,
-			(unsigned long long)stats.pages_dropped, (unsigned long long)stats.pages_zero);
+			(unsigned long long)stats.pages_dropped, (unsigned long long)stats.pages_zero,
+			(unsigned long long)sources[0].nr_getv);
 	}
 	criupy_pager_destroy(pager);
-	pthread_join(server, NULL);
-	CHECK(source.told || poison || destroy);
+	for (int i = 0; i < nr_lanes; i++)
+		pthread_join(sources[i].thread, NULL);
+	/* An extended lane may be lost when all is there; then nobody is told here. */
+	CHECK(sources[0].told || nr_lanes > 1 || poison || destroy);
 	close(restore[1]);
 	for (int i = 0; i < NR_TARGETS; i++)
 		close(targets[i].orders);

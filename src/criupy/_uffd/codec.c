@@ -59,6 +59,12 @@ int criupy_frame_decode(struct criupy_frame *frame, const uint8_t *in, size_t si
 	return 0;
 }
 
+void run_encode(uint8_t *out, uint64_t address, uint64_t nr_pages)
+{
+	put64(out, address);
+	put64(out + 8, nr_pages);
+}
+
 /* What the dst_id of everything but a GET numbers: 1 is a task, 2 is shared
  * memory; the rest was sent by CRIU before 3.3. */
 bool frame_names_image(uint64_t dst_id)
@@ -104,13 +110,16 @@ int criupy_frame_detect(const uint8_t *head)
 
 int criupy_reply_check(const struct criupy_frame *reply, const struct criupy_frame *request)
 {
-	if (reply->cmd != (CRIUPY_CMD_ADD_F | CRIUPY_PE_PRESENT << 16))
+	bool all = request->cmd == CRIUPY_CMD_GETV;
+	uint32_t cmd = all ? CRIUPY_CMD_GETV : CRIUPY_CMD_ADD_F;
+
+	if (reply->cmd != (cmd | CRIUPY_PE_PRESENT << 16))
 		return CRIUPY_REPLY_COMMAND;
 	if (reply->vaddr != request->vaddr)
 		return CRIUPY_REPLY_ADDRESS;
 	if (reply->dst_id != request->dst_id)
 		return CRIUPY_REPLY_ID;
-	if (!reply->nr_pages || reply->nr_pages > request->nr_pages)
+	if (!reply->nr_pages || reply->nr_pages > request->nr_pages || (all && reply->nr_pages < request->nr_pages))
 		return CRIUPY_REPLY_COUNT;
 	return 0;
 }

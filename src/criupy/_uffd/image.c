@@ -155,6 +155,18 @@ void criupy_image_set_requested(struct criupy_image *image, uint64_t page, uint6
 	memset(image->requested + page, requested != 0, nr);
 }
 
+void image_mark(struct criupy_image *image, uint64_t page, uint64_t nr, uint8_t requested)
+{
+	for (uint64_t i = page; i < page + nr; i++)
+		image->requested[i] |= requested;
+}
+
+void image_unmark(struct criupy_image *image, uint64_t page, uint64_t nr, uint8_t requested)
+{
+	for (uint64_t i = page; i < page + nr; i++)
+		image->requested[i] &= (uint8_t)~requested;
+}
+
 const struct extent *image_extent_of(const struct criupy_image *image, uint64_t page)
 {
 	size_t low = 0, high = image->nr_extents;

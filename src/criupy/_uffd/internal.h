@@ -28,6 +28,8 @@ static inline uint64_t max_u64(uint64_t a, uint64_t b)
 
 /* Whether a dst_id has a type that a pagemap has. */
 bool frame_names_image(uint64_t dst_id);
+/* What follows the frame of a GETV, CRIUPY_RUN_LENGTH bytes for each run. */
+void run_encode(uint8_t *out, uint64_t address, uint64_t nr_pages);
 
 /* ---- image.c ---------------------------------------------------------------- */
 
@@ -44,7 +46,7 @@ struct criupy_image {
 	struct extent *extents;
 	uint8_t *flags;		/* per extent, NULL when all are 0 */
 	uint64_t nr_pages;
-	uint8_t *requested;	/* per page: asked for, not here yet */
+	uint8_t *requested;	/* per page, REQUESTED_*: asked for, not here yet */
 	bool has_data;		/* extents[].data is meaningful */
 	uint8_t *map;		/* the pages file, NULL for a remote source */
 	uint64_t map_length;
@@ -53,6 +55,13 @@ struct criupy_image {
 	struct criupy_image *next;	/* in the pager's list */
 };
 
+/* Where a page was asked for, a bit for each lane, or waits to be installed. */
+#define REQUESTED_BULK 1
+#define REQUESTED_URGENT 2
+#define REQUESTED_PARKED 4
+
+void image_mark(struct criupy_image *image, uint64_t page, uint64_t nr, uint8_t requested);
+void image_unmark(struct criupy_image *image, uint64_t page, uint64_t nr, uint8_t requested);
 /* The extent that page (a number in the image, in range) belongs to. */
 const struct extent *image_extent_of(const struct criupy_image *image, uint64_t page);
 /* The first extent that ends after a dump-time address; nr_extents if none. */

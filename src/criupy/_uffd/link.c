@@ -75,6 +75,11 @@ static void let_go(struct link *link)
 	link->fd = -1;
 }
 
+void link_leave(struct link *link)
+{
+	let_go(link);
+}
+
 void link_reset(struct link *link)
 {
 	/* connect(AF_UNSPEC) sends the RST also when somebody else holds a

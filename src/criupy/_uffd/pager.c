@@ -62,6 +62,15 @@ void pager_notice(struct criupy_pager *p, uint32_t kind, int error, uint64_t a, 
 
 static void copy_stats(struct criupy_pager *p)
 {
+	const struct lane *bulk = bulk_lane(p), *urgent = urgent_lane(p);
+
+	p->stats.link = bulk->state;
+	p->stats.link_error = bulk->error;
+	p->stats.urgent_link = urgent->state;
+	p->stats.urgent_error = urgent->error;
+	p->stats.window_pages = p->window.pages;
+	p->stats.rtt_ns = p->window.rtt_ns;
+	p->stats.refused = bulk->refused ? bulk->refused : urgent->refused;
 	p->stats.pages_missing = 0;
 	for (struct task *t = p->tasks; t; t = t->next)
 		if (t->uffd >= 0)
@@ -140,10 +149,10 @@ static void obey(struct criupy_pager *p, struct command *c)
 {
 	switch (c->kind) {
 	case COMMAND_LINK:
-		link_open(p, c->fd, c->value, c->shared, c->transport);
+		lane_open(p, c);
 		break;
 	case COMMAND_DROP_LINK:
-		link_drop(p);
+		lane_drop(p, &p->lanes[c->lane]);
 		break;
 	case COMMAND_TASK:
 		add_task(p, c);
@@ -195,22 +204,36 @@ static void obey_all(struct criupy_pager *p)
 
 /* ---- the loop -------------------------------------------------------------------- */
 
+static bool lane_pending(const struct lane *l)
+{
+	return l->state == CRIUPY_LINK_OPEN && link_pending(&l->link);
+}
+
+static bool lane_waits(const struct lane *l)
+{
+	return l->state == CRIUPY_LINK_OPEN && (!lane_is_idle(l) || l->close_sent);
+}
+
 static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 {
-	if (more || p->stopping || (p->stats.link == CRIUPY_LINK_OPEN && link_pending(&p->link)))
+	const struct lane *bulk = &p->lanes[CRIUPY_LANE_BULK], *urgent = &p->lanes[CRIUPY_LANE_URGENT];
+
+	if (more || p->stopping || lane_pending(bulk) || lane_pending(urgent))
 		return 0;
 	if (p->busy)
 		return p->now_ns - p->no_memory_ns < TICK_NS ? NO_MEMORY_NS : BUSY_NS;
-	if (p->farewell_ns)
+	if (bulk->farewell_ns)
 		return TICK_NS / 10;
 	for (struct task *t = p->tasks; t; t = t->next)
 		if (t->nr_zero_again || t->unserved)
 			return BUSY_NS;
 		else if (t->retry_read_ns)
 			return TICK_NS / 5;
+	if (p->held_back)
+		return STANDS_STILL_NS;
 	if (p->dirty)
 		return PUBLISH_NS;
-	if (p->nr_requests || p->close_sent)
+	if (lane_waits(bulk) || lane_waits(urgent))
 		return TICK_NS;
 	return UINT64_MAX;
 }
@@ -229,10 +252,16 @@ static int wait_events(struct criupy_pager *p, struct epoll_event *events, uint6
 	return nr;
 }
 
+static void lanes_flush(struct criupy_pager *p)
+{
+	for (int i = NR_LANES - 1; i >= 0; i--)
+		lane_flush(p, &p->lanes[i]);
+}
+
 static void turn(struct criupy_pager *p, bool *more)
 {
 	struct epoll_event events[NR_EVENTS];
-	bool control = false, restore = false, link = false;
+	bool control = false, restore = false, heard[NR_LANES] = { false };
 	int nr = wait_events(p, events, sleep_ns(p, *more));
 
 	p->now_ns = monotonic_ns();
@@ -252,8 +281,8 @@ static void turn(struct criupy_pager *p, bool *more)
 		case WATCH_RESTORE:
 			restore = true;
 			break;
-		case WATCH_LINK:
-			link = true;
+		case WATCH_LANE:
+			heard[(struct lane *)(void *)watched - p->lanes] = true;
 			break;
 		case WATCH_TASK:
 			task_read(p, (struct task *)(void *)watched);
@@ -266,13 +295,15 @@ static void turn(struct criupy_pager *p, bool *more)
 		if (*watched == WATCH_TASK)
 			task_serve_waits(p, (struct task *)(void *)watched);
 	}
-	link_flush(p);
+	lanes_flush(p);
 	if (control)
 		obey_all(p);
 	if (restore)
 		restore_read(p);
-	if (link || (p->stats.link == CRIUPY_LINK_OPEN && link_pending(&p->link)))
-		link_read(p);
+	/* What is urgent first. */
+	for (int i = NR_LANES - 1; i >= 0; i--)
+		if (heard[i] || lane_pending(&p->lanes[i]))
+			lane_read(p, &p->lanes[i]);
 	if (p->busy)
 		install_parked(p);
 	for (struct task *t = p->tasks; t; t = t->next) {
@@ -282,11 +313,12 @@ static void turn(struct criupy_pager *p, bool *more)
 		if (t->nr_zero_again || t->unserved)
 			task_serve_waits(p, t);
 	}
+	fetch_held_back(p);
 	*more = fetch_background(p);
-	link_flush(p);
-	if (p->stats.link == CRIUPY_LINK_OPEN && (p->nr_requests || p->close_sent) &&
-	    p->now_ns - p->link_heard_ns > p->config.link_timeout_ns)
-		link_abandon(p, ETIMEDOUT);
+	lanes_flush(p);
+	for (int i = 0; i < NR_LANES; i++)
+		if (lane_waits(&p->lanes[i]) && p->now_ns - p->lanes[i].heard_ns > p->config.link_timeout_ns)
+			lane_abandon(p, &p->lanes[i], ETIMEDOUT);
 	check_done(p);
 	tasks_sweep(p);
 	if (p->dirty && p->now_ns - p->published_ns >= PUBLISH_NS)
@@ -302,8 +334,8 @@ void *pager_run(void *arg)
 	while (!p->stopping)
 		turn(p, &more);
 	/* The link's own end; a source that does not answer is not waited for. */
-	if (p->stats.phase == CRIUPY_PHASE_CLOSING && p->stats.link == CRIUPY_LINK_OPEN)
-		link_abandon(p, ECANCELED);
+	if (p->stats.phase == CRIUPY_PHASE_CLOSING)
+		lane_abandon(p, bulk_lane(p), ECANCELED);
 	check_done(p);
 	return NULL;
 }

@@ -30,6 +30,9 @@ bool link_pending(const struct link *link);
 void link_reset(struct link *link);
 /* End it after CLOSE was answered: a FIN. */
 void link_close(struct link *link);
+/* Let go of the descriptor: what the source learns is as its socket is set, and
+ * nothing while somebody else holds it. */
+void link_leave(struct link *link);
 
 /* ---- notices (notices.c): thread to Python ------------------------------------ */
 
@@ -44,9 +47,47 @@ struct notices {
 bool notices_push(struct notices *notices, struct criupy_notice notice);
 bool notices_pop(struct notices *notices, struct criupy_notice *notice);
 
+/* ---- the window (pager_window.c): how much is outstanding in the background ------ */
+
+struct window {
+	uint64_t pages;
+	uint64_t request_pages;		/* the longest request */
+	bool is_fixed;
+	bool two_lanes;			/* demand has one of its own */
+	uint64_t rtt_ns;		/* the shortest that was seen, 0: none */
+	/* One lane: what the link carries. */
+	uint64_t busy_since_ns, busy_bytes;
+	double bytes_per_ns;
+	/* Two lanes: a round. */
+	uint64_t limit;			/* how much of the window may be outstanding by now */
+	bool starting;			/* no queue was seen yet */
+	bool probing;			/* the queue runs empty */
+	bool was_full;			/* a request had to wait */
+	uint32_t nr_empty;		/* rounds without a queue, in a row */
+	uint64_t shrinks_from;		/* what it was when it began to, 0: it does not */
+	uint64_t took_then_ns;
+	bool probed;
+	uint64_t probed_ns;		/* or when it began without */
+	uint64_t empty_ns;		/* what the quickest reply of a round takes without a queue */
+	uint64_t round_ns;		/* it begins */
+	uint64_t settled_ns;		/* the first request of it was answered: those sent from now on count */
+	uint32_t nr_counted;
+	uint64_t quickest_ns;		/* what one of them took at least */
+};
+
+void window_init(struct window *w, uint32_t fixed_pages, uint32_t request_pages);
+/* From now on there are so many lanes, or another connection. */
+void window_begin(struct window *w, uint64_t now_ns, bool two_lanes);
+/* How many pages the next request may have, 0: none now. */
+uint64_t window_room(struct window *w, uint64_t outstanding);
+/* A reply to a request begins. */
+void window_reply_begins(struct window *w, uint64_t now_ns, uint64_t sent_ns, bool alone, bool bulk);
+/* So many bytes of one in bulk were received. */
+void window_reply_ends(struct window *w, uint64_t now_ns, uint64_t bytes);
+
 /* ---- what is being waited for --------------------------------------------------- */
 
-enum watched { WATCH_CONTROL, WATCH_RESTORE, WATCH_LINK, WATCH_TASK };
+enum watched { WATCH_CONTROL, WATCH_RESTORE, WATCH_LANE, WATCH_TASK };
 
 /* A fault that was read and is not answered yet. */
 struct wait {
@@ -73,11 +114,19 @@ struct task {
 	struct task *next;
 };
 
-/* A GET that is not answered yet. */
-struct request {
-	struct criupy_image *image;
+/* ---- lanes: the connections to the source ----------------------------------------- */
+
+/* Of one extent, by numbers in the image. */
+struct run {
 	uint64_t page;
 	uint64_t nr_pages;
+};
+
+/* A GET or a GETV that is not answered yet. */
+struct request {
+	struct criupy_image *image;
+	uint64_t nr_pages;		/* of all its runs */
+	uint32_t nr_runs;		/* 1: a GET, and the answer may be shorter */
 	uint64_t sent_ns;
 	bool demand;
 	bool alone;			/* nothing was outstanding when it was sent */
@@ -87,8 +136,8 @@ struct buffer {
 	uint8_t *data;
 	/* The reply in it, while parked. */
 	struct criupy_image *image;
-	uint64_t page;
-	uint64_t nr_pages;
+	struct run *runs;		/* room for those of any request */
+	uint32_t nr_runs;
 	bool demand;
 	struct buffer *next;
 };
@@ -102,6 +151,35 @@ struct receiver {
 	uint64_t payload_have, payload_length;
 };
 
+/* A queue in memory that only grows; room is a power of two, or 0. */
+struct ring {
+	void *items;
+	size_t first, nr, room;
+};
+
+struct lane {
+	enum watched watched;		/* first: epoll hands out a pointer to it */
+	uint8_t requested;		/* its bit in image->requested */
+	uint32_t state;			/* CRIUPY_LINK_*; what follows is meaningful while it is OPEN */
+	int32_t error;			/* why it is LOST */
+	uint32_t refused;		/* the reason in a REFUSED */
+	struct link link;
+	size_t frame_size;
+	bool shared, extended;
+	bool writable_wanted;
+	bool close_sent;
+	bool saying_goodbye;		/* the transport's close_notify has not gone yet */
+	uint64_t farewell_ns;		/* since when, being lost, it is ended */
+	uint8_t *out;			/* what the socket has not taken */
+	size_t out_have, out_room;
+	struct ring requests;
+	struct ring runs;		/* of those requests, in their order */
+	uint64_t nr_outstanding;	/* pages of those requests */
+	struct receiver rx;
+	uint64_t bytes_received;	/* over all its connections */
+	uint64_t heard_ns;		/* last byte, or when waiting for one began */
+};
+
 struct command {
 	enum {
 		COMMAND_LINK, COMMAND_DROP_LINK, COMMAND_TASK, COMMAND_RESTORE, COMMAND_ABORT,
@@ -109,12 +187,17 @@ struct command {
 	} kind;
 	int fd;
 	int value;
-	int shared;
+	int flags;
+	int lane;
 	int32_t pid;
 	struct criupy_image *image;
 	struct criupy_transport *transport;
+	uint8_t preamble[CRIUPY_MAX_PREAMBLE];
+	size_t preamble_length;
 	struct command *next;
 };
+
+#define NR_LANES 2
 
 struct criupy_pager {
 	struct criupy_pager_config config;
@@ -122,7 +205,7 @@ struct criupy_pager {
 	int epoll;
 	int control;			/* eventfd, Python to thread */
 	int event;			/* eventfd, thread to Python */
-	enum watched watch_control, watch_restore, watch_link;
+	enum watched watch_control, watch_restore;
 	struct notices notices;
 
 	pthread_mutex_t lock;		/* guards the two below */
@@ -134,6 +217,7 @@ struct criupy_pager {
 	bool dirty;			/* something happened since the last publication */
 	uint64_t no_memory_ns;		/* when a page could last not be allocated */
 	uint64_t no_memory_told_ns;
+	bool held_back;			/* a fault waits for a reply that is just arriving */
 	bool given_up;			/* ask for nothing more, end only when told to */
 	struct criupy_stats stats;
 	uint64_t published_ns;
@@ -146,25 +230,14 @@ struct criupy_pager {
 	uint8_t restore_word[4];
 	size_t restore_have;
 
-	struct link link;		/* meaningful while stats.link is OPEN */
-	size_t frame_size;
-	bool link_shared;
-	bool link_writable_wanted;
-	bool close_sent;
-	bool saying_goodbye;		/* the transport's close_notify has not gone yet */
-	uint64_t farewell_ns;		/* since when a lost link is being ended */
-	uint8_t *out;			/* encoded frames the socket has not taken */
-	size_t out_have, out_room;
-	struct request *requests;	/* ring of room_requests, a power of two */
-	size_t first_request, nr_requests, room_requests;
-	struct receiver rx;
-	uint64_t link_heard_ns;		/* last byte, or when waiting for one began */
-	uint64_t busy_since_ns, busy_bytes;
-	double bytes_per_ns;
+	struct lane lanes[NR_LANES];
+	struct window window;
+	struct run runs[CRIUPY_MAX_RUNS];	/* of the request that is being made */
 
 	uint8_t *staging;
 	size_t staging_length;
 	struct buffer *buffers;
+	struct run *staging_runs;
 	struct buffer *free_buffers;
 	struct buffer *parked, **parked_tail;
 	uint32_t final_outcome;		/* what ENDED will say once CLOSING is over */
@@ -208,36 +281,83 @@ void tasks_sweep(struct criupy_pager *p);
  * them could not take it yet: try the same again later. */
 int install_run(struct criupy_pager *p, struct criupy_image *image, uint64_t page,
 		uint64_t nr_pages, const uint8_t *data, bool demand);
+/* The same with all runs of the reply in a buffer. */
+int install_reply(struct criupy_pager *p, const struct buffer *b);
 /* Try again what a busy task could not take. */
 void install_parked(struct criupy_pager *p);
 void buffer_free(struct criupy_pager *p, struct buffer *b);
+/* Keep a reply until it can be installed; its pages are marked as parked. */
 void buffer_park(struct criupy_pager *p, struct buffer *b);
 /* Never fails: the oldest parked reply is given up for it if need be. */
 struct buffer *buffer_take(struct criupy_pager *p);
 
 /* ---- pager_fetch.c ------------------------------------------------------------------- */
 
+/* Whether nothing that was asked for is going to bring this page soon enough
+ * for a fault. */
+bool fetch_is_due(struct criupy_pager *p, const struct criupy_image *image, uint64_t page);
+/* Look again at faults on pages that were just arriving, once they no longer are. */
+void fetch_held_back(struct criupy_pager *p);
 /* Get a run that a fault waits for, now. */
 void fetch_demand(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr_pages);
 /* Fill the window, or install one more run of the local images; true if there
  * is more to do at once. */
 bool fetch_background(struct criupy_pager *p);
 
-/* ---- pager_link.c --------------------------------------------------------------------- */
+/* A lane that was silent for so long is not just delivering a reply. */
+#define STANDS_STILL_NS 5000000
 
-void link_open(struct criupy_pager *p, int fd, int frame_size, bool shared,
-	       struct criupy_transport *transport);
-/* Queue one GET. */
-int link_request(struct criupy_pager *p, struct criupy_image *image, uint64_t page,
-		 uint64_t nr_pages, bool demand);
-void link_flush(struct criupy_pager *p);
-/* Take in what is there, up to about one long reply. */
-void link_read(struct criupy_pager *p);
-void link_lost(struct criupy_pager *p, int error);
-void link_drop(struct criupy_pager *p);
+/* ---- pager_lane.c: the life of a lane, and its way out -------------------------------- */
+
+static inline struct lane *bulk_lane(struct criupy_pager *p)
+{
+	return &p->lanes[CRIUPY_LANE_BULK];
+}
+
+static inline struct lane *urgent_lane(struct criupy_pager *p)
+{
+	return &p->lanes[CRIUPY_LANE_URGENT];
+}
+
+void lanes_init(struct criupy_pager *p);
+void lanes_free(struct criupy_pager *p);
+void lane_open(struct criupy_pager *p, const struct command *command);
+/* Add to what is to be sent. */
+int lane_put(struct lane *l, const void *data, size_t length);
+int lane_put_frame(struct lane *l, const struct criupy_frame *frame);
+void lane_flush(struct criupy_pager *p, struct lane *l);
+void lane_lost(struct criupy_pager *p, struct lane *l, int error);
+void lane_drop(struct criupy_pager *p, struct lane *l);
+/* The source goes on. */
+void lanes_reset(struct criupy_pager *p);
+/* A FIN, when nothing is waited for: an urgent lane has no more to say. */
+void lane_close(struct criupy_pager *p, struct lane *l);
 /* Nothing more is waited for: it is lost, or closed if CLOSE was answered. */
-void link_abandon(struct criupy_pager *p, int error);
-void link_send_close(struct criupy_pager *p);
+void lane_abandon(struct criupy_pager *p, struct lane *l, int error);
+void lane_send_close(struct criupy_pager *p, struct lane *l);
+/* Tell an extended source that the tasks may run. */
+void lane_send_finished(struct criupy_pager *p, struct lane *l);
+/* Nothing is outstanding, and no part of a frame is there. */
+bool lane_is_idle(const struct lane *l);
+
+/* ---- pager_request.c: what a lane was asked for ------------------------------------------ */
+
+/* Queue one GET, or a GETV if there are several runs. */
+int lane_request(struct criupy_pager *p, struct lane *l, struct criupy_image *image,
+		 const struct run *runs, uint32_t nr_runs, bool demand);
+/* The request that is answered next; there is one. */
+struct request *lane_request_first(const struct lane *l);
+/* A run of it. */
+const struct run *lane_run(const struct lane *l, uint32_t i);
+/* Forget it. Its pages are still marked as asked for. */
+void lane_request_pop(struct criupy_pager *p, struct lane *l);
+/* Forget them all: their pages are missing again. */
+void lane_requests_cancel(struct criupy_pager *p, struct lane *l);
+
+/* ---- pager_reply.c ------------------------------------------------------------------------ */
+
+/* Take in what is there, up to about one long reply. */
+void lane_read(struct criupy_pager *p, struct lane *l);
 
 /* ---- pager_end.c ----------------------------------------------------------------------- */
 

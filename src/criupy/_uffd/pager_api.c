@@ -36,11 +36,13 @@ static int tell(struct criupy_pager *p, struct command command)
 static int make_staging(struct criupy_pager *p)
 {
 	size_t each = (size_t)p->config.request_pages << PAGE_SHIFT;
+	size_t most = min_u64(p->config.request_pages, CRIUPY_MAX_RUNS);
 	void *memory;
 
 	p->staging_length = each * p->config.nr_buffers;
 	p->buffers = calloc(p->config.nr_buffers, sizeof(*p->buffers));
-	if (!p->buffers)
+	p->staging_runs = calloc((size_t)p->config.nr_buffers * most, sizeof(*p->staging_runs));
+	if (!p->buffers || !p->staging_runs)
 		return -ENOMEM;
 	memory = mmap(NULL, p->staging_length, PROT_READ | PROT_WRITE,
 		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
@@ -53,6 +55,7 @@ static int make_staging(struct criupy_pager *p)
 		pager_notice(p, CRIUPY_NOTICE_NOT_LOCKED, errno, p->staging_length, 0);
 	for (uint32_t i = 0; i < p->config.nr_buffers; i++) {
 		p->buffers[i].data = p->staging + i * each;
+		p->buffers[i].runs = p->staging_runs + i * most;
 		buffer_free(p, &p->buffers[i]);
 	}
 	return 0;
@@ -83,12 +86,10 @@ static void release(struct criupy_pager *p)
 	if (p->staging)
 		munmap(p->staging, p->staging_length);
 	free(p->buffers);
-	free(p->requests);
-	free(p->out);
+	free(p->staging_runs);
 	if (p->restore >= 0)
 		close(p->restore);
-	if (p->link.fd >= 0)
-		link_close(&p->link);
+	lanes_free(p);
 	if (p->epoll >= 0)
 		close(p->epoll);
 	if (p->control >= 0)
@@ -115,9 +116,8 @@ int criupy_pager_create(struct criupy_pager **pager, const struct criupy_pager_c
 	p->config = *config;
 	p->watch_control = WATCH_CONTROL;
 	p->watch_restore = WATCH_RESTORE;
-	p->watch_link = WATCH_LINK;
 	p->restore = -1;
-	p->link.fd = -1;
+	lanes_init(p);
 	p->parked_tail = &p->parked;
 	p->stats.close_status = -1;
 	p->stats.created_ns = p->now_ns = monotonic_ns();
@@ -179,22 +179,36 @@ int criupy_pager_next_notice(struct criupy_pager *pager, struct criupy_notice *n
 	return notices_pop(&pager->notices, notice);
 }
 
-int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, int shared,
-			  struct criupy_transport *transport)
+int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, int flags, int lane,
+			  struct criupy_transport *transport, const uint8_t *preamble,
+			  size_t preamble_length)
 {
-	int flags = fcntl(fd, F_GETFL);
+	struct command command = { .kind = COMMAND_LINK, .fd = fd, .value = frame_size, .flags = flags,
+				   .lane = lane, .transport = transport };
+	int status;
 
 	if (frame_size != CRIUPY_FRAME_24 && frame_size != CRIUPY_FRAME_32)
 		return -EINVAL;
-	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
+	if ((flags & CRIUPY_LINK_EXTENDED) && frame_size != CRIUPY_FRAME_32)
+		return -EINVAL;
+	if (lane != CRIUPY_LANE_BULK && (lane != CRIUPY_LANE_URGENT || !(flags & CRIUPY_LINK_EXTENDED)))
+		return -EINVAL;
+	if (preamble_length > sizeof(command.preamble))
+		return -EINVAL;
+	status = fcntl(fd, F_GETFL);
+	if (status < 0 || fcntl(fd, F_SETFL, status | O_NONBLOCK) < 0)
 		return -errno;
-	return tell(pager, (struct command){ .kind = COMMAND_LINK, .fd = fd, .value = frame_size,
-					     .shared = shared, .transport = transport });
+	if (preamble_length)
+		memcpy(command.preamble, preamble, preamble_length);
+	command.preamble_length = preamble_length;
+	return tell(pager, command);
 }
 
-int criupy_pager_drop_link(struct criupy_pager *pager)
+int criupy_pager_drop_link(struct criupy_pager *pager, int lane)
 {
-	return tell(pager, (struct command){ .kind = COMMAND_DROP_LINK });
+	if (lane != CRIUPY_LANE_BULK && lane != CRIUPY_LANE_URGENT)
+		return -EINVAL;
+	return tell(pager, (struct command){ .kind = COMMAND_DROP_LINK, .lane = lane });
 }
 
 int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, struct criupy_image *image)

@@ -16,6 +16,11 @@
  * Under TLS a FIN says nothing of the kind unless a close_notify came before it,
  * so an RST leaves that out, and what takes the place of a FIN begins with it.
  *
+ * A page server of ours does not guess: over the lane for bulk of an extended
+ * connection it is told that a task may run (FINISHED), and of the end (CLOSE, or
+ * an ABORT that is said over a connection of its own). How such a lane ends is no
+ * verdict, so one that is lost is just closed.
+ *
  * And a userfaultfd that is closed turns every missing page into zeros, so
  * after restore-finished it is let go only when nothing is missing, when the
  * address space is gone, or when what is missing has been poisoned. */
@@ -46,22 +51,11 @@ static void release_all(struct criupy_pager *p)
 		task_release(p, t);
 }
 
-/* The source goes on. */
-static void reset_link(struct criupy_pager *p)
-{
-	if (p->stats.link != CRIUPY_LINK_OPEN && p->stats.link != CRIUPY_LINK_LOST)
-		return;
-	unwatch(p, p->link.fd);
-	link_reset(&p->link);
-	if (p->stats.link == CRIUPY_LINK_OPEN)
-		p->stats.link = CRIUPY_LINK_RESET;
-}
-
 /* No task has run and none will. */
 static void undo(struct criupy_pager *p, uint32_t outcome)
 {
 	close_restore(p);
-	reset_link(p);
+	lanes_reset(p);
 	release_all(p);
 	p->stats.outcome = outcome;
 	pager_set_phase(p, CRIUPY_PHASE_ENDED);
@@ -99,6 +93,7 @@ static void finished(struct criupy_pager *p)
 	close_restore(p);
 	p->stats.finished_ns = p->now_ns;
 	pager_set_phase(p, CRIUPY_PHASE_RUNNING);
+	lane_send_finished(p, bulk_lane(p));
 }
 
 void restore_read(struct criupy_pager *p)
@@ -236,7 +231,7 @@ void end_link(struct criupy_pager *p, bool reset)
 	/* A poisoned task may run on: two running ones are worse than a source
 	 * that ends. */
 	if (reset && !p->stats.nr_live && !p->stats.pages_poisoned)
-		reset_link(p);
+		lanes_reset(p);
 	pager_set_phase(p, CRIUPY_PHASE_CLOSING);
 }
 
@@ -244,47 +239,54 @@ void end_link(struct criupy_pager *p, bool reset)
  * must reach the source before anything that would reset it. Half a request
  * before the FIN would revive it, and so would a reply that comes when nobody
  * reads any more. True when the link is closed. */
-static bool close_lost_link(struct criupy_pager *p)
+static bool close_lost_lane(struct criupy_pager *p, struct lane *l)
 {
 	uint8_t waste[4096];
 	struct iovec into = { waste, sizeof(waste) };
-	size_t rest = p->out_have % p->frame_size;
+	size_t rest = l->out_have % l->frame_size;
 	ssize_t got = 1;
 	int told = 0;
 
-	if (p->link.fd < 0)
+	if (l->link.fd < 0)
 		return true;
-	if (!p->farewell_ns)
-		p->farewell_ns = p->now_ns;
+	if (l->extended) {
+		/* Such a source hears of the end over a connection of its own. */
+		lane_close(p, l);
+		return true;
+	}
+	if (!l->farewell_ns)
+		l->farewell_ns = p->now_ns;
 	if (rest) {
-		ssize_t sent = p->link.send(&p->link, p->out, rest);
+		ssize_t sent = l->link.send(&l->link, l->out, rest);
 
 		if (sent > 0) {
-			p->out_have -= (size_t)sent;
-			memmove(p->out, p->out + sent, p->out_have);
+			l->out_have -= (size_t)sent;
+			memmove(l->out, l->out + sent, l->out_have);
 			rest -= (size_t)sent;
 		}
 	}
-	if (p->link.transport) {
+	if (l->link.transport) {
 		/* Whole frames only are taken; after a failure it has no words left. */
 		rest = 0;
-		told = p->link.transport->close_notify(p->link.transport);
+		told = l->link.transport->close_notify(l->link.transport);
 	}
 	if (!rest && told != -EAGAIN)
-		(void)shutdown(p->link.fd, SHUT_WR);
+		(void)shutdown(l->link.fd, SHUT_WR);
 	for (int i = 0; i < 16384 && got > 0; i++)
-		got = p->link.receive(&p->link, &into, 1);
+		got = l->link.receive(&l->link, &into, 1);
 	/* Who was silent for that long already is not waited for again. */
-	if ((got > 0 || got == -EAGAIN || got == -EINTR) && !p->stopping && p->stats.link_error != ETIMEDOUT &&
-	    p->now_ns - p->farewell_ns < p->config.link_timeout_ns)
+	if ((got > 0 || got == -EAGAIN || got == -EINTR) && !p->stopping && l->error != ETIMEDOUT &&
+	    p->now_ns - l->farewell_ns < p->config.link_timeout_ns)
 		return false;
-	p->farewell_ns = 0;
-	link_close(&p->link);
+	l->farewell_ns = 0;
+	link_close(&l->link);
 	return true;
 }
 
 void check_done(struct criupy_pager *p)
 {
+	struct lane *bulk = bulk_lane(p), *urgent = urgent_lane(p);
+
 	/* After a failure of our own there may be a process that is in no list. */
 	if (p->stats.phase == CRIUPY_PHASE_RUNNING && !p->given_up && !p->stats.error) {
 		for (struct task *t = p->tasks; t; t = t->next) {
@@ -302,13 +304,17 @@ void check_done(struct criupy_pager *p)
 	}
 	if (p->stats.phase != CRIUPY_PHASE_CLOSING)
 		return;
-	if (p->stats.link == CRIUPY_LINK_OPEN) {
-		if (!p->close_sent && !p->nr_requests && p->rx.state == RX_HEADER && !p->rx.header_have)
-			link_send_close(p);
+	if (bulk->state == CRIUPY_LINK_OPEN) {
+		if (bulk->close_sent || !lane_is_idle(bulk) ||
+		    (urgent->state == CRIUPY_LINK_OPEN && !lane_is_idle(urgent)))
+			return;
+		lane_close(p, urgent);
+		lane_send_close(p, bulk);
 		return;
 	}
-	if (p->stats.link == CRIUPY_LINK_LOST && !close_lost_link(p))
+	if (bulk->state == CRIUPY_LINK_LOST && !close_lost_lane(p, bulk))
 		return;
+	lane_close(p, urgent);
 	p->stats.outcome = p->final_outcome;
 	pager_set_phase(p, CRIUPY_PHASE_ENDED);
 }

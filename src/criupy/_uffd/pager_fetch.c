@@ -26,13 +26,65 @@ static void install_local(struct criupy_pager *p, struct criupy_image *image, ui
 	(void)install_run(p, image, page, nr_pages, data, demand);
 }
 
-static bool can_request(const struct criupy_pager *p)
+static bool can_request(const struct criupy_pager *p, const struct lane *l)
 {
-	return p->stats.link == CRIUPY_LINK_OPEN && !p->close_sent && !p->given_up;
+	return l->state == CRIUPY_LINK_OPEN && !l->close_sent && !p->given_up;
+}
+
+static bool lane_stands_still(const struct criupy_pager *p, const struct lane *l)
+{
+	return p->now_ns - l->heard_ns >= STANDS_STILL_NS;
+}
+
+/* Whether the page is in the reply that a lane is just receiving. */
+static bool is_arriving(const struct lane *l, const struct criupy_image *image, uint64_t page)
+{
+	const struct request *r;
+
+	if (l->state != CRIUPY_LINK_OPEN || l->rx.state != RX_PAYLOAD)
+		return false;
+	r = lane_request_first(l);
+	if (r->image != image)
+		return false;
+	for (uint32_t i = 0; i < r->nr_runs; i++) {
+		const struct run *run = lane_run(l, i);
+
+		if (page - run->page < run->nr_pages)
+			return true;
+	}
+	return false;
+}
+
+bool fetch_is_due(struct criupy_pager *p, const struct criupy_image *image, uint64_t page)
+{
+	switch (image->requested[page]) {
+	case 0:
+		return true;
+	case REQUESTED_BULK:
+		if (!can_request(p, urgent_lane(p)))
+			return false;
+		if (is_arriving(bulk_lane(p), image, page) && !lane_stands_still(p, bulk_lane(p))) {
+			p->held_back = true;
+			return false;
+		}
+		return true;
+	default:
+		return false;
+	}
+}
+
+void fetch_held_back(struct criupy_pager *p)
+{
+	if (!p->held_back || !lane_stands_still(p, bulk_lane(p)))
+		return;
+	p->held_back = false;
+	for (struct task *t = p->tasks; t; t = t->next)
+		task_serve_waits(p, t);
 }
 
 void fetch_demand(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr_pages)
 {
+	struct lane *l = can_request(p, urgent_lane(p)) ? urgent_lane(p) : bulk_lane(p);
 	struct criupy_image *image = t->space->image;
 	uint64_t end = page + nr_pages;
 
@@ -46,8 +98,8 @@ void fetch_demand(struct criupy_pager *p, struct task *t, uint64_t page, uint64_
 
 		if (image->map)
 			install_local(p, image, page, nr, true);
-		else if (can_request(p))
-			link_request(p, image, page, nr, true);
+		else if (can_request(p, l))
+			lane_request(p, l, image, &(struct run){ page, nr }, 1, true);
 		page += nr;
 	}
 }
@@ -78,23 +130,50 @@ static struct task *next_run(struct criupy_pager *p, uint64_t *page, uint64_t *n
 	return NULL;
 }
 
+/* As many runs as one request may have, from the space that faulted last on:
+ * several only where the source knows GETV, and of one image. */
+static uint32_t next_runs(struct criupy_pager *p, const struct lane *l, uint64_t left,
+			  struct criupy_image **image)
+{
+	struct run *runs = p->runs;
+	struct task *t = next_run(p, &runs->page, &runs->nr_pages, left);
+	uint32_t nr = 1;
+
+	if (!t)
+		return 0;
+	*image = t->space->image;
+	if (!l->extended || left > CRIUPY_MAX_RUN_PAGES)
+		return 1;
+	for (left -= runs->nr_pages; left && nr < CRIUPY_MAX_RUNS; left -= runs[nr++].nr_pages) {
+		runs[nr].page = t->cursor;
+		runs[nr].nr_pages = criupy_space_next_missing(t->space, &runs[nr].page, left, 0);
+		if (!runs[nr].nr_pages)
+			break;
+		t->cursor = runs[nr].page + runs[nr].nr_pages;
+	}
+	return nr;
+}
+
 bool fetch_background(struct criupy_pager *p)
 {
+	struct lane *bulk = bulk_lane(p);
+	struct criupy_image *image;
 	uint64_t page, nr;
+	uint32_t nr_runs;
 	struct task *t;
 
 	if (p->stats.phase != CRIUPY_PHASE_RUNNING || p->given_up || p->stats.error)
 		return false;
-	if (!can_request(p)) {
+	if (!can_request(p, bulk)) {
 		t = next_run(p, &page, &nr, LOCAL_RUN_PAGES);
 		if (!t || !t->space->image->map)
 			return false;
 		install_local(p, t->space->image, page, nr, false);
 		return true;
 	}
-	while (p->stats.nr_outstanding < p->stats.window_pages) {
-		t = next_run(p, &page, &nr, p->config.request_pages);
-		if (!t || link_request(p, t->space->image, page, nr, false))
+	while ((nr = window_room(&p->window, bulk->nr_outstanding))) {
+		nr_runs = next_runs(p, bulk, nr, &image);
+		if (!nr_runs || lane_request(p, bulk, image, p->runs, nr_runs, false))
 			break;
 	}
 	return false;

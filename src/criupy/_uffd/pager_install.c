@@ -164,6 +164,22 @@ int install_run(struct criupy_pager *p, struct criupy_image *image, uint64_t pag
 	return ret;
 }
 
+int install_reply(struct criupy_pager *p, const struct buffer *b)
+{
+	const uint8_t *data = b->data;
+	int ret = 0;
+
+	for (uint32_t i = 0; i < b->nr_runs; i++) {
+		const struct run *run = &b->runs[i];
+
+		/* What one run cannot have yet, the others need not wait for. */
+		if (install_run(p, b->image, run->page, run->nr_pages, data, b->demand))
+			ret = -EAGAIN;
+		data += run->nr_pages << PAGE_SHIFT;
+	}
+	return ret;
+}
+
 /* ---- staging buffers, and replies that wait in them ---------------------------- */
 
 void buffer_free(struct criupy_pager *p, struct buffer *b)
@@ -174,9 +190,17 @@ void buffer_free(struct criupy_pager *p, struct buffer *b)
 
 void buffer_park(struct criupy_pager *p, struct buffer *b)
 {
+	for (uint32_t i = 0; i < b->nr_runs; i++)
+		image_mark(b->image, b->runs[i].page, b->runs[i].nr_pages, REQUESTED_PARKED);
 	b->next = NULL;
 	*p->parked_tail = b;
 	p->parked_tail = &b->next;
+}
+
+static void unmark_parked(struct buffer *b)
+{
+	for (uint32_t i = 0; i < b->nr_runs; i++)
+		image_unmark(b->image, b->runs[i].page, b->runs[i].nr_pages, REQUESTED_PARKED);
 }
 
 static struct buffer *unpark_first(struct criupy_pager *p)
@@ -186,6 +210,7 @@ static struct buffer *unpark_first(struct criupy_pager *p)
 	p->parked = b->next;
 	if (!p->parked)
 		p->parked_tail = &p->parked;
+	unmark_parked(b);
 	return b;
 }
 
@@ -197,10 +222,9 @@ struct buffer *buffer_take(struct criupy_pager *p)
 		p->free_buffers = b->next;
 		return b;
 	}
-	/* Nothing is lost: the pages are still missing and are asked for again. */
-	b = unpark_first(p);
-	criupy_image_set_requested(b->image, b->page, b->nr_pages, 0);
-	return b;
+	/* Each lane receives into one at most. Nothing is lost: the pages are
+	 * still missing and are asked for again. */
+	return unpark_first(p);
 }
 
 void install_parked(struct criupy_pager *p)
@@ -215,12 +239,11 @@ void install_parked(struct criupy_pager *p)
 	while (b) {
 		struct buffer *next = b->next;
 
-		if (install_run(p, b->image, b->page, b->nr_pages, b->data, b->demand)) {
+		unmark_parked(b);
+		if (install_reply(p, b))
 			buffer_park(p, b);
-		} else {
-			criupy_image_set_requested(b->image, b->page, b->nr_pages, 0);
+		else
 			buffer_free(p, b);
-		}
 		b = next;
 	}
 	for (struct task *t = p->tasks; t; t = t->next)

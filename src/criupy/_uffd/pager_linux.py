@@ -12,14 +12,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from criupy._uffd.image_linux import Image, check, ffi, lib
 
 if TYPE_CHECKING:
     from criupy._uffd._native import Stats
 
-__all__ = ["Link", "Notice", "NoticeKind", "Outcome", "Pager", "Phase", "ReplyFault"]
+__all__ = ["BULK", "URGENT", "Link", "Notice", "NoticeKind", "Outcome", "Pager", "Phase", "ReplyFault"]
+
+#: The lanes, as :class:`criupy.wire.extension.Lane` counts them.
+BULK: Final = int(lib.CRIUPY_LANE_BULK)
+URGENT: Final = int(lib.CRIUPY_LANE_URGENT)
 
 
 class Phase(enum.IntEnum):
@@ -154,18 +158,35 @@ class Pager:
         """Tell whether everything said so far had been carried out at a snapshot."""
         return stats.nr_obeyed >= self._told
 
-    def set_link(self, fd: int, *, frame_size: int, shared: bool, transport: int = 0) -> None:
-        """Hand over the connection to the source; the descriptor is the pager's now.
+    def set_link(
+        self,
+        fd: int,
+        *,
+        frame_size: int,
+        shared: bool = False,
+        transport: int = 0,
+        extended: bool = False,
+        lane: int = BULK,
+        preamble: bytes = b"",
+    ) -> None:
+        """Hand over a connection to the source; the descriptor is the pager's now.
 
         ``transport`` is the address of what carries its bytes, and the
-        pager's, too; 0 is the socket itself.
+        pager's, too; 0 is the socket itself. ``extended`` is a source that
+        knows :mod:`criupy.wire.extension`, with frames of 32 bytes, and
+        ``lane`` one of its lanes: any other source has ``BULK`` alone.
+        ``preamble``, at most 128 bytes, is sent before anything else.
         """
         under = ffi.cast("struct criupy_transport *", transport)
-        self._tell("set_link", lib.criupy_pager_set_link(self._pager, fd, frame_size, shared, under))
+        flags = shared * lib.CRIUPY_LINK_SHARED | extended * lib.CRIUPY_LINK_EXTENDED
+        told = lib.criupy_pager_set_link(
+            self._pager, fd, frame_size, flags, lane, under, preamble, len(preamble)
+        )
+        self._tell("set_link", told)
 
-    def drop_link(self) -> None:
-        """Let go of a link that is lost, so that another can be set."""
-        self._tell("drop_link", lib.criupy_pager_drop_link(self._pager))
+    def drop_link(self, lane: int = BULK) -> None:
+        """Let go of a lane that is lost, so that another connection can be set."""
+        self._tell("drop_link", lib.criupy_pager_drop_link(self._pager, lane))
 
     def add_task(self, pid: int, uffd: int, image: Image) -> None:
         """Hand over a restored task's userfaultfd and its image; both are the pager's now."""

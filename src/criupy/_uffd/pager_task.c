@@ -291,7 +291,8 @@ bool task_drain(struct criupy_pager *p, struct task *t)
 
 void task_serve_waits(struct criupy_pager *p, struct task *t)
 {
-	const uint8_t *requested = t->space->image->requested, *state = t->space->state;
+	const struct criupy_image *image = t->space->image;
+	const uint8_t *requested = image->requested, *state = t->space->state;
 	size_t again = t->nr_zero_again;
 
 	t->unserved = false;
@@ -309,13 +310,14 @@ void task_serve_waits(struct criupy_pager *p, struct task *t)
 		uint64_t page = t->waits[i].page, nr = 1;
 		size_t before = t->nr_waits;
 
-		if (requested[page] || state[page] != CRIUPY_PAGE_MISSING) {
+		if (state[page] != CRIUPY_PAGE_MISSING || !fetch_is_due(p, image, page)) {
 			i++;
 			continue;
 		}
 		/* Neighbours in address order, as several threads running
-		 * through one array make them, travel together. */
-		while (i + nr < t->nr_waits && t->waits[i + nr].page == page + nr &&
+		 * through one array make them, travel together; but what is on its
+		 * way in bulk is asked for once more alone. */
+		while (!requested[page] && i + nr < t->nr_waits && t->waits[i + nr].page == page + nr &&
 		       !requested[page + nr])
 			nr++;
 		fetch_demand(p, t, page, nr);
