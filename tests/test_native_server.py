@@ -428,7 +428,7 @@ def test_a_peer_that_never_reads(serve: Serve, nr: int) -> None:
 @pytest.mark.parametrize("nr", [8, 256])
 def test_a_peer_that_reads_slowly_is_served_on(serve: Serve, nr: int) -> None:
     """It takes much longer for an answer than one may take nothing."""
-    served = serve(WorkloadSpec(size=8 << 20), stall=2.0)
+    served = serve(WorkloadSpec(size=8 << 20), stall=1.0)
     start = served.images.tasks[0].runs[0].start
     with served.connect() as destination:
         for _ in range(4096 // nr):
@@ -436,7 +436,7 @@ def test_a_peer_that_reads_slowly_is_served_on(serve: Serve, nr: int) -> None:
         got = 0
         for _ in range(60):
             got += len(destination.sock.recv(16 << 10))
-            time.sleep(0.08)
+            time.sleep(0.04)
         while got < 4096 // nr * (32 + nr * PAGE):
             piece = len(destination.sock.recv(1 << 20))
             assert piece, served.end()

@@ -20,6 +20,9 @@ class Stats(Protocol):
     outcome: int
     link: int
     link_error: int
+    urgent_link: int
+    urgent_error: int
+    refused: int
     error: int
     close_status: int
     poison_error: int
@@ -61,6 +64,7 @@ class Stats(Protocol):
     latency_max_ns: int
     latency: list[int]
     link_fault: Any
+    urgent_fault: Any
 
 class Notice(Protocol):
     kind: int
@@ -85,6 +89,26 @@ class Served(Protocol):
     nr_pages: int
     bytes_received: int
     fault: Any
+
+class UpstreamStats(Protocol):
+    """``struct criupy_upstream_stats``."""
+
+    state: int
+    error: int
+    close_status: int
+    disk_error: int
+    complete: int
+    reply_fault: int
+    bad_reply: Frame
+    bad_reply_offset: int
+    bytes_received: int
+    nr_requests: int
+    nr_urgent: int
+    nr_outstanding: int
+    pages_total: int
+    pages_fetched: int
+    pages_kept: int
+    pages_evicted: int
 
 class Asked(Protocol):
     """``struct criupy_question``."""

@@ -104,6 +104,8 @@ uint64_t criupy_space_next_missing(const struct criupy_space *space, uint64_t *p
 #define CRIUPY_CMD_ABORT 0x6304
 #define CRIUPY_CMD_REFUSED 0x6305
 #define CRIUPY_CMD_MASK 0xffff		/* the page flags are above */
+#define CRIUPY_REFUSED_GONE 4		/* reasons of REFUSED: the source is lost */
+#define CRIUPY_REFUSED_ENDED 6		/* it goes on, by somebody's decision */
 #define CRIUPY_HELLO_LENGTH 64		/* what follows the frame of a HELLO */
 #define CRIUPY_MAX_RUNS 256		/* of a GETV, and pages of all of them: */
 #define CRIUPY_MAX_RUN_PAGES 1024
@@ -128,7 +130,8 @@ int criupy_frame_decode(struct criupy_frame *frame, const uint8_t *in, size_t si
  * may follow), or -EPROTO for what no client starts with. */
 int criupy_frame_detect(const uint8_t *head);
 
-/* What is wrong with a reply to a GET; 0 is nothing. */
+/* What is wrong with a reply to a GET, or to a GETV, whose address is the number
+ * of its runs; 0 is nothing. */
 #define CRIUPY_REPLY_COMMAND 1
 #define CRIUPY_REPLY_ADDRESS 2
 #define CRIUPY_REPLY_ID 3
@@ -204,17 +207,25 @@ struct criupy_pager_config {
 #define CRIUPY_LINK_RESET 3		/* by us, on purpose */
 #define CRIUPY_LINK_LOST 4		/* link_error says why */
 
+/* The connections to the source. A stock one has the first. */
+#define CRIUPY_LANE_BULK 0
+#define CRIUPY_LANE_URGENT 1
+
 struct criupy_stats {
 	uint32_t phase;
 	uint32_t outcome;
-	uint32_t link;
-	int32_t link_error;		/* errno; EPROTO: see reply_fault, EPIPE: the peer closed, EBADMSG: link_fault */
+	uint32_t link;			/* the lane for bulk */
+	int32_t link_error;		/* errno; EPROTO: see reply_fault, EPIPE: the peer closed, EBADMSG: link_fault,
+					 * EACCES: refused */
+	uint32_t urgent_link;		/* the other lane */
+	int32_t urgent_error;
+	uint32_t refused;		/* the reason in a REFUSED on either, 0: none */
 	int32_t error;			/* errno of the pager's own failure, 0 while well */
 	int32_t close_status;		/* what the source answered to CLOSE, -1 before */
 	int32_t poison_error;		/* errno of UFFDIO_POISON, 0 if it was not refused */
-	uint32_t reply_fault;		/* CRIUPY_REPLY_*: what the bad reply violated */
+	uint32_t reply_fault;		/* CRIUPY_REPLY_*: what the bad reply violated, on whichever lane */
 	struct criupy_frame bad_reply;
-	uint64_t bad_reply_offset;	/* bytes received before it */
+	uint64_t bad_reply_offset;	/* bytes received before it there */
 	uint64_t nr_obeyed;		/* commands carried out */
 	uint64_t created_ns;		/* CLOCK_MONOTONIC, like all times here */
 	uint64_t finished_ns;		/* restore-finished was read */
@@ -250,6 +261,7 @@ struct criupy_stats {
 	uint64_t latency_max_ns;
 	uint64_t latency[CRIUPY_NR_BUCKETS];
 	char link_fault[CRIUPY_FAULT_LENGTH];	/* what the transport says of the link's loss */
+	char urgent_fault[CRIUPY_FAULT_LENGTH];
 };
 
 #define CRIUPY_NOTICE_TASK_DONE 1	/* a: pid */
@@ -281,14 +293,20 @@ int criupy_pager_next_notice(struct criupy_pager *pager, struct criupy_notice *n
  * counts them in nr_obeyed. Descriptors and images pass
  * to the pager when 0 is returned, and stay the caller's otherwise. */
 
-/* The connection to the source, with frames of frame_size bytes. shared: other
- * holders of the socket exist, so it must end with FORCE_CLOSE. transport is
- * what carries its bytes and passes like the descriptor; NULL: the socket. */
-int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, int shared,
-			  struct criupy_transport *transport);
-/* Let go of a link that is lost, by a reset, so that another can be set: only
+#define CRIUPY_LINK_SHARED 1	/* other holders of the socket exist, so it must end with FORCE_CLOSE */
+#define CRIUPY_LINK_EXTENDED 2	/* to a page server of ours, which knows GETV and FINISHED */
+#define CRIUPY_MAX_PREAMBLE 128
+
+/* A connection to the source, with frames of frame_size bytes; flags are of the
+ * kind above, and only an extended one can be the lane for what is urgent.
+ * transport is what carries its bytes and passes like the descriptor; NULL: the
+ * socket. preamble is sent first. */
+int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, int flags, int lane,
+			  struct criupy_transport *transport, const uint8_t *preamble,
+			  size_t preamble_length);
+/* Let go of a lane that is lost, by a reset, so that another can be set: only
  * where that is no verdict on a process, and before the end has begun. */
-int criupy_pager_drop_link(struct criupy_pager *pager);
+int criupy_pager_drop_link(struct criupy_pager *pager, int lane);
 /* A task of the restore. The image is new for each pid. */
 int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, struct criupy_image *image);
 /* All tasks are announced: read restore-finished from here. */
@@ -330,21 +348,22 @@ struct criupy_server_config {
 #define CRIUPY_SERVED_STALLED 5		/* the peer took or sent nothing in the middle of something */
 #define CRIUPY_SERVED_DATA 6		/* the images cannot be read; error */
 #define CRIUPY_SERVED_ERROR 7		/* error */
-#define CRIUPY_SERVED_DISK 8		/* what was uploaded cannot be written; error */
+#define CRIUPY_SERVED_DISK 8		/* what was uploaded, or fetched, cannot be written; error */
 #define CRIUPY_SERVED_REFUSED 9		/* an answer said no; error */
 #define CRIUPY_SERVED_SPEAKS_TLS 10	/* on a connection without */
 #define CRIUPY_SERVED_TRANSPORT 11	/* fault says what */
 #define CRIUPY_SERVED_CHANGED 12	/* the pages file was written since the image was added */
-#define CRIUPY_SERVED_COMMAND 13
-#define CRIUPY_SERVED_COUNT 14
-#define CRIUPY_SERVED_ADDRESS 15
-#define CRIUPY_SERVED_ID 16		/* no such task, or of no type that a pagemap has */
-#define CRIUPY_SERVED_PAGE 17		/* not a lazy page of it */
-#define CRIUPY_SERVED_TRUNCATED 18	/* the peer closed inside a frame, or inside pages */
-#define CRIUPY_SERVED_TRAILING 19	/* something came after CLOSE */
-#define CRIUPY_SERVED_FLAGS 20		/* an entry with flags that mean nothing */
-#define CRIUPY_SERVED_ORDER 21		/* an entry that begins before the end of the last */
-#define CRIUPY_SERVED_UNOPENED 22	/* an entry of another image than the one that is open */
+#define CRIUPY_SERVED_GONE 13		/* the source behind us has ended, and we do not have the page */
+#define CRIUPY_SERVED_COMMAND 14
+#define CRIUPY_SERVED_COUNT 15
+#define CRIUPY_SERVED_ADDRESS 16
+#define CRIUPY_SERVED_ID 17		/* no such task, or of no type that a pagemap has */
+#define CRIUPY_SERVED_PAGE 18		/* not a lazy page of it */
+#define CRIUPY_SERVED_TRUNCATED 19	/* the peer closed inside a frame, or inside pages */
+#define CRIUPY_SERVED_TRAILING 20	/* something came after CLOSE */
+#define CRIUPY_SERVED_FLAGS 21		/* an entry with flags that mean nothing */
+#define CRIUPY_SERVED_ORDER 22		/* an entry that begins before the end of the last */
+#define CRIUPY_SERVED_UNOPENED 23	/* an entry of another image than the one that is open */
 
 struct criupy_served {
 	uint64_t serial;
@@ -414,3 +433,57 @@ int criupy_server_answer(struct criupy_server *server, uint64_t serial, int answ
 
 /* Give the blocks of this range of a file back; it reads as zeros afterwards. */
 int criupy_punch_hole(int fd, uint64_t offset, uint64_t length);
+
+/* ---- the source of a relay (upstream.c) ------------------------------------------ */
+
+/* Fetches all pages of a stock source over the one connection that it accepts, what
+ * somebody waits for first, and keeps them in files for a page server. */
+struct criupy_upstream;
+
+struct criupy_upstream_config {
+	uint64_t link_timeout_ns;	/* silence with something outstanding: lost */
+	uint64_t cache_pages;		/* keep at most so many; 0: all */
+};
+
+struct criupy_upstream_stats {
+	uint32_t state;			/* CRIUPY_LINK_* */
+	int32_t error;			/* of one that is lost, as criupy_stats.link_error */
+	int32_t close_status;		/* what the source answered to CLOSE, -1 before */
+	int32_t disk_error;		/* errno: nothing more can be kept, nor is it fetched */
+	uint32_t complete;		/* every page is kept */
+	uint32_t reply_fault;		/* CRIUPY_REPLY_*: what the bad reply violated */
+	struct criupy_frame bad_reply;
+	uint64_t bad_reply_offset;	/* bytes received before it */
+	uint64_t bytes_received;
+	uint64_t nr_requests;
+	uint64_t nr_urgent;		/* of them, for what a connection waited for */
+	uint64_t nr_outstanding;	/* pages asked for and not here yet */
+	uint64_t pages_total;
+	uint64_t pages_fetched;		/* each time that they were */
+	uint64_t pages_kept;
+	uint64_t pages_evicted;
+};
+
+int criupy_upstream_create(struct criupy_upstream **upstream, const struct criupy_upstream_config *config);
+/* Stop the thread; a connection that is still open is reset: the source goes on. A
+ * server that it was added to keeps what was fetched until it is destroyed itself. */
+void criupy_upstream_destroy(struct criupy_upstream *upstream);
+/* The lazy extents of a task, whose data_pages say where in fd each page goes. Both
+ * pass when 0 is returned. -EEXIST for an id that is there, -EBUSY once started. */
+int criupy_upstream_add_image(struct criupy_upstream *upstream, struct criupy_image *image, int fd);
+/* Fetch over this connection to the source, which passes when 0 is returned. Once. */
+int criupy_upstream_start(struct criupy_upstream *upstream, int fd, int frame_size);
+/* An eventfd that becomes readable when the state, an error or completeness changed. */
+int criupy_upstream_event_fd(const struct criupy_upstream *upstream);
+void criupy_upstream_snapshot(struct criupy_upstream *upstream, struct criupy_upstream_stats *stats);
+/* Ask for nothing more, read what is outstanding, say CLOSE and read its answer. */
+int criupy_upstream_close(struct criupy_upstream *upstream);
+/* The source goes on, whoever else holds the socket. */
+int criupy_upstream_reset(struct criupy_upstream *upstream);
+
+/* Let go of the connection, which somebody else holds; it is LOST with ECANCELED then. */
+int criupy_upstream_leave(struct criupy_upstream *upstream);
+
+/* Give out what an upstream has and fetches, as with criupy_server_add_image. One for
+ * a server. */
+int criupy_server_add_upstream(struct criupy_server *server, struct criupy_upstream *upstream);

@@ -52,6 +52,8 @@ static void cut(struct connection *c)
 	c->cut = true;
 	(void)shutdown(c->fd, SHUT_RDWR);
 	pthread_cond_signal(&c->answered);
+	if (c->server->upstream)
+		upstream_wake(c->server->upstream);
 }
 
 static void connection_free(struct connection *c)
@@ -75,6 +77,10 @@ void criupy_server_destroy(struct criupy_server *server)
 	for (c = server->connections; c; c = next) {
 		next = c->next;
 		connection_free(c);
+	}
+	if (server->upstream) {
+		server_forget(server, server->upstream);
+		upstream_unshare(server->upstream);
 	}
 	for (size_t i = 0; i < server->nr_images; i++) {
 		criupy_image_destroy(server->images[i].image);
@@ -115,25 +121,18 @@ int server_check_pages(const struct served_image *served)
 {
 	struct stat now;
 
+	if (served->upstream)
+		return 0;
 	if (fstat(served->fd, &now) < 0)
 		return -errno;
 	return now.st_size == served->size && now.st_mtim.tv_sec == served->written.tv_sec &&
 		now.st_mtim.tv_nsec == served->written.tv_nsec ? 0 : -ESTALE;
 }
 
-int criupy_server_add_image(struct criupy_server *server, struct criupy_image *image, int fd)
+int server_insert(struct criupy_server *server, const struct served_image *served)
 {
-	size_t i = image_index(server, image->id);
-	struct stat pages;
+	size_t i = image_index(server, served->image->id);
 
-	if (server->nr_connections)
-		return -EBUSY;
-	if (!image->has_data || server->config.receives)
-		return -EINVAL;
-	if (server_find(server, image->id))
-		return -EEXIST;
-	if (fstat(fd, &pages) < 0)
-		return -errno;
 	if (server->nr_images == server->room_images) {
 		size_t room = server->room_images ? 2 * server->room_images : 8;
 		struct served_image *images = realloc(server->images, room * sizeof(*images));
@@ -144,11 +143,37 @@ int criupy_server_add_image(struct criupy_server *server, struct criupy_image *i
 		server->room_images = room;
 	}
 	memmove(server->images + i + 1, server->images + i, (server->nr_images - i) * sizeof(*server->images));
-	server->images[i] = (struct served_image){
-		.image = image, .fd = fd, .size = pages.st_size, .written = pages.st_mtim,
-	};
+	server->images[i] = *served;
 	server->nr_images++;
 	return 0;
+}
+
+void server_forget(struct criupy_server *server, const struct criupy_upstream *upstream)
+{
+	size_t kept = 0;
+
+	for (size_t i = 0; i < server->nr_images; i++)
+		if (server->images[i].upstream != upstream)
+			server->images[kept++] = server->images[i];
+	server->nr_images = kept;
+}
+
+int criupy_server_add_image(struct criupy_server *server, struct criupy_image *image, int fd)
+{
+	struct served_image served = { .image = image, .fd = fd };
+	struct stat pages;
+
+	if (server->nr_connections)
+		return -EBUSY;
+	if (!image->has_data || server->config.receives)
+		return -EINVAL;
+	if (server_find(server, image->id))
+		return -EEXIST;
+	if (fstat(fd, &pages) < 0)
+		return -errno;
+	served.size = pages.st_size;
+	served.written = pages.st_mtim;
+	return server_insert(server, &served);
 }
 
 /* ---- connections ---------------------------------------------------------------------- */

@@ -9,6 +9,7 @@
 #include <time.h>
 
 #include "internal.h"
+#include "upstream.h"
 
 /* Requests that are read at once; they are small, and a batch is answered with few system calls. */
 #define SERVER_IN (16 << 10)
@@ -33,6 +34,12 @@ struct served_image {
 	int fd;			/* its pages file, which was so when the image was added */
 	off_t size;
 	struct timespec written;
+	/* Of an upstream, to which image and file belong: nothing is there before it was
+	 * fetched. Where it evicts, pages are copied: the page cache may zero what lies
+	 * inside a larger folio while a socket still refers to it. */
+	struct criupy_upstream *upstream;
+	uint64_t first;		/* its first page's number there */
+	bool copied;
 };
 
 struct criupy_server {
@@ -41,6 +48,7 @@ struct criupy_server {
 	/* Written before the first connection, only read by their threads. */
 	struct served_image *images;	/* by id */
 	size_t nr_images, room_images;
+	struct criupy_upstream *upstream;	/* that has some of the images, or NULL */
 	pthread_mutex_t lock;		/* of what follows, and of every connection's account */
 	uint64_t nr_connections;
 	struct connection *connections;
@@ -72,7 +80,7 @@ struct connection {
 	int fd;
 	struct criupy_transport *transport;	/* NULL: plain TCP */
 	/* Under the server's lock. */
-	bool cut;
+	_Atomic bool cut;		/* read also without it, by who waits for an upstream */
 	struct criupy_served account;
 	enum asking asking;
 	struct criupy_question question;
@@ -89,6 +97,7 @@ struct connection {
 	bool begun;			/* a frame came */
 	bool claimed;			/* and a server that asks knows what comes of it */
 	bool extended;			/* it began with HELLO */
+	struct upstream_pin pin;	/* what an upstream holds for the answer that is being sent */
 	bool closing;			/* CLOSE was answered */
 	struct upload *upload;		/* NULL until something is opened */
 	uint64_t offset;		/* in the stream, of the next frame */
@@ -103,6 +112,9 @@ uint64_t server_now_ns(void);
 /* Make the eventfd readable. */
 void server_wake(const struct criupy_server *server);
 const struct served_image *server_find(const struct criupy_server *server, uint64_t id);
+int server_insert(struct criupy_server *server, const struct served_image *served);
+/* Take out what belongs to an upstream. */
+void server_forget(struct criupy_server *server, const struct criupy_upstream *upstream);
 /* 0 while nobody has written to the pages file, -ESTALE, or -errno. */
 int server_check_pages(const struct served_image *served);
 
@@ -152,12 +164,23 @@ int check_unchanged(struct connection *c, const struct served_image *served);
 /* Each returns 0, or -1 with the reason in c->counted. */
 /* Tell a client of ours why there is no more, and fail. */
 int session_refuse(struct connection *c, uint32_t reason);
+/* An answer could not begin: where the source is gone, tell a client of ours. */
+int session_gone(struct connection *c);
 int session_hello(struct connection *c, const struct criupy_frame *frame, const uint8_t *body);
 /* The first frame of a stock client, and the first that asks for pages of one of ours. */
 int session_claim(struct connection *c, const struct criupy_frame *frame);
 int session_finished(struct connection *c, const struct criupy_frame *frame);
 /* CLOSE and ABORT where pages are given out; status receives the answer. */
 int session_end(struct connection *c, const struct criupy_frame *frame, int32_t *status);
+/* ---- server_upstream.c ------------------------------------------------------------------------ */
+
+/* Whether these pages are here or may come. */
+int check_pages(struct connection *c, const struct served_image *served, uint64_t page, uint64_t nr);
+/* Wait until pages of an image, from this one on, can be read, at most *nr, and how
+ * many receives *nr. 0, or -1 with the reason in c->counted. */
+int hold_pages(struct connection *c, const struct served_image *served, uint64_t page, uint64_t *nr);
+/* They have gone, or been copied, if result is 0; returns it. */
+int release_pages(struct connection *c, const struct served_image *served, int result);
 
 /* ---- server_receive.c ----------------------------------------------------------------------- */
 

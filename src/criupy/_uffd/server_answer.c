@@ -41,18 +41,26 @@ int check_unchanged(struct connection *c, const struct served_image *served)
 	return result < 0 ? connection_fail(c, CRIUPY_SERVED_DATA, -result) : 0;
 }
 
-/* The lazy pages that begin at an address, at most nr; 0 when the first is none. */
-static uint64_t find_pages(const struct served_image *served, uint64_t address, uint64_t nr, uint64_t *number)
+/* Lazy pages that lie together: in the image, in its file. */
+struct pages {
+	uint64_t page;
+	uint64_t number;
+	uint64_t nr;
+};
+
+/* Those that begin at an address, at most nr; none when the first is none. */
+static struct pages find_pages(const struct served_image *served, uint64_t address, uint64_t nr)
 {
 	size_t i = image_extent_after(served->image, address);
 	const struct extent *e = &served->image->extents[i];
-	uint64_t page;
+	uint64_t offset;
 
 	if (i == served->image->nr_extents || address < e->start)
-		return 0;
-	page = (address - e->start) >> PAGE_SHIFT;
-	*number = e->data + page;
-	return min_u64(nr, e->nr_pages - page);
+		return (struct pages){ 0 };
+	offset = (address - e->start) >> PAGE_SHIFT;
+	return (struct pages){
+		.page = e->first + offset, .number = e->data + offset, .nr = min_u64(nr, e->nr_pages - offset),
+	};
 }
 
 static int check_run(struct connection *c, uint64_t address, uint64_t nr_pages)
@@ -104,31 +112,37 @@ static int put_header(struct connection *c, const struct served_image *served, c
 	return 0;
 }
 
-static int put_pages(struct connection *c, const struct served_image *served, uint64_t number, uint64_t nr_pages)
+static int put_pages(struct connection *c, const struct served_image *served, struct pages pages)
 {
-	uint64_t offset = number << PAGE_SHIFT;
-	size_t length = (size_t)nr_pages << PAGE_SHIFT;
+	uint64_t offset = pages.number << PAGE_SHIFT;
+	size_t length = (size_t)pages.nr << PAGE_SHIFT;
 
-	if (c->transport || nr_pages >= SERVER_SENDFILE_PAGES) {
+	if (c->transport || pages.nr >= SERVER_SENDFILE_PAGES) {
 		if (connection_flush(c, true) < 0 || stream_send_file(c, served, offset, length) < 0)
 			return -1;
-		connection_sent(c, nr_pages);
+		connection_sent(c, pages.nr);
 		return 0;
 	}
 	if (make_room(c, served, length) < 0 ||
 	    read_pages(c, served->fd, offset, c->out + c->out_length, length) < 0)
 		return -1;
 	c->out_length += length;
-	c->out_pages += nr_pages;
+	c->out_pages += pages.nr;
 	c->in_out = served;
 	return 0;
+}
+
+static int put_answer(struct connection *c, const struct served_image *served, const struct criupy_frame *reply,
+		      struct pages pages)
+{
+	return put_header(c, served, reply) < 0 ? -1 : put_pages(c, served, pages);
 }
 
 int answer_get(struct connection *c, const struct criupy_frame *frame)
 {
 	struct criupy_frame reply = *frame;
 	const struct served_image *served;
-	uint64_t number;
+	struct pages pages;
 
 	if (check_run(c, frame->vaddr, frame->nr_pages) < 0)
 		return -1;
@@ -136,12 +150,29 @@ int answer_get(struct connection *c, const struct criupy_frame *frame)
 	if (!served)
 		return -1;
 	reply.cmd = CRIUPY_CMD_ADD_F | CRIUPY_PE_PRESENT << 16;
-	reply.nr_pages = find_pages(served, frame->vaddr, min_u64(frame->nr_pages, SERVER_ANSWER_PAGES), &number);
-	if (!reply.nr_pages)
+	pages = find_pages(served, frame->vaddr, min_u64(frame->nr_pages, SERVER_ANSWER_PAGES));
+	if (!pages.nr)
 		return connection_fail(c, CRIUPY_SERVED_PAGE, 0);
-	if (put_header(c, served, &reply) < 0)
-		return -1;
-	return put_pages(c, served, number, reply.nr_pages);
+	if (hold_pages(c, served, pages.page, &pages.nr) < 0)
+		return session_gone(c);
+	reply.nr_pages = pages.nr;
+	return release_pages(c, served, put_answer(c, served, &reply, pages));
+}
+
+/* All of them, however few can be held at a time. */
+static int put_run(struct connection *c, const struct served_image *served, struct pages run)
+{
+	while (run.nr) {
+		struct pages pages = run;
+
+		if (hold_pages(c, served, pages.page, &pages.nr) < 0 ||
+		    release_pages(c, served, put_pages(c, served, pages)) < 0)
+			return -1;
+		run.page += pages.nr;
+		run.number += pages.nr;
+		run.nr -= pages.nr;
+	}
+	return 0;
 }
 
 static uint64_t get_u64(const uint8_t *from)
@@ -159,7 +190,8 @@ int answer_getv(struct connection *c, const struct criupy_frame *frame, const ui
 	const uint8_t *end = runs + frame->vaddr * CRIUPY_RUN_LENGTH;
 	const struct served_image *served = find_image(c, frame->dst_id);
 	struct criupy_frame reply = *frame;
-	uint64_t total = 0, number;
+	uint64_t total = 0;
+	struct pages pages;
 
 	if (!served)
 		return -1;
@@ -170,8 +202,11 @@ int answer_getv(struct connection *c, const struct criupy_frame *frame, const ui
 			return -1;
 		if (nr_pages > CRIUPY_MAX_RUN_PAGES)
 			return connection_fail(c, CRIUPY_SERVED_COUNT, 0);
-		if (find_pages(served, address, nr_pages, &number) != nr_pages)
+		pages = find_pages(served, address, nr_pages);
+		if (pages.nr != nr_pages)
 			return connection_fail(c, CRIUPY_SERVED_PAGE, 0);
+		if (check_pages(c, served, pages.page, pages.nr) < 0)
+			return session_gone(c);
 		total += nr_pages;
 	}
 	if (total != frame->nr_pages || total > CRIUPY_MAX_RUN_PAGES)
@@ -179,11 +214,8 @@ int answer_getv(struct connection *c, const struct criupy_frame *frame, const ui
 	reply.cmd = CRIUPY_CMD_GETV | CRIUPY_PE_PRESENT << 16;
 	if (put_header(c, served, &reply) < 0)
 		return -1;
-	for (const uint8_t *run = runs; run < end; run += CRIUPY_RUN_LENGTH) {
-		uint64_t nr_pages = find_pages(served, get_u64(run), get_u64(run + 8), &number);
-
-		if (put_pages(c, served, number, nr_pages) < 0)
+	for (const uint8_t *run = runs; run < end; run += CRIUPY_RUN_LENGTH)
+		if (put_run(c, served, find_pages(served, get_u64(run), get_u64(run + 8))) < 0)
 			return -1;
-	}
 	return 0;
 }

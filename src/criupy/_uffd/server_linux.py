@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from criupy._uffd.image_linux import Image, check, ffi, lib
+from criupy._uffd.upstream_linux import Upstream
 
 if TYPE_CHECKING:
     from criupy._uffd._native import Asked, Served
@@ -43,7 +44,7 @@ class Ending(enum.IntEnum):
     DATA = lib.CRIUPY_SERVED_DATA
     #: Something else failed here; ``errno``.
     ERROR = lib.CRIUPY_SERVED_ERROR
-    #: What was uploaded cannot be written; ``errno``.
+    #: What was uploaded, or fetched from an upstream, cannot be written; ``errno``.
     DISK = lib.CRIUPY_SERVED_DISK
     #: What was uploaded makes no images; ``errno``, and the log says why.
     REFUSED = lib.CRIUPY_SERVED_REFUSED
@@ -53,6 +54,8 @@ class Ending(enum.IntEnum):
     TRANSPORT = lib.CRIUPY_SERVED_TRANSPORT
     #: Somebody has written to the images.
     CHANGED = lib.CRIUPY_SERVED_CHANGED
+    #: The source behind this server has ended, and what was asked for was not fetched before.
+    GONE = lib.CRIUPY_SERVED_GONE
     #: Nothing that is done here.
     COMMAND = lib.CRIUPY_SERVED_COMMAND
     #: No pages, or more than there can be.
@@ -230,6 +233,13 @@ class Server:
         """
         check("serve an image", lib.criupy_server_add_image(self._server, image._to_give(), fd))
         image._given()
+
+    def add_upstream(self, upstream: Upstream) -> None:
+        """Give out the images of an upstream: what it has fetched, and what it fetches for who asks.
+
+        Only one, after its images were added and before the first connection.
+        """
+        check("serve an upstream", lib.criupy_server_add_upstream(self._server, upstream._to_share()))
 
     def serve(self, fd: int, *, transport: int = 0) -> int:
         """Serve a connected socket, which is the server's now; return the connection's number.

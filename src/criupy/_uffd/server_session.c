@@ -37,6 +37,18 @@ int session_refuse(struct connection *c, uint32_t reason)
 	return connection_fail(c, CRIUPY_SERVED_REFUSED, (int)reason);
 }
 
+int session_gone(struct connection *c)
+{
+	struct criupy_served found = c->counted;
+
+	if (c->extended && found.reason == CRIUPY_SERVED_GONE) {
+		say_refused(c, found.error == ESHUTDOWN ? CRIUPY_REFUSED_ENDED : CRIUPY_REFUSED_GONE);
+		c->counted.reason = found.reason;
+		c->counted.error = found.error;
+	}
+	return -1;
+}
+
 int session_hello(struct connection *c, const struct criupy_frame *frame, const uint8_t *body)
 {
 	if (c->begun || c->server->config.receives || c->frame_size != CRIUPY_FRAME_32)

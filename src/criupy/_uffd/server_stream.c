@@ -199,7 +199,7 @@ int stream_send_file(struct connection *c, const struct served_image *served, ui
 	struct patience patience = { 0 };
 	off_t offset = (off_t)start;
 
-	while (c->transport && length) {
+	while ((c->transport || served->copied) && length) {
 		size_t some = min_u64(length, SERVER_OUT);
 
 		if (read_pages(c, served->fd, start, c->out, some) < 0 || check_unchanged(c, served) < 0 ||
