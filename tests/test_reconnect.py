@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -51,14 +52,13 @@ async def linked(
             images=images,
             style="full",
             page_server=(link.address, link.port),
-            **{"reconnect": 20.0, "link_timeout": 0.5, **tls, **config},
+            **{"reconnect": 20.0, "link_timeout": 0.25, **tls, **config},
         ) as serving,
     ):
         yield server, link, serving
 
 
-@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("seed", "secure"), [(0, False), (1, True)], ids=["plain", "tls"])
 async def test_twenty_cuts(seed: int, secure: bool, room: Path, certificates: Certificates) -> None:
     script = random_cuts(seed, nr=20, within=SPEC.tree * SPEC.size, down=0.02)
     async with (
@@ -79,6 +79,23 @@ async def test_twenty_cuts(seed: int, secure: bool, room: Path, certificates: Ce
         assert server.statistics.endings["closed"] <= 1
 
 
+async def test_tls_is_resumed(
+    room: Path, certificates: Certificates, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    script = random_cuts(2, nr=3, within=SPEC.tree * SPEC.size, how=[Loss.RST], down=0.02)
+    async with linked(room, script=script, certificates=certificates) as (_, link, s), s.restore() as standin:
+        await standin.finish()
+        await all_good(standin)
+        assert (await s.daemon.wait()).pages_missing == 0
+        assert link.cuts == 3
+    kinds = [line for line in caplog.messages if "TLSv1.3" in line and "criupy demo server" in line]
+    assert [line.startswith("bulk lane: connected") for line in kinds] == [False, True, True, True]
+    assert ["CN = criupy demo server, resumed" in line for line in kinds] == [False, True, True, True]
+    accepted = [line for line in caplog.messages if "CN = criupy demo client" in line]
+    assert [line.endswith(", resumed") for line in accepted] == [False, True, True, True]
+
+
 @pytest.mark.parametrize("how", Loss)
 async def test_cuts_of_each_kind(how: Loss, room: Path) -> None:
     script = random_cuts(1, nr=5, within=SPEC.tree * SPEC.size, how=[how])
@@ -90,7 +107,7 @@ async def test_cuts_of_each_kind(how: Loss, room: Path) -> None:
 
 
 async def test_byte_by_byte(room: Path) -> None:
-    spec = WorkloadSpec(size=64 << 10)
+    spec = WorkloadSpec(size=32 << 10)
     async with linked(room, Conditions(piece=1), spec=spec) as (_, _, s), s.restore() as standin:
         await standin.finish()
         await all_good(standin)
@@ -156,7 +173,8 @@ async def test_a_stop_while_it_is_lost(stops: int, room: Path) -> None:
     ):
         await standin.finish()
         await link.reached(4 * MIB)
-        link.cut(Loss.RST, down=1.0)
+        link.cut(Loss.RST, down=0.5)
+        link.conditions = Conditions()
         await trio.sleep(0.1)
         for _ in range(stops):
             s.daemon.stop()

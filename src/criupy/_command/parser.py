@@ -131,12 +131,12 @@ class Group:
         words = choices.split(",")
         self.value(name, f"{{{choices}}}", help, choices=words, default=words[0])
 
-    def switch(self, names: str, dest: str, help: str) -> None:
+    def switch(self, names: str, dest: str, help: str, *, default: bool | None = False) -> None:
         """Add an option without an argument, and its --no-."""
-        self._group.add_argument(*names.split(), dest=dest, action="store_true", help=help)
+        self._group.add_argument(*names.split(), dest=dest, action="store_true", default=default, help=help)
         for name in re.findall(r"--(\S+)", names):
             self._group.add_argument(
-                f"--no-{name}", dest=dest, action="store_false", default=False, help=argparse.SUPPRESS
+                f"--no-{name}", dest=dest, action="store_false", default=default, help=argparse.SUPPRESS
             )
 
     def flag(self, names: str, help: str) -> None:

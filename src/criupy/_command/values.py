@@ -8,7 +8,18 @@ from pathlib import Path
 
 from criupy._command.getopt import show
 
-__all__ = ["descriptor", "host", "number", "optional_descriptor", "path", "port", "seconds", "text"]
+__all__ = [
+    "descriptor",
+    "host",
+    "number",
+    "optional_descriptor",
+    "path",
+    "port",
+    "seconds",
+    "size",
+    "text",
+    "where",
+]
 
 _LONGEST = 7 * 86400.0  # seconds; TCP_USER_TIMEOUT ends at 24 days
 
@@ -58,6 +69,22 @@ def text(word: str) -> str:
 def host(word: str) -> str:
     """Take an address or a name; an IPv6 address may stand in brackets."""
     return text(word[1:-1] if word.startswith("[") and word.endswith("]") else word)
+
+
+def size(word: str) -> int:
+    """Take a number of bytes."""
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", word)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{show(word)}' is not a size such as 64M or 2G")
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2]]
+
+
+def where(word: str) -> tuple[str, int]:
+    """Take a host and the port of a server there."""
+    name, colon, number_there = word.rpartition(":")
+    if not colon or (":" in name and not (name.startswith("[") and name.endswith("]"))):
+        raise argparse.ArgumentTypeError(f"'{show(word)}' is not HOST:PORT (of IPv6 [ADDRESS]:PORT)")
+    return host(name), port(number_there)
 
 
 def path(word: str) -> Path:

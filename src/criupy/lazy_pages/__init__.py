@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from criupy.lazy_pages._statistics import Events, State, Statistics
 
 if TYPE_CHECKING:
-    from criupy.lazy_pages._daemon_linux import Config, LazyPages, open_lazy_pages
+    from criupy.lazy_pages._config import Config
+    from criupy.lazy_pages._daemon_linux import LazyPages, open_lazy_pages
 
 __all__ = ["Config", "Events", "LazyPages", "State", "Statistics", "open_lazy_pages"]
 

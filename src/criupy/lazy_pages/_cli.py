@@ -50,8 +50,9 @@ def _run(options: LazyPagesOptions) -> int:
         write_child_pidfile,
     )
     from criupy._command.signals_linux import hold_signals
-    from criupy.lazy_pages._daemon_linux import Config
-    from criupy.lazy_pages._images import check_reconnect, load_tasks
+    from criupy.lazy_pages._config import Config
+    from criupy.lazy_pages._extension_linux import extension_for
+    from criupy.lazy_pages._images import load_tasks
     from criupy.lazy_pages._restore_socket_linux import bind_restore_socket
     from criupy.lazy_pages._source_linux import adopt_source
 
@@ -78,6 +79,8 @@ def _run(options: LazyPagesOptions) -> int:
         stop_timeout=options.stop_timeout,
         on_failure=options.on_failure,
         reconnect=options.reconnect,
+        extended=options.extended,
+        lanes=options.lanes,
         tls=options.tls,
         source_name=options.source_name,
     )
@@ -87,7 +90,7 @@ def _run(options: LazyPagesOptions) -> int:
 
         tls = TlsContext(options.tls, server=False)
     dumped = load_tasks(config.images_dir, local=not config.remote)
-    check_reconnect(dumped, asked_for=config.reconnect is not None and config.remote)
+    extension_for(config, dumped)  # what cannot be done with this page server is told now
     listener = bind_restore_socket(options.work_dir)
     if options.daemon:
         child = daemonize()

@@ -18,32 +18,32 @@ says what came of it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import socket
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import trio
 
 from criupy._kill_linux import kill_trees
-from criupy._tls.files import TlsFiles
 from criupy._tls.tls_linux import TlsContext
 from criupy._uffd.image_linux import Image
 from criupy._uffd.pager_linux import Link, Outcome, Pager, Phase
 from criupy.errors import CriupyError, LazyPagesError
-from criupy.images import frame_size
+from criupy.lazy_pages._config import Config
+from criupy.lazy_pages._extension_linux import extension_for
 from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask
-from criupy.lazy_pages._images import DumpedTask, check_reconnect, load_tasks
+from criupy.lazy_pages._images import DumpedTask, load_tasks
+from criupy.lazy_pages._linking_linux import Links
 from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_socket
-from criupy.lazy_pages._source_linux import SecuredSource, adopt_source, connect_source
 from criupy.lazy_pages._statistics import State, Statistics
-from criupy.lazy_pages._telling_linux import log_completion, log_notice, trouble_of, was_refused
+from criupy.lazy_pages._telling_linux import log_completion, log_notice, was_refused
+from criupy.lazy_pages._watching_linux import Changes, obeyed, reached
+from criupy.wire.extension import Refusal
 from criupy.wire.restore_socket import Zombie
 
 if TYPE_CHECKING:
@@ -56,40 +56,6 @@ log = logging.getLogger("criupy.lazy_pages")
 # After SIGKILL an address space goes within milliseconds, unless its tasks hang in the kernel.
 _KILL_PATIENCE = 10.0
 _PROBE_INTERVAL = 0.02
-# Between attempts to reach a page server again: at first, and at most.
-_RECONNECT_PAUSE = 0.05
-_LONGEST_PAUSE = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """What one restore needs to know.
-
-    ``page_server`` is the source's (host, port), ``ps_socket`` an inherited
-    connected socket instead; with neither, pages come from the images.
-    Timeouts are in seconds. ``frame_size`` None takes what the images tell.
-    ``reconnect`` is how long a page server that was lost is tried to be reached
-    again; only one that serves full images can be. With ``tls`` the source's
-    certificate must be for ``source_name``, which is the host of
-    ``page_server`` unless given.
-    """
-
-    images_dir: Path
-    page_server: tuple[str, int] | None = None
-    ps_socket: int | None = None
-    frame_size: Literal[24, 32] | None = None
-    connect_timeout: float = 10.0
-    link_timeout: float = 30.0
-    stop_timeout: float = 30.0
-    on_failure: Literal["poison", "kill"] = "poison"
-    reconnect: float | None = None
-    tls: TlsFiles | None = None
-    source_name: str | None = None
-
-    @property
-    def remote(self) -> bool:
-        """Whether the pages come over a connection."""
-        return self.page_server is not None or self.ps_socket is not None
 
 
 def _is_userfaultfd(fd: int) -> bool:
@@ -117,17 +83,15 @@ class LazyPages:
         self._listener = listener
         self._before = trio.CancelScope()  # what stop() may simply cancel: no task can have run
         self._stops = 0
-        self._changed = trio.Event()
+        self._changes = Changes()
         self._ended = trio.Event()
         self._failure: BaseException | None = None
         self._pager: Pager | None = None
         self._connection: RestoreConnection | None = None
-        self._handover_done = self._linked = False
-        self._tls = tls
-        self._secured: SecuredSource | None = None
+        self._handover_done = False
+        self._links = Links(config, tls, self._changes)
         self._announced: set[int] = set()
         self._tasks: list[RestoredTask] = []
-        self._unreachable: str | None = None  # what was lost, and that it did not come back
         self._mismatch: str | None = None  # tasks run whose lazy pages no image tells
         self._last = Statistics()
         self._state = State.WAITING
@@ -149,7 +113,7 @@ class LazyPages:
         """
         self._stops += 1
         self._before.cancel()
-        self._wake()
+        self._changes.notify()
 
     async def wait(self) -> Statistics:
         """Wait until the restore is served; raise LazyPagesError if it was not."""
@@ -188,8 +152,7 @@ class LazyPages:
             self._close_listener()
             if self._connection is not None:
                 self._connection.close()
-            if self._secured is not None:
-                self._secured.close()
+            self._links.close()
             for task in self._tasks:
                 task.close()
             self._last = self._last.with_state(self._state)
@@ -198,8 +161,6 @@ class LazyPages:
     async def _serve(self, pager: Pager) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._listen_to, pager)
-            if self.config.reconnect is not None and self.config.page_server is not None:
-                nursery.start_soon(self._keep_linked, pager, self.config.reconnect)
             try:
                 try:
                     with self._before:
@@ -221,33 +182,32 @@ class LazyPages:
             await trio.lowlevel.wait_readable(pager.event_fd)
             for notice in pager.notices():
                 log_notice(notice)
-            if self._trouble(pager.snapshot()) is not None:
+            if self._links.trouble(pager.snapshot()) is not None:
                 self._before.cancel()
-            self._wake()
+            self._changes.notify()
 
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+    async def _keep_linked(self, pager: Pager) -> None:
+        await self._links.keep(pager)
+        if self._links.unreachable is not None:
+            self._before.cancel()
+            self._changes.notify()
 
     # ---- before restore-finished -------------------------------------------------
 
     async def _restore(self, pager: Pager, nursery: trio.Nursery) -> None:
-        if self.config.ps_socket is not None:
-            if self._tls is None:
-                self._adopt(pager, self.config.ps_socket)
-            else:
-                self._secured = await self._begin_secured(self._tls)
+        await self._links.begin(pager)
         if self._to_load:
             with trio.CancelScope(shield=True):  # the thread cannot be stopped, and its result may be needed
                 self._dumped = await trio.to_thread.run_sync(
                     partial(load_tasks, self.config.images_dir, local=not self.config.remote)
                 )
-        check_reconnect(self._dumped, asked_for=self.config.reconnect is not None and self.config.remote)
+        self._links.extension = extension_for(self.config, self._dumped)
+        nursery.start_soon(self._keep_linked, pager)
         sock, _ = await self._listener.accept()
         self._connection = connection = RestoreConnection(sock)
         self._close_listener()
         self._state = State.RESTORING
-        await self._connect(pager)
+        await self._links.connect(pager)
         while len(self._announced) < len(self._dumped):
             self._take(pager, nursery, await connection.receive_task())
         log.info("all %d tasks have come, waiting for restore-finished", len(self._announced))
@@ -302,135 +262,6 @@ class LazyPages:
         self._state = State.RESTORING
         sock.setblocking(False)
         return RestoreConnection(trio.socket.from_stdlib_socket(sock))
-
-    def _adopt(self, pager: Pager, inherited: int) -> None:
-        fd = adopt_source(inherited, link_timeout=self.config.link_timeout)
-        size: int | None = None
-        try:
-            size = self._frame_size()
-        finally:
-            self._linked = True
-            # Whatever is wrong with the images: it is for the pager to let the source go on.
-            pager.set_link(fd, frame_size=size or 32, shared=True)
-        log.info("using socket %d to the page server, frames of %d bytes", fd, size)
-
-    async def _connect(self, pager: Pager) -> None:
-        if self._tls is not None:
-            await self._connect_secured(pager, self._tls)
-            return
-        if self._linked or self.config.page_server is None:
-            return
-        host, port = self.config.page_server
-        size = self._frame_size()
-        fd = await self._reach(host, port)
-        self._linked = True
-        pager.set_link(fd, frame_size=size, shared=False)
-        log.info("connected to page server %s:%d, frames of %d bytes", host, port, size)
-
-    async def _keep_linked(self, pager: Pager, patience: float) -> None:
-        """Reach the page server again whenever it is lost; pages that were asked for are missing again.
-
-        One that is reached and lost again, without a page in between, gets no more time.
-        """
-        deadline, received = float("inf"), -1
-        while True:
-            changed = self._changed
-            stats = pager.snapshot()
-            if not self._may_reconnect(stats):
-                await changed.wait()
-                continue
-            lost = trouble_of(stats, self.config.link_timeout)
-            if stats.pages_received > received:
-                deadline = trio.current_time() + patience
-            received = stats.pages_received
-            log.warning("%s; trying to reach it again for at most %g s", lost, patience)
-            pager.drop_link()
-            failure = await self._relink(pager, deadline)
-            if failure is not None:
-                self._unreachable = (
-                    f"{lost}, and it could not be reached again within {patience:g} s: {failure}"
-                )
-                self._before.cancel()
-                self._wake()
-                return
-            await self._obeyed(pager)
-            log.info("reached the page server again")
-
-    def _may_reconnect(self, stats: Stats) -> bool:
-        return (
-            self.config.reconnect is not None
-            and self.config.page_server is not None
-            and not stats.error
-            and stats.phase < Phase.CLOSING
-            and stats.link == Link.LOST
-            and stats.link_error != errno.EPROTO
-            and not was_refused(stats)
-        )
-
-    async def _relink(self, pager: Pager, deadline: float) -> str | None:
-        """Connect again and again; return what was wrong when the time is up."""
-        pause = _RECONNECT_PAUSE
-        failure = "no answer"
-        while True:
-            with trio.move_on_at(deadline):
-                try:
-                    await self._link_again(pager)
-                except CriupyError as error:
-                    failure = str(error)
-                else:
-                    return None
-                await trio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-            if trio.current_time() >= deadline:
-                return failure
-
-    async def _link_again(self, pager: Pager) -> None:
-        assert self.config.page_server is not None  # noqa: S101 - or it is not asked to
-        size = self._frame_size()
-        if self._tls is None:
-            pager.set_link(await self._reach(*self.config.page_server), frame_size=size, shared=False)
-            return
-        secured = await self._begin_secured(self._tls)
-        try:
-            await secured.handshake(connect_timeout=self.config.connect_timeout)
-            secured.give(pager, frame_size=size)
-        finally:
-            secured.close()
-
-    async def _reach(self, host: str, port: int) -> int:
-        return await connect_source(
-            host,
-            port,
-            connect_timeout=self.config.connect_timeout,
-            link_timeout=self.config.link_timeout,
-        )
-
-    async def _connect_secured(self, pager: Pager, tls: TlsContext) -> None:
-        if self._linked or not self.config.remote:
-            return
-        size = self._frame_size()
-        if self._secured is None:
-            # No checkpoint once it is connected: a stop comes later, and finds it.
-            self._secured = await self._begin_secured(tls)
-        await self._secured.handshake(connect_timeout=self.config.connect_timeout)
-        self._linked = True
-        kind = self._secured.give(pager, frame_size=size)
-        log.info("connected to page server %s by %s; frames of %d bytes", self._secured.where, kind, size)
-
-    async def _begin_secured(self, tls: TlsContext) -> SecuredSource:
-        if self.config.page_server is not None:
-            host, port = self.config.page_server
-            fd, where, name = await self._reach(host, port), f"{host}:{port}", host.partition("%")[0]
-        else:
-            inherited = self.config.ps_socket
-            assert inherited is not None  # noqa: S101 - the configuration is remote
-            fd = adopt_source(inherited, link_timeout=self.config.link_timeout)
-            where, name = f"at socket {fd}", None
-        shared = self.config.page_server is None
-        return SecuredSource(fd, tls, self.config.source_name or name, where, shared=shared)
-
-    def _frame_size(self) -> int:
-        return self.config.frame_size or frame_size(self.config.images_dir) or 32
 
     def _take(self, pager: Pager, nursery: trio.Nursery | None, task: RestoredTask | Zombie) -> None:
         self._announced.add(task.pid)
@@ -489,14 +320,14 @@ class LazyPages:
     async def _supervise(self, pager: Pager, nursery: trio.Nursery) -> None:
         deadline = float("inf")
         while True:
-            changed = self._changed
+            changed = self._changes.next
             stats = pager.snapshot()
             if stats.phase == Phase.ENDED:
-                return self._report_end(stats)
+                return await self._report_end(stats)
             if stats.phase == Phase.RUNNING and self._state is State.RESTORING:
                 self._state = State.TRANSFERRING
                 log.info("restore finished, %d pages to go", stats.pages_missing)
-            trouble = self._trouble(stats)
+            trouble = self._links.trouble(stats)
             if trouble is None and self._stops:
                 if stats.phase == Phase.RESTORING:
                     await self._stop_early(pager, nursery)
@@ -522,11 +353,11 @@ class LazyPages:
         if self._mismatch is not None:
             await self._fail_with(pager, self._mismatch)
         pager.abort()
-        stats = await self._obeyed(pager)
+        stats = await obeyed(pager, self._changes)
         if stats.phase == Phase.ENDED:
-            raise LazyPagesError(self._undone("stopped"))
+            raise LazyPagesError(await self._undone("stopped"))
         try:
-            await self._connect(pager)
+            await self._links.connect(pager)
         except CriupyError as error:
             await self._fail_with(pager, str(error))
 
@@ -543,38 +374,36 @@ class LazyPages:
         if story is not None:
             raise LazyPagesError(story)
 
-    def _trouble(self, stats: Stats) -> str | None:
-        if self._unreachable is not None or self._may_reconnect(stats):
-            return self._unreachable
-        return trouble_of(stats, self.config.link_timeout)
-
-    def _report_end(self, stats: Stats) -> None:
+    async def _report_end(self, stats: Stats) -> None:
         match stats.outcome:
             case Outcome.VETOED:
-                raise LazyPagesError(f"the restore was aborted; {self._source_goes_on()}")
+                raise LazyPagesError(f"the restore was aborted; {await self._source_goes_on()}")
             case Outcome.RESTORE_FAILED:
                 raise LazyPagesError(
                     f"criu closed the connection before restore-finished: the restore failed, "
-                    f"see its log; {self._source_goes_on()}"
+                    f"see its log; {await self._source_goes_on()}"
                 )
-        log_completion(stats)
+        why = await self._links.conclude(stats, runs_here=True)
+        if why is not None:
+            log.error(
+                "every page arrived, but the relay could not be told (%s): the source stays frozen there", why
+            )
+        else:
+            log_completion(stats)
 
-    def _source_goes_on(self) -> str:
+    async def _source_goes_on(self) -> str:
+        """Tell a relay that no task runs here, and say what becomes of the source."""
         if not self.config.remote:
             return "the images are untouched"
+        assert self._pager is not None  # noqa: S101 - this is what it was for
+        why = await self._links.conclude(self._pager.snapshot(), runs_here=False)
+        if why is not None:
+            return self._frozen(why)
         return (
             "a live source goes on (its network stays locked unless it was dumped with --network-lock skip)"
         )
 
     # ---- failure ------------------------------------------------------------------------
-
-    async def _obeyed(self, pager: Pager) -> Stats:
-        while True:
-            changed = self._changed
-            stats = pager.snapshot()
-            if pager.obeyed(stats):
-                return stats
-            await changed.wait()
 
     async def _give_up(self, pager: Pager, trouble: str) -> str | None:
         """End what cannot go on, by the rules of the period; return the whole story.
@@ -583,24 +412,27 @@ class LazyPages:
         """
         await self._conclude(pager)
         pager.abort()
-        stats = await self._obeyed(pager)
+        stats = await obeyed(pager, self._changes)
         if stats.outcome in {Outcome.VETOED, Outcome.RESTORE_FAILED}:
-            return self._undone(trouble)
+            return await self._undone(trouble)
         if stats.phase >= Phase.CLOSING:
-            await self._phase(pager, Phase.ENDED)
+            await reached(pager, self._changes, Phase.ENDED)
             return None
         pager.give_up()
-        stats = await self._obeyed(pager)
+        stats = await obeyed(pager, self._changes)
         missing = stats.pages_missing
         told = ""
-        if self.config.on_failure == "poison" and not self._strangers() and self._was_reached(stats):
+        if self._may_poison(stats):
             pager.poison()
-            stats = await self._obeyed(pager)
+            stats = await obeyed(pager, self._changes)
             if stats.nr_live:
                 told = f"this kernel cannot poison pages ({os.strerror(stats.poison_error)}), so "
             else:
                 pager.end(reset=False)
-                await self._phase(pager, Phase.ENDED)
+                await reached(pager, self._changes, Phase.ENDED)
+                why = await self._links.conclude(pager.snapshot(), runs_here=True)
+                if why is not None:
+                    log.error("the relay could not be told (%s): the source stays frozen there", why)
                 return (
                     f"{trouble}; {stats.pages_poisoned} missing pages were poisoned: touching one is a SIGBUS"
                 )
@@ -608,46 +440,57 @@ class LazyPages:
         if left:
             # Children that no pidfd led to. Poison is better than zeros.
             pager.poison()
-            stats = await self._obeyed(pager)
+            stats = await obeyed(pager, self._changes)
             told += f"{left} forked processes could not be found, "
             if stats.nr_live:
                 log.error(
                     "%d address spaces with missing pages are let go: their processes are damaged", left
                 )
         pager.end(reset=not left)
-        await self._phase(pager, Phase.ENDED)
-        return (
-            f"{trouble}; {told}the tasks were killed with {missing} pages missing; {self._fate(stats, left)}"
-        )
+        await reached(pager, self._changes, Phase.ENDED)
+        fate = await self._fate(stats, left)
+        return f"{trouble}; {told}the tasks were killed with {missing} pages missing; {fate}"
+
+    def _may_poison(self, stats: Stats) -> bool:
+        # A source that will go on, or that is another's.
+        if self._links.extension is not None and self._links.extension.must_kill:
+            return False
+        if stats.refused not in {0, Refusal.GONE}:
+            return False
+        return self.config.on_failure == "poison" and not self._strangers() and self._was_reached(stats)
 
     def _was_reached(self, stats: Stats) -> bool:
         # A source that never heard of us has the process as it was: better restored again
         # than left to run here without its memory. One that did not let us in runs it on.
-        return not self.config.remote or (self._linked and not was_refused(stats))
+        return not self.config.remote or (self._links.is_linked and not was_refused(stats))
 
-    def _fate(self, stats: Stats, left: int) -> str:
+    async def _fate(self, stats: Stats, left: int) -> str:
         if not self.config.remote:
             return "the images are untouched"
-        if was_refused(stats) or (self._secured is not None and not self._linked):
+        if self._links.is_relayed and self._links.is_linked and not stats.refused:
+            why = await self._links.conclude(stats, runs_here=bool(left))
+            if why is not None:
+                return self._frozen(why)
+            return "the source had to end, too" if left else "a live source goes on"
+        if was_refused(stats) or (self._links.is_secured and not self._links.is_linked):
             return "a live source goes on"
-        if not self._linked:
+        if not self._links.is_linked:
             return "the source was not reached and still holds the process: restore it again"
         if stats.link == Link.LOST:
             return "the source was lost before"
         return "the source had to end, too" if left else "a live source goes on"
 
-    def _undone(self, trouble: str) -> str:
+    async def _undone(self, trouble: str) -> str:
         if self._state is State.WAITING:
             return f"{trouble}; no restore had connected"
         self._state = State.ABORTED
-        return f"{trouble}; the restore was vetoed and {self._source_goes_on()}"
+        return f"{trouble}; the restore was vetoed and {await self._source_goes_on()}"
 
-    async def _phase(self, pager: Pager, phase: Phase) -> None:
-        while True:
-            changed = self._changed
-            if pager.snapshot().phase >= phase:
-                return
-            await changed.wait()
+    def _frozen(self, why: str) -> str:
+        return (
+            f"the relay could not be told ({why}): it keeps the source frozen, "
+            "and criupy-page-server --abort on its host lets it go on"
+        )
 
     async def _kill(self, pager: Pager) -> int:
         """Kill the restored tasks with all that they forked; return how many address spaces are left."""
@@ -655,7 +498,7 @@ class LazyPages:
         with trio.move_on_after(_KILL_PATIENCE):
             while True:
                 pager.probe()
-                if not (await self._obeyed(pager)).nr_live and not self._strangers(alive=True):
+                if not (await obeyed(pager, self._changes)).nr_live and not self._strangers(alive=True):
                     return 0
                 await trio.sleep(_PROBE_INTERVAL)
         return int(pager.snapshot().nr_live) + len(self._strangers(alive=True))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from criupy.errors import ImageError, LazyPagesError
+from criupy.errors import ImageError
 from criupy.images import (
     LazyExtents,
     MadvBits,
@@ -20,7 +19,7 @@ from criupy.images import (
     read_pstree,
 )
 
-__all__ = ["DumpedTask", "check_reconnect", "load_tasks"]
+__all__ = ["DumpedTask", "load_tasks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +45,6 @@ def load_tasks(images_dir: str | os.PathLike[str], *, local: bool) -> dict[int, 
     """
     read_inventory(images_dir)
     return {entry.pid: _load(images_dir, entry.pid, local=local) for entry in read_pstree(images_dir)}
-
-
-def check_reconnect(dumped: Mapping[int, DumpedTask], *, asked_for: bool) -> None:
-    """Raise LazyPagesError where that is asked for of a dump whose source cannot be reached a second time."""
-    for task in dumped.values() if asked_for else ():
-        if task.extents is not None and not all(task.extents.present):
-            raise LazyPagesError(
-                "--reconnect: these images are of a lazy dump, whose source serves one connection and takes "
-                "its loss for the end; it needs full images, which criupy-page-server serves"
-            )
 
 
 def _load(images_dir: str | os.PathLike[str], pid: int, *, local: bool) -> DumpedTask:

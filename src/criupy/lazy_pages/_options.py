@@ -48,6 +48,8 @@ class LazyPagesOptions:
     link_timeout: float = 30.0
     stop_timeout: float = 30.0
     reconnect: float | None = None
+    extended: bool | None = None
+    lanes: Literal[1, 2] = 2
     frame_size: Literal[24, 32] | None = None
     on_failure: Literal["poison", "kill"] = "poison"
     tls: TlsFiles | None = None
@@ -88,6 +90,8 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> LazyPa
         link_timeout=given.link_timeout,
         stop_timeout=given.stop_timeout,
         reconnect=given.reconnect,
+        extended=given.extended,
+        lanes=2 if given.lanes == "2" else 1,
         frame_size={"auto": None, "24": 24, "32": 32}[given.frame],
         on_failure=given.on_failure,
         tls=tls,
@@ -108,6 +112,8 @@ def _source(given: argparse.Namespace) -> tuple[tuple[str, int] | None, int | No
             raise UsageError(
                 "--reconnect needs --address and --port: a socket that was inherited is gone when it is lost"
             )
+        if given.extended:
+            raise UsageError("--extended needs --address and --port: an inherited socket is one lane")
         return None, given.ps_socket
     missing = [name for name in ("address", "port") if getattr(given, name) is None]
     if missing:
@@ -142,6 +148,7 @@ def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str
             ("--ps-socket has", given.ps_socket is not None),
             ("--tls has", given.tls),
             ("--reconnect has", given.reconnect is not None),
+            ("--extended has", bool(given.extended)),
         ):
             if there:
                 warnings.append(f"{what} no effect without --page-server: pages come from the images")

@@ -22,18 +22,23 @@ from criupy._command.parser import (
 
 __all__ = ["OWN_OPTIONS", "PROGRAM", "build_parser"]
 
-OWN_OPTIONS = tuple(
-    Option(name, Argument.REQUIRED, name)
-    for name in (
-        "progress",
-        "stats-file",
-        "connect-timeout",
-        "link-timeout",
-        "stop-timeout",
-        "reconnect",
-        "frame",
-        "on-failure",
-    )
+OWN_OPTIONS = (
+    *(
+        Option(name, Argument.REQUIRED, name)
+        for name in (
+            "progress",
+            "stats-file",
+            "connect-timeout",
+            "link-timeout",
+            "stop-timeout",
+            "reconnect",
+            "lanes",
+            "frame",
+            "on-failure",
+        )
+    ),
+    Option("extended", Argument.NONE, "extended"),
+    Option("no-extended", Argument.NONE, "extended", value=False),
 )
 
 PROGRAM = Program(
@@ -95,6 +100,19 @@ def _add_source(group: Group) -> None:
         "bytes in the page server's headers: 24 before CRIU 4.2, 32 since; auto takes what the images tell, "
         "which is right for criu dump but not for a criu page-server of another version",
     )
+    group.switch(
+        "--extended",
+        "extended",
+        "the page server is a criupy-page-server: use its lanes and vectored requests, which no stock one "
+        "knows (default: so it is if the images have the marker of a relay)",
+        default=None,
+    )
+    group.choice(
+        "--lanes",
+        "2,1",
+        "connections to a criupy-page-server; on the second go the pages that a thread waits for, past all "
+        "others",
+    )
 
 
 def _add_running(group: Group) -> None:
@@ -112,8 +130,8 @@ def _add_failure(group: Group) -> None:
     group.value(
         "--reconnect",
         "TIME",
-        "how long to try to reach a criupy-page-server again that was lost, and serves full images; faults "
-        "wait meanwhile (default: not at all)",
+        "how long to try to reach a criupy-page-server again that was lost, one that serves full images or a "
+        "relay; faults wait meanwhile (default: not at all)",
         type=values.seconds,
     )
     add_timeout(group, "stop", 30.0, "how long to go on fetching after the first SIGTERM once tasks run")

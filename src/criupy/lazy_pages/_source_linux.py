@@ -18,6 +18,9 @@ from typing import Any
 from criupy._tls.tls_linux import TlsContext, TlsFault
 from criupy._uffd.pager_linux import Pager
 from criupy.errors import LazyPagesError, TlsError
+from criupy.lazy_pages._extension_linux import say
+from criupy.wire.extension import Lane
+from criupy.wire.page_server import Command
 
 __all__ = ["SecuredSource", "adopt_source", "connect_source"]
 
@@ -155,7 +158,7 @@ class SecuredSource:
                 "was it told to use TLS (--tls)? See --connect-timeout"
             )
 
-    def give(self, pager: Pager, *, frame_size: int) -> str:
+    def give(self, pager: Pager, *, frame_size: int, extended: bool, lane: Lane, preamble: bytes) -> str:
         """Hand it to the pager and return what the session is."""
         kind = self._session.describe()
         pager.set_link(
@@ -163,10 +166,17 @@ class SecuredSource:
             frame_size=frame_size,
             shared=self._shared,
             transport=self._session.transport,
+            extended=extended,
+            lane=lane,
+            preamble=preamble,
         )
         self._session.given()
         self._sock.detach()
         return kind
+
+    async def say(self, hello: bytes, command: Command) -> int:
+        """Say ABORT or CLOSE to a relay and return the answer; raise OSError when it is lost."""
+        return await say(self._sock, self._session, hello, command)
 
     def close(self) -> None:
         """End it, unless it was handed over, so that the source goes on.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from criupy._uffd.image_linux import ffi
 from criupy._uffd.pager_linux import Link, Notice, NoticeKind, ReplyFault
+from criupy.lazy_pages._extension_linux import refusal_text
 
 if TYPE_CHECKING:
     from criupy._uffd._native import Stats
@@ -47,6 +48,8 @@ def trouble_of(stats: Stats, link_timeout: float) -> str | None:
     """Say why a transfer cannot go on, None while it can; ``link_timeout`` is in seconds."""
     if stats.error:
         return f"the pager failed: {os.strerror(stats.error)}"
+    if stats.refused:
+        return refusal_text(stats.refused)
     if stats.link != Link.LOST:
         return None
     if told := ffi.string(stats.link_fault).decode(errors="replace"):

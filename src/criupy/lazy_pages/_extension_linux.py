@@ -1,0 +1,180 @@
+"""What a daemon says to a page server of criupy, and to nobody else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import select
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import trio
+
+from criupy._tls.tls_linux import TlsSession
+from criupy._uffd.image_linux import ffi
+from criupy.errors import LazyPagesError
+from criupy.images import RelayMarker, read_marker
+from criupy.lazy_pages._config import Config
+from criupy.lazy_pages._images import DumpedTask
+from criupy.wire.extension import KEY_LENGTH, SESSION_LENGTH, Hello, Lane, Refusal, encode_plain
+from criupy.wire.page_server import Command
+
+__all__ = ["Extension", "extension_for", "refusal_text", "say"]
+
+_STATUS: Final = struct.Struct("<i")
+#: A destination has ended its tasks, for sure, when so much of a relay's --hold-timeout has gone.
+_SAFE: Final = 0.8
+
+
+class Extension:
+    """This daemon's session with a page server of criupy.
+
+    ``marker`` is that of the relay; None: the page server gives out images, and
+    has no process that waits for how this ends.
+    """
+
+    def __init__(self, marker: RelayMarker | None) -> None:
+        self.marker = marker
+        self._session = secrets.token_bytes(SESSION_LENGTH)
+        self._counters = Counter[Lane]()
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether a live source waits behind the page server, and learns the end from what is said."""
+        return self.marker is not None
+
+    @property
+    def must_kill(self) -> bool:
+        """Whether tasks that lack pages may not go on: the source will, some day."""
+        return self.marker is not None and self.marker.hold_timeout is not None
+
+    def hello(self, lane: Lane) -> bytes:
+        """Return what a connection begins with; each time another."""
+        self._counters[lane] += 1
+        key = bytes(KEY_LENGTH) if self.marker is None else self.marker.key
+        return Hello(self._session, lane, self._counters[lane]).encode(key)
+
+
+def extension_for(config: Config, dumped: Mapping[int, DumpedTask]) -> Extension | None:
+    """Tell what the page server is; raise LazyPagesError for what cannot be done with it.
+
+    None: it is a stock one, or may be, and is never sent what it does not know.
+    """
+    if config.page_server is None:
+        return None
+    marker = None if config.extended is False else read_marker(config.images_dir)
+    if config.reconnect is not None and marker is None:
+        _check_reconnect(dumped)
+    if marker is None:
+        return Extension(None) if config.extended else None
+    if marker.hold_timeout is not None:
+        gone = config.link_timeout + (config.reconnect or 0.0)
+        if gone > _SAFE * marker.hold_timeout:
+            raise LazyPagesError(
+                f"the relay lets the source go on {marker.hold_timeout:g} s after it was left "
+                f"(--hold-timeout), and this daemon would hold its tasks for {gone:g} s (--link-timeout + "
+                f"--reconnect): make that {_SAFE * marker.hold_timeout:g} s at most, or two may run"
+            )
+    return Extension(marker)
+
+
+def _check_reconnect(dumped: Mapping[int, DumpedTask]) -> None:
+    for task in dumped.values():
+        if task.extents is not None and not all(task.extents.present):
+            raise LazyPagesError(
+                "--reconnect: these images are of a lazy dump, whose source serves one connection and takes "
+                "its loss for the end. It needs a relay beside the source (criupy-page-server --upstream), "
+                "whose marker criupy-relay.json is to be copied with the images; or full images"
+            )
+
+
+def refusal_text(reason: int) -> str:
+    """Say why a page server of criupy does not serve this restore."""
+    try:
+        return _REFUSALS[Refusal(reason)]
+    except ValueError:
+        return (
+            f"the page server refused this restore, for a reason ({reason}) that this version does not know"
+        )
+
+
+_REFUSALS: Final = {
+    Refusal.KEY: "the relay does not know the marker beside these images: is it the one of this dump?",
+    Refusal.TAKEN: "the relay serves another restore of this process, and there can be only one",
+    Refusal.REPLAYED: "the relay has heard this before: is somebody between?",
+    Refusal.GONE: "the relay has lost the source",
+    Refusal.VERSION: "the page server is of a version of criupy that speaks otherwise",
+    Refusal.ENDED: "the relay's source has ended, or goes on, by somebody's decision",
+}
+
+
+# ---- over a connection of its own ------------------------------------------------------------------
+
+
+async def say(sock: socket.socket, session: TlsSession | None, hello: bytes, command: Command) -> int:
+    """Say ABORT or CLOSE over a new connection and return the answer; raise OSError when it is lost.
+
+    ``session`` carries the bytes if there is one; its handshake is done.
+    """
+    stream = _Plain(sock) if session is None else _Secured(sock, session)
+    await stream.send(hello + encode_plain(command))
+    data = b""
+    while len(data) < _STATUS.size:
+        piece = await stream.receive(_STATUS.size - len(data))
+        if not piece:
+            raise ConnectionResetError("the page server closed the connection")
+        data += piece
+    (status,) = _STATUS.unpack(data)
+    return int(status)
+
+
+class _Plain:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    async def send(self, data: bytes) -> None:
+        while data:
+            try:
+                data = data[self._sock.send(data) :]
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._sock)
+
+    async def receive(self, size: int) -> bytes:
+        while True:
+            try:
+                return self._sock.recv(size)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._sock)
+
+
+class _Secured:
+    def __init__(self, sock: socket.socket, session: TlsSession) -> None:
+        self._sock = sock
+        self._transport = ffi.cast("struct criupy_transport *", session.transport)
+
+    async def send(self, data: bytes) -> None:
+        buffer = ffi.from_buffer("uint8_t[]", data)
+        await self._when_ready(lambda: self._transport.send(self._transport, buffer, len(data)))
+        await self._when_ready(lambda: self._transport.flush(self._transport))
+
+    async def receive(self, size: int) -> bytes:
+        buffer = bytearray(size)
+        into = ffi.from_buffer("uint8_t[]", buffer)
+        got = await self._when_ready(lambda: self._transport.receive(self._transport, into, size))
+        return bytes(buffer[:got])
+
+    async def _when_ready(self, call: Callable[[], int]) -> int:
+        while True:
+            result = call()
+            if result >= 0:
+                return result
+            if result != -errno.EAGAIN:
+                raise OSError(-result, os.strerror(-result))
+            if self._transport.events & select.POLLOUT:
+                await trio.lowlevel.wait_writable(self._sock)
+            else:
+                await trio.lowlevel.wait_readable(self._sock)

@@ -1,0 +1,325 @@
+"""The pager's connections to its page server: made, lost, made again, and ended in words.
+
+A stock page server has one, once. One of criupy's may be reached again, and has two: on
+the second go the pages that a thread waits for, which so never queue behind others.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from criupy._tls.tls_linux import TlsContext
+from criupy._uffd.pager_linux import Link, Pager, Phase
+from criupy.errors import CriupyError
+from criupy.images import frame_size
+from criupy.lazy_pages._config import Config
+from criupy.lazy_pages._extension_linux import Extension, say
+from criupy.lazy_pages._source_linux import SecuredSource, adopt_source, connect_source
+from criupy.lazy_pages._telling_linux import trouble_of, was_refused
+from criupy.lazy_pages._watching_linux import Changes, obeyed
+from criupy.wire.extension import Lane
+from criupy.wire.page_server import Command
+
+if TYPE_CHECKING:
+    from criupy._uffd._native import Stats
+
+__all__ = ["Links"]
+
+log = logging.getLogger("criupy.lazy_pages")
+
+# Between attempts to reach a page server again: at first, and at most.
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 1.0
+
+
+class Links:
+    """The connections of one restore."""
+
+    def __init__(self, config: Config, tls: TlsContext | None, changes: Changes) -> None:
+        self._config = config
+        self._tls = tls
+        self._changes = changes
+        self._secured: SecuredSource | None = None
+        #: What the page server is beyond a stock one; known once the images are.
+        self.extension: Extension | None = None
+        #: Whether there ever was one.
+        self.is_linked: bool = False
+        #: What was lost, and that it did not come back.
+        self.unreachable: str | None = None
+
+    @property
+    def is_secured(self) -> bool:
+        """Whether a TLS session was begun."""
+        return self._secured is not None
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether a live source waits behind the page server."""
+        return self.extension is not None and self.extension.is_relayed
+
+    def close(self) -> None:
+        """Close what the pager did not take."""
+        if self._secured is not None:
+            self._secured.close()
+
+    # ---- the first time ------------------------------------------------------
+
+    async def begin(self, pager: Pager) -> None:
+        """Take over an inherited socket, before anything else."""
+        if self._config.ps_socket is None:
+            return
+        if self._tls is None:
+            self._adopt(pager, self._config.ps_socket)
+        else:
+            self._secured = await self._begin_secured(self._tls)
+
+    def _adopt(self, pager: Pager, inherited: int) -> None:
+        fd = adopt_source(inherited, link_timeout=self._config.link_timeout)
+        size: int | None = None
+        try:
+            size = self._frame_size()
+        finally:
+            self.is_linked = True
+            # Whatever is wrong with the images: it is for the pager to let the source go on.
+            pager.set_link(fd, frame_size=size or 32, shared=True)
+        log.info("using socket %d to the page server, frames of %d bytes", fd, size)
+
+    async def connect(self, pager: Pager) -> None:
+        """Connect, unless that has been done."""
+        if self.is_linked or not self._config.remote:
+            return
+        size = self._frame_size()
+        if self._tls is not None:
+            await self._connect_secured(pager, self._tls, size)
+            return
+        if self._config.page_server is None:
+            return
+        host, port = self._config.page_server
+        fd = await self._reach(host, port)
+        self.is_linked = True
+        self._set(pager, fd, size)
+        log.info("connected to page server %s:%d, %s", host, port, self._describe(size))
+
+    async def _connect_secured(self, pager: Pager, tls: TlsContext, size: int) -> None:
+        if self._secured is None:
+            # No checkpoint once it is connected: a stop comes later, and finds it.
+            self._secured = await self._begin_secured(tls)
+        await self._secured.handshake(connect_timeout=self._config.connect_timeout)
+        self.is_linked = True
+        kind = self._give(pager, self._secured, size)
+        log.info("connected to page server %s by %s; %s", self._secured.where, kind, self._describe(size))
+
+    def _describe(self, size: int) -> str:
+        if self.extension is None:
+            return f"frames of {size} bytes"
+        what = "a relay" if self.is_relayed else "a criupy-page-server"
+        lanes = "two lanes" if self._config.lanes == 2 else "one lane"
+        return f"{what}: {lanes}, vectored requests"
+
+    # ---- each time -----------------------------------------------------------
+
+    def _frame_size(self) -> int:
+        if self.extension is not None:
+            return 32
+        return self._config.frame_size or frame_size(self._config.images_dir) or 32
+
+    async def _reach(self, host: str, port: int) -> int:
+        return await connect_source(
+            host,
+            port,
+            connect_timeout=self._config.connect_timeout,
+            link_timeout=self._config.link_timeout,
+        )
+
+    async def _begin_secured(self, tls: TlsContext) -> SecuredSource:
+        if self._config.page_server is not None:
+            host, port = self._config.page_server
+            fd, where, name = await self._reach(host, port), f"{host}:{port}", host.partition("%")[0]
+        else:
+            inherited = self._config.ps_socket
+            assert inherited is not None  # noqa: S101 - the configuration is remote
+            fd = adopt_source(inherited, link_timeout=self._config.link_timeout)
+            where, name = f"at socket {fd}", None
+        shared = self._config.page_server is None
+        return SecuredSource(fd, tls, self._config.source_name or name, where, shared=shared)
+
+    def _preamble(self, lane: Lane) -> bytes:
+        return b"" if self.extension is None else self.extension.hello(lane)
+
+    def _set(self, pager: Pager, fd: int, size: int, lane: Lane = Lane.BULK) -> None:
+        pager.set_link(
+            fd, frame_size=size, extended=self.extension is not None, lane=lane, preamble=self._preamble(lane)
+        )
+
+    def _give(self, pager: Pager, secured: SecuredSource, size: int, lane: Lane = Lane.BULK) -> str:
+        return secured.give(
+            pager,
+            frame_size=size,
+            extended=self.extension is not None,
+            lane=lane,
+            preamble=self._preamble(lane),
+        )
+
+    async def _link(self, pager: Pager, lane: Lane) -> str:
+        """Make a further connection; return what it is."""
+        assert self._config.page_server is not None  # noqa: S101 - or it is not asked to
+        size = self._frame_size()
+        if self._tls is None:
+            self._set(pager, await self._reach(*self._config.page_server), size, lane)
+            return "plain TCP"
+        secured = await self._begin_secured(self._tls)
+        try:
+            await secured.handshake(connect_timeout=self._config.connect_timeout)
+            return self._give(pager, secured, size, lane)
+        finally:
+            secured.close()
+
+    # ---- lost, and made again ------------------------------------------------
+
+    async def keep(self, pager: Pager) -> None:
+        """Keep the links up as far as that was asked for; return when the first is lost for good."""
+        if self._config.page_server is None:
+            return
+        async with trio.open_nursery() as nursery:
+            if self.extension is not None and self._config.lanes == 2:
+                nursery.start_soon(self._keep_urgent, pager)
+            if self._config.reconnect is None:
+                return
+            await self._keep_bulk(pager, self._config.reconnect)
+            nursery.cancel_scope.cancel()
+
+    async def _keep_bulk(self, pager: Pager, patience: float) -> None:
+        """Reach the page server again whenever it is lost; pages that were asked for are missing again.
+
+        One that is reached and lost again, without a page in between, gets no more time.
+        """
+        deadline, received = float("inf"), -1
+        while True:
+            changed = self._changes.next
+            stats = pager.snapshot()
+            if not self.may_come_back(stats):
+                await changed.wait()
+                continue
+            lost = trouble_of(stats, self._config.link_timeout)
+            if stats.pages_received > received:
+                deadline = trio.current_time() + patience
+            received = stats.pages_received
+            log.warning("%s; trying to reach it again for at most %g s", lost, patience)
+            pager.drop_link()
+            failure = await self._try_until(pager, Lane.BULK, deadline)
+            if failure is not None:
+                self.unreachable = (
+                    f"{lost}, and it could not be reached again within {patience:g} s: {failure}"
+                )
+                return
+            await obeyed(pager, self._changes)
+
+    async def _keep_urgent(self, pager: Pager) -> None:
+        """Keep a second connection while there is a first; without it everything goes over that one."""
+        while True:
+            changed = self._changes.next
+            stats = pager.snapshot()
+            if (
+                stats.link != Link.OPEN
+                or stats.urgent_link not in {Link.NONE, Link.LOST}
+                or stats.phase >= Phase.CLOSING
+                or stats.refused
+            ):
+                await changed.wait()
+                continue
+            if stats.urgent_link == Link.LOST:
+                log.warning("the second connection to the page server was lost")
+                if self._config.reconnect is None:
+                    return
+                pager.drop_link(Lane.URGENT)
+            patience = self._config.reconnect or self._config.connect_timeout
+            failure = await self._try_until(pager, Lane.URGENT, trio.current_time() + patience)
+            if failure is not None:
+                log.warning("no second connection to the page server, one has to do: %s", failure)
+                return
+            await obeyed(pager, self._changes)
+
+    async def _try_until(self, pager: Pager, lane: Lane, deadline: float) -> str | None:
+        """Connect, at least once and until the time is up; return what was wrong then."""
+        pause = _FIRST_PAUSE
+        failure = "no answer"
+        while True:
+            with trio.move_on_at(deadline):
+                try:
+                    kind = await self._link(pager, lane)
+                except CriupyError as error:
+                    failure = str(error)
+                else:
+                    log.info("%s lane: connected, %s", lane.name.lower(), kind)
+                    return None
+            if trio.current_time() + pause >= deadline:
+                return failure
+            await trio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def may_come_back(self, stats: Stats) -> bool:
+        """Tell whether a link that is lost is one to make again."""
+        return (
+            self._config.reconnect is not None
+            and self._config.page_server is not None
+            and self.unreachable is None
+            and not stats.error
+            and stats.phase < Phase.CLOSING
+            and stats.link == Link.LOST
+            and stats.link_error != errno.EPROTO
+            and not stats.refused
+            and not was_refused(stats)
+        )
+
+    def trouble(self, stats: Stats) -> str | None:
+        """Say why a transfer cannot go on, None while it can."""
+        if self.unreachable is not None or self.may_come_back(stats):
+            return self.unreachable
+        return trouble_of(stats, self._config.link_timeout)
+
+    # ---- the end, in words ---------------------------------------------------
+
+    async def conclude(self, stats: Stats, *, runs_here: bool) -> str | None:
+        """Tell a relay how it ended, unless the pager has; return why it could not be told."""
+        if not self.is_relayed or not self.is_linked or stats.refused:
+            return None
+        if runs_here and stats.link == Link.CLOSED:
+            return None
+        command = Command.CLOSE if runs_here else Command.ABORT
+        deadline = trio.current_time() + max(self._config.reconnect or 0.0, self._config.connect_timeout)
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                with trio.fail_at(deadline):
+                    status = await self._say(command)
+            except trio.TooSlowError:
+                return "no answer came"
+            except (CriupyError, OSError) as error:
+                failure = str(error)
+            else:
+                log.info("told the relay: %s", command.name)
+                return f"it answered with {os.strerror(-status)}" if status else None
+            if trio.current_time() + pause >= deadline:
+                return failure
+            await trio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _say(self, command: Command) -> int:
+        assert self._config.page_server is not None  # noqa: S101 - a relay has an address
+        assert self.extension is not None  # noqa: S101 - and is no stock page server
+        hello = self.extension.hello(Lane.BULK)
+        if self._tls is None:
+            with socket.socket(fileno=await self._reach(*self._config.page_server)) as sock:
+                return await say(sock, None, hello, command)
+        secured = await self._begin_secured(self._tls)
+        try:
+            await secured.handshake(connect_timeout=self._config.connect_timeout)
+            return await secured.say(hello, command)
+        finally:
+            secured.close()
