@@ -6,8 +6,9 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from criupy._command.log import open_log
 from criupy._command.run import check_writable, display, run_command, write_stats, write_whole
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from criupy.page_server._images import ServedTask
     from criupy.page_server._server_linux import PageServer
 
-__all__ = ["main"]
+__all__ = ["main", "report"]
 
 log = logging.getLogger("criupy.page_server")
+
+_ABORT_PATIENCE = 30.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,9 +53,9 @@ def _run(options: PageServerOptions) -> int:
         write_child_pidfile,
     )
     from criupy._command.signals_linux import hold_signals
-    from criupy.page_server._images import load_tasks
-    from criupy.page_server._receiver_linux import check_receiving
 
+    if options.abort:
+        return _abort(options)
     check_inherited(
         {"--status-fd": options.status_fd, "--ps-socket": options.ps_socket},
         {"--images-dir": options.images_dir, "--work-dir": options.work_dir},
@@ -64,11 +67,8 @@ def _run(options: PageServerOptions) -> int:
         log.warning("%s", warning)
     if options.stats_file is not None:
         check_writable("--stats-file", options.work_dir / options.stats_file)
-    tasks: list[ServedTask] = []
-    if options.lazy_pages:
-        tasks = list(load_tasks(options.images_dir))
-    else:
-        check_receiving(options.images_dir, options.prev_images_dir)
+    options = _with_spool(options)
+    tasks = _check_images(options)
     config = _configure(options, connection)
     if options.daemon:
         child = daemonize()
@@ -80,6 +80,42 @@ def _run(options: PageServerOptions) -> int:
     run_action_scripts(options.action_scripts, "status-ready", options.images_dir)
     hold_signals()  # by default they would end what destinations depend on
     return trio.run(_serve, options, config, tasks)
+
+
+def _abort(options: PageServerOptions) -> int:
+    from criupy.page_server._control_linux import ABORT, SOCKET_NAME, ask
+
+    print(ask(options.work_dir / SOCKET_NAME, ABORT, _ABORT_PATIENCE))  # noqa: T201
+    return 0
+
+
+def _with_spool(options: PageServerOptions) -> PageServerOptions:
+    """Serve a spool that is complete in place of the source that has ended with it."""
+    if options.upstream is None or options.spool is None:
+        return options
+    from criupy.page_server._spool import is_complete
+
+    if not is_complete(options.spool, options.images_dir):
+        return options
+    log.info("%s has everything: it is served, and the source is not needed", options.spool)
+    return replace(options, images_dir=options.spool, upstream=None, lazy_pages=True)
+
+
+def _check_images(options: PageServerOptions) -> list[ServedTask]:
+    """Tell what is wrong with the images; return what is served of them."""
+    if options.upstream is not None:
+        from criupy.page_server._relaying_linux import load_source
+
+        load_source(options.images_dir)
+        return []
+    if options.lazy_pages:
+        from criupy.page_server._images import load_tasks
+
+        return list(load_tasks(options.images_dir))
+    from criupy.page_server._receiver_linux import check_receiving
+
+    check_receiving(options.images_dir, options.prev_images_dir)
+    return []
 
 
 def _inherited(fd: int) -> socket.socket:
@@ -115,7 +151,7 @@ def _configure(options: PageServerOptions, connection: socket.socket | None) -> 
         connection=connection,
         allow=options.allow,
         # A dump is one connection: whoever waits for its images waits for our end, as for CRIU's.
-        once=options.once or not options.lazy_pages,
+        once=options.upstream is None and (options.once or not options.lazy_pages),
         max_connections=options.max_connections,
         stall_timeout=options.stall_timeout,
         idle_timeout=options.idle_timeout,
@@ -129,6 +165,10 @@ async def _serve(options: PageServerOptions, config: Config, tasks: list[ServedT
     from criupy._command.process_linux import status_ready
     from criupy._command.signals_linux import stop_on_signal
 
+    if options.upstream is not None:
+        from criupy.page_server._relay_cli import serve_relay
+
+        return await serve_relay(options, config)
     async with _open(options, config, tasks) as server, trio.open_nursery() as nursery:
         await nursery.start(stop_on_signal, _Stopping(server, nursery, options.stop_timeout))
         failure = None
@@ -141,16 +181,21 @@ async def _serve(options: PageServerOptions, config: Config, tasks: list[ServedT
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+    report(options, server, received=not options.lazy_pages)
     statistics = server.statistics
-    if options.display_stats:
-        display(summary(statistics, received=not options.lazy_pages), in_log=options.daemon)
-    if options.stats_file is not None:
-        write_stats(options.work_dir / options.stats_file, statistics.to_json())
     if config.once or config.connection is not None:
         _check_only(server, received=not options.lazy_pages)
     else:
         _check_all(statistics)
     return 0
+
+
+def report(options: PageServerOptions, server: PageServer, *, received: bool, **more: Any) -> None:
+    """Show and write the statistics as far as that was asked for."""
+    if options.display_stats:
+        display(summary(server.statistics, received=received), in_log=options.daemon)
+    if options.stats_file is not None:
+        write_stats(options.work_dir / options.stats_file, server.statistics.to_json() | more)
 
 
 def _open(

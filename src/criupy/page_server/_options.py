@@ -28,8 +28,9 @@ class PageServerOptions:
     ``port_file`` and ``stats_file`` are relative to ``work_dir``,
     ``prev_images_dir`` to ``images_dir``, everything else to the current
     directory. Timeouts are in seconds. ``ps_socket`` is the descriptor of a
-    connected socket, with which nothing is listened on. ``warnings`` are lines
-    to log before anything else.
+    connected socket, with which nothing is listened on. ``upstream`` is (host,
+    port) of a live source, ``cache`` a number of bytes. ``abort`` is for
+    another relay. ``warnings`` are lines to log before anything else.
     """
 
     images_dir: Path = Path()
@@ -37,6 +38,12 @@ class PageServerOptions:
     lazy_pages: bool = False
     prev_images_dir: Path | None = None
     auto_dedup: bool = False
+    upstream: tuple[str, int] | None = None
+    cache: int = 256 << 20
+    spool: Path | None = None
+    close_when_spooled: bool = False
+    hold_timeout: float | None = None
+    abort: bool = False
     address: str = _LOOPBACK
     port: int = 0
     port_file: Path | None = None
@@ -76,12 +83,22 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> PageSe
             "--tls with --ps-socket needs --address, which the peer's certificate must be for, "
             "or --tls-no-cn-verify"
         )
+    if given.upstream is not None:
+        _check_relay(given)
+    elif given.spool is not None and not given.abort:
+        raise UsageError("--spool needs --upstream: of what source?")
     return PageServerOptions(
         images_dir=given.images_dir,
         work_dir=given.work_dir or given.images_dir,
         lazy_pages=given.lazy_pages,
         prev_images_dir=given.prev_images_dir,
         auto_dedup=given.auto_dedup,
+        upstream=given.upstream,
+        cache=given.cache,
+        spool=given.spool,
+        close_when_spooled=given.close_when_spooled,
+        hold_timeout=given.hold_timeout,
+        abort=given.abort,
         address=given.address or _LOOPBACK,
         port=given.port or 0,
         port_file=given.port_file,
@@ -106,11 +123,33 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> PageSe
     )
 
 
+def _check_relay(given: argparse.Namespace) -> None:
+    if given.ps_socket is not None:
+        raise UsageError(
+            "--upstream with --ps-socket: a destination could not come back on an inherited socket"
+        )
+    if given.close_when_spooled and given.spool is None:
+        raise UsageError("--close-when-spooled needs --spool")
+    if given.cache < 1 << 20:
+        raise UsageError(f"--cache {given.cache}: expected 1M or more")
+
+
 def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str]:
     warnings = common_warnings(given, PROGRAM, environ)
     if tls_details(given) and not given.tls:
         warnings.append("--tls-... options have no effect without --tls")
-    if given.lazy_pages:
+    if given.upstream is not None:
+        warnings += [
+            f"{name} has no effect with --upstream"
+            for name, there in (
+                ("--lazy-pages", given.lazy_pages),
+                ("--once", given.once),
+                ("--auto-dedup", given.auto_dedup),
+                ("--prev-images-dir", given.prev_images_dir is not None),
+            )
+            if there
+        ]
+    elif given.lazy_pages:
         warnings += [
             f"{name} has no effect with --lazy-pages: the images are only read"
             for name, there in (
@@ -119,10 +158,19 @@ def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str
             )
             if there
         ]
-    elif given.once:
+    elif given.once and not given.abort:
         warnings.append(
             "--once has no effect without --lazy-pages: a page server that receives ends with the dump"
         )
+    if given.upstream is None:
+        warnings += [
+            f"{name} no effect without --upstream"
+            for name, there in (
+                ("--close-when-spooled has", given.close_when_spooled),
+                ("--hold-timeout has", given.hold_timeout is not None),
+            )
+            if there
+        ]
     if given.ps_socket is not None:
         warnings += [
             f"{name} no effect beside --ps-socket"

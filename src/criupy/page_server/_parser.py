@@ -37,8 +37,16 @@ OWN_OPTIONS = (
             "stop-timeout",
             "port-file",
             "stats-file",
+            "upstream",
+            "cache",
+            "spool",
+            "hold-timeout",
         )
     ),
+    Option("close-when-spooled", Argument.NONE, "close_when_spooled"),
+    Option("no-close-when-spooled", Argument.NONE, "close_when_spooled", value=False),
+    Option("abort", Argument.NONE, "abort"),
+    Option("no-abort", Argument.NONE, "abort", value=False),
     Option("once", Argument.NONE, "once"),
     Option("no-once", Argument.NONE, "once", value=False),
 )
@@ -56,15 +64,18 @@ def build_parser() -> argparse.ArgumentParser:
     """Return a parser of full names that raises UsageError."""
     parser = Parser(
         PROGRAM,
-        usage="[page-server] -D DIR [--lazy-pages] [--address ADDR] [--port PORT] [options]",
+        usage="[page-server] -D DIR [--lazy-pages | --upstream HOST:PORT] [--address ADDR] [--port PORT] "
+        "[options]",
         description="With --lazy-pages: give the memory that checkpoint images hold to destinations that "
-        "restore them lazily. Without: receive what one criu dump --page-server sends, and end with it. "
+        "restore them lazily. With --upstream: stand between a live criu dump --lazy-pages and its "
+        "destination. With neither: receive what one criu dump --page-server sends, and end with it. "
         "Takes the place of criu page-server and reads its command line.",
         epilog="CRIU's configuration files are not read. Exit status: 0 when all went well, 1 otherwise; "
         "with --once that is when the one destination has ended its session, and not merely gone away. "
         "Who connects and asks for nothing ends no page server.",
     )
     _add_pages(Group(parser, "What is served"))
+    _add_relay(Group(parser, "A live source"))
     _add_network(Group(parser, "To whom"))
     add_tls(
         Group(parser, "TLS, in both directions with certificates (PEM)"),
@@ -96,6 +107,49 @@ def _add_pages(group: Group) -> None:
         type=values.path,
     )
     group.switch("--auto-dedup", "auto_dedup", "when receiving: punch what is new out of the older images")
+
+
+def _add_relay(group: Group) -> None:
+    group.value(
+        "--upstream",
+        "HOST:PORT",
+        "where criu dump --lazy-pages waits, on this host best: hold its one connection, and give what it "
+        "has to one destination, which may be lost and come back (criupy-lazy-pages --reconnect, with the "
+        "images and the marker that is put beside them)",
+        type=values.where,
+    )
+    group.value(
+        "--cache",
+        "SIZE",
+        "keep so much of its memory here (default: 256M)",
+        type=values.size,
+        default=256 << 20,
+    )
+    group.value(
+        "--spool",
+        "DIR",
+        "keep all of it in DIR, which becomes a full image; the source ends when it is one and the restore "
+        "has finished, and DIR is served from then on, also when this is started again",
+        type=values.path,
+    )
+    group.switch(
+        "--close-when-spooled",
+        "close_when_spooled",
+        "do not wait for a restore: the source ends with the spool",
+    )
+    group.value(
+        "--hold-timeout",
+        "TIME",
+        "let the source go on when its destination was lost for so long (default: never). A stock "
+        "destination may run on without its memory then, one of criupy is sure to have ended before",
+        type=values.seconds,
+    )
+    group.switch(
+        "--abort",
+        "abort",
+        "tell the relay with this --work-dir, or what it left behind, to let its source go on, and do "
+        "nothing else",
+    )
 
 
 def _add_network(group: Group) -> None:

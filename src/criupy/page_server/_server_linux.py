@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from criupy.page_server._socket_linux import listen, prepare
 from criupy.page_server._statistics import Statistics
 from criupy.page_server._telling_linux import tell
 
-__all__ = ["PageServer", "Uploads", "running"]
+__all__ = ["Decider", "PageServer", "running"]
 
 log = logging.getLogger("criupy.page_server")
 
@@ -32,14 +32,14 @@ _NO_LISTENER = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNO
 _PAUSE = 0.1
 
 
-class Uploads(Protocol):
-    """What a server that receives does with the images that come."""
+class Decider(Protocol):
+    """What decides for a server that receives images, or relays those of a live source."""
 
     async def answer(self, question: Question) -> None:
         """Answer what a connection asked."""
 
     async def end(self, account: Account, peer: str) -> bool:
-        """Discard what an ended connection left unfinished, tell of it, and whether all had come."""
+        """Conclude with an ended connection, tell of it, and whether all is well with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ class PageServer:
     ``address`` and ``port`` are where ("" and 0 with an inherited connection).
     """
 
-    def __init__(self, config: Config, native: Server, uploads: Uploads | None = None) -> None:
+    def __init__(self, config: Config, native: Server, decider: Decider | None = None) -> None:
         self._config = config
         self._native = native
-        self._uploads = uploads
+        self._decider = decider
         self._peers: dict[int, _Peer] = {}
         self._handshakes: dict[trio.CancelScope, _Peer] = {}
         self._only: int | None = None  # with ``once``: whom it was all for
@@ -209,14 +209,14 @@ class PageServer:
                     self._look_for_the_only([*ended, *self.connections()])
                 for account in ended:
                     nursery.start_soon(self._end, account)
-                if self._uploads is not None:
+                if self._decider is not None:
                     for question in self._native.questions():
-                        self._ask(self._uploads, question, nursery)
+                        self._ask(self._decider, question, nursery)
 
     def _look_for_the_only(self, accounts: list[Account]) -> None:
         # One that was given a page needs the others; one that closed its session needed none. Who merely
         # connects (to see if there is somebody, or to speak HTTP) keeps nobody from being served.
-        if self._uploads is not None:
+        if self._decider is not None:
             return
         counting = [
             (account.first_page or account.ended or account.started, account.serial)
@@ -231,11 +231,11 @@ class PageServer:
         self.stop()
         self._cut(keep=serial)
 
-    def _ask(self, uploads: Uploads, question: Question, nursery: trio.Nursery) -> None:
+    def _ask(self, decider: Decider, question: Question, nursery: trio.Nursery) -> None:
         if self._config.once and self._only is None:
             self._choose(question.serial)
         if self._only in {None, question.serial}:
-            nursery.start_soon(uploads.answer, question)
+            nursery.start_soon(decider.answer, question)
         else:
             self._native.cut(question.serial)
 
@@ -243,11 +243,11 @@ class PageServer:
         peer = self._peers[account.serial]
         is_whole = False
         try:
-            if self._uploads is None:
+            if self._decider is None:
                 tell(account, peer.name)
             else:
                 with trio.CancelScope(shield=True):  # its account is given once
-                    is_whole = await self._uploads.end(account, peer.name)
+                    is_whole = await self._decider.end(account, peer.name)
         finally:
             del self._peers[account.serial]
         self.statistics.add(account, peer.name)
@@ -279,7 +279,13 @@ async def _listener(config: Config) -> trio.socket.SocketType:
 
 
 @contextlib.asynccontextmanager
-async def running(server: PageServer, config: Config, warning: str) -> AsyncIterator[None]:
+async def running(
+    server: PageServer,
+    config: Config,
+    warning: str,
+    *,
+    beside: Callable[[], Awaitable[None]] | None = None,
+) -> AsyncIterator[None]:
     """Accept connections while the block runs; ``warning`` is what everyone can do who reaches it."""
     listener = None
     if config.connection is None:
@@ -295,6 +301,8 @@ async def running(server: PageServer, config: Config, warning: str) -> AsyncIter
             if listener is not None:
                 nursery.start_soon(server._accept, listener, nursery)
             nursery.start_soon(server._reap)
+            if beside is not None:
+                nursery.start_soon(beside)
             try:
                 yield
             except BaseException as raised:  # noqa: BLE001 - raised below, as it is and in no group

@@ -24,6 +24,8 @@ _PROBLEMS: Final = {
     Ending.STALLED: "the peer stood still in the middle of something for too long (--stall-timeout)",
     Ending.DATA: "the images cannot be read any more: {error}",
     Ending.CHANGED: "the images have changed since they were read; start the server anew",
+    Ending.DISK: "what the source sends cannot be kept: {error}",
+    Ending.GONE: "the source has ended before it gave the pages that were asked for",
     Ending.ERROR: "{error}",
     Ending.SPEAKS_TLS: "the peer speaks TLS, which this server was not told to use (--tls)",
     Ending.TRANSPORT: "{fault}",
