@@ -5,7 +5,8 @@ passed on to a target. What arrives is spliced into pipes, which lie in a queue
 until they are due at the other side; bytes are never copied here unless they are
 few, so one core passes gigabytes a second.
 
-    departure   when what was sent before has left, at ``bandwidth``
+    departure   when what was sent before has left, at ``bandwidth``, which all
+                connections share
     arrival     ``delay`` seconds later
 
 The end that sends is acknowledged at once, so its TCP sees no delay and no loss:
@@ -75,6 +76,8 @@ class Event:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
     """How a link is, each way: ``delay`` in seconds, ``bandwidth`` in bytes a second (None: no limit).
+
+    All connections share the bandwidth.
 
     ``piece`` bytes are delivered at a time at most.
     """
@@ -174,7 +177,6 @@ class _Way:
     is_down: bool
     queue: deque[_Parcel] = field(default_factory=deque)
     queued: int = 0
-    left: float = 0.0  # when all that was taken has departed
     changed: trio.Event = field(default_factory=trio.Event)
 
     def _notify(self) -> None:
@@ -218,10 +220,8 @@ class _Way:
 
     def _put(self, length: int, data: bytes | tuple[int, int] | _End) -> None:
         conditions = self.link.conditions
-        self.left = max(self.left, trio.current_time())
-        if conditions.bandwidth is not None:
-            self.left += length / conditions.bandwidth
-        self.queue.append(_Parcel(self.left + conditions.delay, length, data))
+        left = self.link.depart(length, is_down=self.is_down)
+        self.queue.append(_Parcel(left + conditions.delay, length, data))
         self.queued += length
         self._notify()
 
@@ -294,6 +294,7 @@ class Link:
         self._lost: Cut | None = None
         self._lost_until = 0.0
         self._changed = trio.Event()
+        self._left = {True: 0.0, False: 0.0}  # when what goes each way has left
 
     # ---- for whoever tries something with it -------------------------------------
 
@@ -326,6 +327,14 @@ class Link:
         """Wait until something may be delivered."""
         await self._flow.wait()
         await trio.sleep_until(self._flows_from)
+
+    def depart(self, length: int, *, is_down: bool) -> float:
+        """Let so many bytes leave behind all that left before, of any connection; return when they have."""
+        left = max(self._left[is_down], trio.current_time())
+        if self.conditions.bandwidth is not None:
+            left += length / self.conditions.bandwidth
+        self._left[is_down] = left
+        return left
 
     def until_event(self, length: int, *, is_down: bool) -> int:
         """Return how much of this may be delivered before the script has something to do."""
