@@ -34,6 +34,7 @@ PIPE_SIZE = 8 << 20
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "criu: needs root and a CRIU that starts on this kernel")
     config.addinivalue_line("markers", "slow: takes many seconds")
+    config.addinivalue_line("markers", "spread: each combination of the other parameters with one CRIU")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell that ran us in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -79,6 +80,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("criu", params)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is marked `spread`, keep each combination of the other parameters with one CRIU.
+
+    CRIUs take turns so that any two values of different parameters meet, but not any three.
+    """
+    seen: dict[tuple[str, tuple[str, ...]], list[list[object]]] = {}
+
+    def number(item: pytest.Function, names: tuple[str, ...]) -> int:
+        values = seen.setdefault((item.nodeid.partition("[")[0], names), [])
+        value = [item.callspec.params[name] for name in names]
+        if value not in values:
+            values.append(value)
+        return values.index(value)
+
+    def is_kept(item: pytest.Item) -> bool:
+        if item.get_closest_marker("spread") is None or not isinstance(item, pytest.Function):
+            return True
+        if "criu" not in item.fixturenames:
+            return True
+        groups = [mark.args[0] for mark in item.iter_markers("parametrize")]
+        together = {name: tuple(names) for names in groups if not isinstance(names, str) for name in names}
+        others = {together.get(name, (name,)) for name in item.callspec.params} - {("criu",)}
+        turn = sum(number(item, names) for names in others)
+        return not others or turn % max(1, len(usable_criu()[0])) == number(item, ("criu",))
+
+    items[:] = filter(is_kept, items)
+
+
 @pytest.fixture(scope="session")
 def workload_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The criupy-workload program: the installed one, or one compiled for this session."""
@@ -100,6 +129,12 @@ def workload_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRIUPY_WORKLOAD", str(program))
         yield program
+
+
+@pytest.fixture(scope="session")
+def mypy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What mypy has found out about installed modules, for the next that runs it."""
+    return tmp_path_factory.mktemp("mypy")
 
 
 @pytest.fixture
@@ -124,8 +159,12 @@ def nothing_is_left() -> Iterator[None]:
         for link in Path("/proc/self/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # the directory's own
                 files.append(f"{link.name} {link.readlink()}")
-        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-        return sorted(files), sum(name in {"criupy-pager", "criupy-server"} for name in names)
+        names = []
+        for path in Path("/proc/self/task").glob("*/comm"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends just now
+                names.append(path.read_text().strip())
+        ours = {"criupy-pager", "criupy-server", "criupy-upstream"}
+        return sorted(files), sum(name in ours for name in names)
 
     before = kept()
     yield

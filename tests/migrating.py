@@ -55,6 +55,11 @@ class Migration:
         await self.restored.finished()
         await until(lambda: "restore finished" in self.log or not self.daemon.is_running)
 
+    def speed_up(self) -> None:
+        """Let the rest come at once: what had to happen during the transfer has happened."""
+        assert self.link is not None
+        self.link.conditions = Conditions()
+
     async def verify_all(self) -> None:
         for task in range(self.source.spec.tree):
             result = await self.control.worker(task).verify()

@@ -347,21 +347,21 @@ def test_what_is_no_dump(
     assert capsys.readouterr().out == ""
 
 
-def test_million_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Reading must not take minutes: about two seconds on a slow machine, 20 mean that something is wrong."""
-    w.write_dump(tmp_path, 7, [], [w.vma_body(0x1000, 0x1000 + 0x2000 * 1_000_000)])
+def test_many_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reading must not take minutes: about a second on a slow machine, 10 mean that something is wrong."""
+    w.write_dump(tmp_path, 7, [], [w.vma_body(0x1000, 0x1000 + 0x2000 * 500_000)])
     # protobuf itself writes them eight times faster than our writer.
     entry = _schema_pb2.PagemapEntry(compat_nr_pages=0, nr_pages=1)
     with (tmp_path / "pagemap-7.img").open("ab") as file:
-        for number in range(1_000_000):
+        for number in range(500_000):
             entry.vaddr = 0x1000 + 0x2000 * number
             entry.flags = (2, 4, 6, 1)[number % 4]
             file.write(w.record(entry.SerializeToString()))
-    os.truncate(tmp_path / "pages-1.img", 500_000 * PAGE)
+    os.truncate(tmp_path / "pages-1.img", 250_000 * PAGE)
     start = time.monotonic()
     pages = as_json(capsys, tmp_path)["tasks"][0]["pages"]
-    assert time.monotonic() - start < 20
-    assert (pages["pagemap_entries"], pages["present"]) == (1_000_000, 500_000)
+    assert time.monotonic() - start < 10
+    assert (pages["pagemap_entries"], pages["present"]) == (500_000, 250_000)
 
 
 def test_import_is_light() -> None:

@@ -119,6 +119,7 @@ def test_a_failure_is_one_line_and_keeps_the_logs(criu: Criu, place: Path) -> No
     assert {path.suffix for path in kept} == {".log", ".out"}
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_it_cleans_up(criu: Criu, place: Path, number: signal.Signals) -> None:
     stuck = wrapper(place, criu, f'*" restore "*) exec sleep {HANG} ;;')

@@ -33,16 +33,23 @@ def enough_space() -> bool:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def doctrees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources as they were read, by the first builder for all."""
+    return tmp_path_factory.mktemp("doctrees")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, doctrees: Path) -> Path:
     """The documentation as text, which is what can be searched."""
     folder = tmp_path_factory.mktemp("docs")
-    make(folder, "text")
+    make(folder, "text", doctrees)
     return folder
 
 
-def make(folder: Path, builder: str) -> None:
+def make(folder: Path, builder: str, doctrees: Path) -> None:
+    words: list[str | Path] = ["-q", "-W", "--keep-going", "-n", "-b", builder, "-d", doctrees, DOCS, folder]
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", "-b", builder, DOCS, folder],
+        [sys.executable, "-m", "sphinx", *words],
         capture_output=True,
         text=True,
         check=False,
@@ -51,8 +58,8 @@ def make(folder: Path, builder: str) -> None:
 
 
 @pytest.mark.slow
-def test_html_builds(tmp_path: Path) -> None:
-    make(tmp_path, "html")
+def test_html_builds(tmp_path: Path, doctrees: Path) -> None:
+    make(tmp_path, "html", doctrees)
     assert 'id="criupy.rpc.Criu.dump"' in (tmp_path / "reference.html").read_text()
 
 
@@ -89,14 +96,15 @@ def as_module(code: str) -> str:
 
 
 @pytest.mark.slow
-def test_code_type_checks(tmp_path: Path) -> None:
+def test_code_type_checks(tmp_path: Path, mypy_cache: Path) -> None:
     for page in PAGES:
         for number, code in enumerate(pieces(page)):
             (tmp_path / f"{page.stem.replace('-', '_').lower()}_{number}.py").write_text(as_module(code))
     modules = sorted(tmp_path.glob("*.py"))
     assert len(modules) > 10
+    words: list[str | Path] = ["--strict", "--config-file", os.devnull, "--cache-dir", mypy_cache]
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, *modules],
+        [sys.executable, "-m", "mypy", *words, *modules],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -92,6 +92,7 @@ def nothing_runs_on(tmp_path: Path) -> Iterator[None]:
     assert left == []
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("name", sorted(PRINTS))
 def test_example(name: str, criu: Criu, tmp_path: Path, nothing_runs_on: None) -> None:
     done = subprocess.run(
@@ -141,6 +142,7 @@ def test_programs_are_found() -> None:
     assert list(PROGRAMS) == ["README.md 0", "README.md 1", "docs/rpc.md 0", "docs/rpc.md 1", "docs/rpc.md 2"]
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("name", list(PROGRAMS))
 def test_program_of_a_page(name: str, criu: Criu, tmp_path: Path, nothing_runs_on: None) -> None:
     (tmp_path / "ckpt").mkdir()

@@ -20,22 +20,22 @@ ELSEWHERE = 0x50_0000_0000
 
 
 async def test_one_process(criu: Criu, room: Path) -> None:
-    async with migrate(criu, WorkloadSpec(size=256 * MIB), room) as m:
+    async with migrate(criu, WorkloadSpec(size=128 * MIB), room) as m:
         await m.restored.finished()
         await m.ends_well()
         await m.verify_all()
         assert m.stats["pages_missing"] == 0
-        assert m.stats["pages_total"] >= 256 * MIB // 4096
+        assert m.stats["pages_total"] >= 128 * MIB // 4096
 
 
 async def test_busy_process(criu: Criu, room: Path) -> None:
     def touch(control: Control) -> None:
-        control.worker().start_touching(Order.RANDOM, nr=256 * MIB // 4096)
+        control.worker().start_touching(Order.RANDOM, nr=128 * MIB // 4096)
 
-    async with migrate(criu, WorkloadSpec(size=256 * MIB), room, before=touch) as m:
+    async with migrate(criu, WorkloadSpec(size=128 * MIB), room, before=touch) as m:
         result = await m.control.worker().wait()
         assert result.is_good
-        assert result.touches == 256 * MIB // 4096
+        assert result.touches == 128 * MIB // 4096
         await m.ends_well()
         await m.verify_all()
         assert m.stats["pages_demand"] > 0
@@ -43,7 +43,7 @@ async def test_busy_process(criu: Criu, room: Path) -> None:
 
 async def test_tree_with_threads_and_a_zombie(criu: Criu, room: Path) -> None:
     spec = WorkloadSpec(
-        size=48 * MIB, tree=5, threads=3, zombie=True, areas=4, adjacent=True, fragmented=True
+        size=16 * MIB, tree=5, threads=3, zombie=True, areas=4, adjacent=True, fragmented=True
     )
 
     def touch(control: Control) -> None:
@@ -76,6 +76,7 @@ async def test_memory_changes_while_pages_are_in_flight(criu: Criu, room: Path) 
         await worker.discard(0, pages // 8)
         assert await worker.fork(m.control.child(1)) > 0
         assert m.daemon.is_running
+        m.speed_up()
         for child in (m.control.child(0), m.control.child(1)):
             result = await child.verify()
             assert result.is_good, result
@@ -98,13 +99,14 @@ async def test_mprotect_splits_mappings_in_flight(criu: Criu, room: Path) -> Non
         for step in (64, 7, 1):
             await worker.protect(0, 16384, step=step)
         assert m.daemon.is_running
+        m.speed_up()
         await m.ends_well()
         await m.verify_all()
 
 
 async def test_local_images(criu: Criu, room: Path) -> None:
     images, work = room / "images", room / "work"
-    spec = WorkloadSpec(size=256 * MIB, areas=4, tree=2)
+    spec = WorkloadSpec(size=64 * MIB, areas=4, tree=2)
     async with start_workload(spec, room) as source:
         await dump(criu, source.pid, images)
         assert (await source.wait()).signal == 9
@@ -121,6 +123,7 @@ async def test_local_images(criu: Criu, room: Path) -> None:
                 assert (await source.worker(task).verify()).is_good
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("where", ["source", "images"])
 async def test_a_gigabyte_costs_less_than_100_mb(criu: Criu, room: Path, where: str) -> None:
     spec = WorkloadSpec(size=1024 * MIB)
@@ -151,7 +154,7 @@ async def test_a_gigabyte_costs_less_than_100_mb(criu: Criu, room: Path, where: 
 
 async def test_page_server_of_criu(criu: Criu, room: Path) -> None:
     images, work = room / "images", room / "work"
-    async with start_workload(WorkloadSpec(size=256 * MIB, areas=4), room) as source:
+    async with start_workload(WorkloadSpec(size=128 * MIB, areas=4), room) as source:
         await dump(criu, source.pid, images)
         async with (
             page_server(criu, images, room) as pages,

@@ -66,6 +66,7 @@ async def test_restore_that_fails_leaves_the_source_running(criu: Criu, room: Pa
         await source_goes_on(m)
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("how", ["touch", "syscall", "child"])
 async def test_no_zeros_when_the_source_is_killed(criu: Criu, room: Path, how: str) -> None:
     async with migrate(criu, SPEC, room, rate=SLOW) as m:
@@ -110,7 +111,7 @@ async def test_kill_on_failure(criu: Criu, room: Path) -> None:
 
 
 async def test_silent_source(criu: Criu, room: Path) -> None:
-    async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=["--link-timeout", "1"]) as m:
+    async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=["--link-timeout", "500ms"]) as m:
         await m.transferring()
         assert m.link is not None
         m.link.stall()
@@ -125,15 +126,19 @@ async def test_silent_source(criu: Criu, room: Path) -> None:
         assert (await m.source.wait()).signal == signal.SIGKILL
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 async def test_a_signal_drains_or_does_nothing(criu: Criu, room: Path, number: signal.Signals) -> None:
     async with migrate(criu, SPEC, room, rate=SLOW) as m:
         await m.transferring()
         os.kill(m.daemon.kept.pid, number)
+        await trio.sleep(0.2)
+        m.speed_up()
         await m.ends_well()
         await m.verify_all()
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("again", [True, False], ids=["second-sigterm", "stop-timeout"])
 async def test_draining_has_an_end(criu: Criu, room: Path, again: bool) -> None:
     async with migrate(criu, SPEC, room, rate=SLOW, daemon_extra=["--stop-timeout", "0.2"]) as m:
@@ -165,7 +170,10 @@ async def test_stopped_with_kill_lets_the_source_go_on(criu: Criu, room: Path) -
 async def test_task_killed_during_the_transfer(criu: Criu, room: Path) -> None:
     async with migrate(criu, WorkloadSpec(size=32 * MIB, tree=3), room, rate=SLOW) as m:
         await m.transferring()
-        m.restored.kill(m.control.worker(2).pid)
+        pid = m.control.worker(2).pid
+        m.restored.kill(pid)
+        await until(lambda: m.restored.gone(pid) is not None)
+        m.speed_up()
         await m.ends_well()
         for task in range(2):
             assert (await m.control.worker(task).verify()).is_good

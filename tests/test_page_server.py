@@ -239,7 +239,7 @@ async def test_one_line_for_one_that_breaks_the_rules(
             while not caplog.records:  # noqa: ASYNC110
                 await trio.sleep(0.01)
             await get(good)
-    (record,) = caplog.records
+            (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith("connection 1: 127.0.0.1:")
     assert (

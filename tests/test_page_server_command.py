@@ -183,8 +183,8 @@ def test_statistics_that_could_not_be_written_are_told_at_the_start(
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
-    """1 GiB and 100,000 extents, one destination that takes all, and one that reads nothing."""
-    large, nr_small = 1 << 18, 100_000
+    """512 MiB and 100,000 extents, one destination that takes all, and one that reads nothing."""
+    large, nr_small = 1 << 17, 100_000
     directory = write_images(tmp_path / "images", SPEC, style="full").directory
     entries = [pagemap_entry(A + 2 * n * PAGE, 1, PE_LAZY | PE_PRESENT, count="new") for n in range(nr_small)]
     entries.append(pagemap_entry(2 * A, large, PE_LAZY | PE_PRESENT, count="new"))
@@ -207,7 +207,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
 
 
 def test_wishes_to_stop_that_come_late_change_nothing(images: WrittenImages, tmp_path: Path) -> None:
-    for n in range(10):
+    for n in range(0, 10, 2):
         work = tmp_path / str(n)
         work.mkdir()
         with command(images.directory, work) as c:

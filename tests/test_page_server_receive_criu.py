@@ -28,7 +28,7 @@ from criupy.testing.wait import until as wait_until
 from page_server_clients import PAGE, PE_PARENT, PE_PRESENT, Dumper, shmem, task
 from rpc_victims import disk, state_of, subreaper, until, until_reaped
 
-pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("nothing_is_left")]
+pytestmark = [pytest.mark.criu, pytest.mark.spread, pytest.mark.usefixtures("nothing_is_left")]
 
 # Two processes with memory of their own and some in common. Every page has its number, but for some that were
 # never touched; on SIGUSR1 each looks at every byte.

@@ -37,7 +37,7 @@ from rpc_victims import (
     zombie,
 )
 
-pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("nothing_is_left")]
+pytestmark = [pytest.mark.criu, pytest.mark.spread, pytest.mark.usefixtures("nothing_is_left")]
 
 KINDS = ("blocking", "trio")
 WAYS = ("swrk", "service")

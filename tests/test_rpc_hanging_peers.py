@@ -259,8 +259,8 @@ async def test_success_within_grace(kind: str, way: str, tmp_path: Path) -> None
 
 
 async def test_success_within_grace_ends_an_iteration(kind: str, tmp_path: Path) -> None:
-    script = [Expect(), Notify("pre-restore"), Sleep(1.2), RESTORED, Exit()]
-    async with client_of(kind, "swrk", tmp_path, script, request_timeout=0.7, grace=HANG) as (client, _):
+    script = [Expect(), Notify("pre-restore"), Sleep(0.7), RESTORED, Exit()]
+    async with client_of(kind, "swrk", tmp_path, script, request_timeout=0.4, grace=HANG) as (client, _):
         after = False
         async with client.block("open_restore", images_dir=tmp_path) as operation:
             async for _ in client.notifications(operation):

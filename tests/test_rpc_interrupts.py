@@ -64,14 +64,14 @@ class Interrupt:
 
 
 def dump_blocking(binary: Path, images_dir: Path) -> None:
-    with criupy.Criu(binary, grace=0.01) as criu:
-        criu.dump(PID, images_dir=images_dir, request_timeout=0.01)
+    with criupy.Criu(binary, grace=0.005) as criu:
+        criu.dump(PID, images_dir=images_dir, request_timeout=0.005)
 
 
 def dump_on_trio(binary: Path, images_dir: Path) -> None:
     async def main() -> None:
-        async with criupy.AsyncCriu(binary, grace=0.01) as criu:
-            await criu.dump(PID, images_dir=images_dir, request_timeout=0.01)
+        async with criupy.AsyncCriu(binary, grace=0.005) as criu:
+            await criu.dump(PID, images_dir=images_dir, request_timeout=0.005)
 
     trio.run(main)
 
@@ -128,6 +128,7 @@ def test_a_request_whose_criu_hangs(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.criu
+@pytest.mark.spread
 @pytest.mark.filterwarnings("ignore:unclosed <Descriptor:ResourceWarning")
 def test_workers_that_are_kept(kind: str, criu: Criu, tmp_path: Path) -> None:
     """At spread moments: nothing goes on for longer than CRIU needs to see that its client is gone."""

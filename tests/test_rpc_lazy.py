@@ -33,7 +33,11 @@ from rpc_clients import Recorder, open_client
 from rpc_victims import counter, state_of, subreaper, until_reaped
 from test_rpc_criu import service
 
-pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
+pytestmark = [
+    pytest.mark.criu,
+    pytest.mark.spread,
+    pytest.mark.usefixtures("workload_program", "nothing_is_left"),
+]
 
 MIB = 1 << 20
 PROGRAM = Path(__file__).with_name("rpc_destination.py")

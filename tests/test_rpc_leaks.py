@@ -90,6 +90,7 @@ def test_many_requests_of_a_service(kind: str, tmp_path: Path) -> None:
         assert len(peer.connections) == 1
 
 
+@pytest.mark.spread
 def test_many_requests_of_criu(criu: RealCriu, kind: str) -> None:
     ask(kind, {"binary": criu.path})
 
@@ -137,5 +138,6 @@ def test_many_clients_of_a_service(kind: str, tmp_path: Path) -> None:
         open_clients(kind, {"socket": peer.path})
 
 
+@pytest.mark.spread
 def test_many_clients_of_criu(criu: RealCriu, kind: str) -> None:
     open_clients(kind, {"binary": criu.path})

@@ -15,7 +15,7 @@ from criupy.testing.criu_linux import Criu
 from rpc_victims import subreaper
 from test_rpc_criu import service
 
-pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("nothing_is_left")]
+pytestmark = [pytest.mark.criu, pytest.mark.spread, pytest.mark.usefixtures("nothing_is_left")]
 
 PROGRAM = Path(__file__).with_name("rpc_self_dump.py")
 

@@ -42,8 +42,8 @@ def elsewhere(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_mypy(elsewhere: Path) -> None:
-    done = check("mypy", "--strict", "--cache-dir", elsewhere / "cache", "use.py", cwd=elsewhere)
+def test_mypy(elsewhere: Path, mypy_cache: Path) -> None:
+    done = check("mypy", "--strict", "--cache-dir", mypy_cache, "use.py", cwd=elsewhere)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

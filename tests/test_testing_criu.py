@@ -37,10 +37,11 @@ async def all_good(control: Control, tasks: int) -> None:
         assert result.is_good, (task, result)
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize(
     "spec",
     [
-        WorkloadSpec(size=64 * MIB),
+        WorkloadSpec(size=32 * MIB),
         WorkloadSpec(size=8 * MIB, tree=5, threads=2, zombie=True, areas=4, adjacent=True, fragmented=True),
     ],
     ids=["one", "tree"],

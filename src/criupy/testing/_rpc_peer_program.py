@@ -1,8 +1,9 @@
 """The process of a scripted peer: what runs in the place of `criu swrk FD`, or under `criu service`.
 
-rpc_peer_linux.py starts it, or has a client start it, as `python -I -S THIS DIRECTORY ...`, and makes and
-reads what is in the directory:
+rpc_peer_linux.py starts it, or has a client start it, as `python -I -S DIRECTORY/program.pyc DIRECTORY ...`,
+and makes and reads what is in the directory:
 
+    program.pyc     this file, compiled
     plan            the scripts and the answer to VERSION; gone once the test is over
     lifeline        a FIFO that the test holds open for writing: when it closes, everything here ends
     connection-N    one for each process that talks to a client: what it was told, step by step
@@ -22,7 +23,10 @@ import marshal
 import os
 import select
 import sys
-from typing import NoReturn, TypeAlias
+
+TYPE_CHECKING = False  # typing's own would take longer to import than all the rest
+if TYPE_CHECKING:
+    from typing import NoReturn, TypeAlias
 
 # what marshal can write
 Value: TypeAlias = "bool | int | float | str | bytes | tuple[Value, ...] | None"

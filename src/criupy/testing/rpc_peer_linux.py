@@ -22,6 +22,8 @@ Nothing that a peer started survives the context, nor the death of the test itse
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import marshal
 import os
 import select
@@ -283,6 +285,14 @@ def _add(connection: Connection, processes: list[tuple[int, int]], record: tuple
             raise AssertionError(record)
 
 
+@functools.cache
+def _compiled_program() -> bytes:
+    """Return the program as Python keeps a module; what it is started with it would compile each time."""
+    path = Path(program.__file__)
+    code = compile(path.read_bytes(), path, "exec", dont_inherit=True)
+    return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+
+
 def _check(scripts: Sequence[Script], version: Sequence[int] | None) -> None:
     for step in (step for script in scripts for step in script):
         if version is not None and isinstance(step, Expect) and step.type == schema.VERSION:
@@ -304,10 +314,11 @@ def _peer(
     answer = None if version is None else encoded_packet(version_answer(version).packet)
     plan = (answer, tuple(map(encoded_script, scripts)), repeat_last and bool(scripts))
     (room / "plan").write_bytes(marshal.dumps(plan))
+    (room / "program.pyc").write_bytes(_compiled_program())
     os.mkfifo(room / "lifeline")
     lifeline = os.open(room / "lifeline", os.O_RDWR)
     path = room / "criu"
-    command = shlex.join([sys.executable, "-I", "-S", program.__file__, str(room)])
+    command = shlex.join([sys.executable, "-I", "-S", str(room / "program.pyc"), str(room)])
     path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     path.chmod(0o755)
     peer = Peer(path, room)
