@@ -6,11 +6,12 @@ A real process is dumped with `criu dump --lazy-pages` and restored on this mach
 lies criupy.testing's link, whose bandwidth all connections share. Its threads touch random
 pages with pauses from their first instruction on, and measure each touch.
 
-stock       criu lazy-pages, connected to the dump
+stock       criu lazy-pages, connected to the dump; of a smaller process, for it takes so long
 one lane    criupy-lazy-pages --lanes 1, by a relay (criupy-page-server --upstream)
 two lanes   the same with --lanes 2
-alone       without any background transfer: faults before the restore has finished, from images
-            that criupy-page-server gives out; so no real restore, as its process does not run then
+alone       without any background transfer: faults before the restore has finished, one after
+            the other, of a stand-in for criu restore (whose process does not run then), with
+            images that criupy-page-server gives out; by the daemon's own clock, to 1/16
 
 What lasted longer than a tenth of the round trip was a fault. Only those are counted that
 came before the last page. A round ends with a look at every byte. The cut is a reset of all
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import platform
 import statistics
@@ -55,6 +57,7 @@ THREADS = 4
 PAUSE_NS = 3_000_000
 UNLIMITED = 1 << 40
 ALONE_TOUCHES = 60
+STOCK_SIZE = 32 * MIB
 LINKS = {"125 MB/s": 125e6, "1.25 GB/s": 1.25e9}
 MARK = ("<!-- links: begin -->", "<!-- links: end -->")
 WAYS = ("alone", "stock", "one lane", "two lanes")
@@ -90,26 +93,36 @@ def faults(control: Control) -> list[int]:
     return [ns for thread in range(THREADS) for ns in control.worker(0, thread).samples if ns > least]
 
 
-async def alone(size: int, bandwidth: float, room: Path) -> list[int]:
+async def alone(bandwidth: float, room: Path) -> dict[str, float]:
     """Touch pages one after the other, with nothing else on the link."""
-    spec = WorkloadSpec(size=size, samples=1 << 16)
+    spec = WorkloadSpec(size=MIB)
     images = write_images(room / "images", spec, style="full").directory
+    work, socket = room / "work", room / "work" / "lazy-pages.socket"
+    work.mkdir()
+    (room / "restorer").mkdir()
     with page_server(room / "server", "--lazy-pages", "-D", str(images)) as address:
         async with (
             open_link(address, Conditions(delay=DELAY, bandwidth=bandwidth)) as link,
             lazy_pages_daemon(
-                our_command(), images, room / "work", source=(link.address, link.port), extra=["--extended"]
-            ),
+                our_command(),
+                images,
+                work,
+                source=(link.address, link.port),
+                extra=["--extended", "--stats-file", "stats.json"],
+            ) as daemon,
+            start_standin(spec, socket, room / "restorer", early=ALONE_TOUCHES) as standin,
         ):
-            (room / "restorer").mkdir()
-            async with start_standin(spec, room / "work" / "lazy-pages.socket", room / "restorer") as standin:
-                worker = standin.worker(0)
-                worker.start_touching(Order.RANDOM, count=ALONE_TOUCHES)
-                await worker.wait()
-                found = [ns for ns in worker.samples if ns > DELAY * 1e9 / 5]
-                await standin.finish()
-                await worker.verify()
-    return found
+            await standin.finish()
+            await daemon.succeed()
+            if not standin.early_result_is_good:
+                raise SystemExit("alone: wrong pages were delivered")
+    stats = json.loads((work / "stats.json").read_text())
+    return {
+        "faults": stats["faults"],
+        "p50_ms": stats["latency_p50_us"] / 1000,
+        "p99_ms": stats["latency_p99_us"] / 1000,
+        "used": 0.0,
+    }
 
 
 @contextlib.asynccontextmanager
@@ -149,14 +162,20 @@ async def migrating(
             raise SystemExit(f"{way} delivered wrong pages: {result}")
 
 
-async def busy(criu: Criu, size: int, bandwidth: float, way: str, room: Path) -> tuple[list[int], float]:
-    """Return the faults of a transfer, and what part of the link it used."""
+async def busy(criu: Criu, size: int, bandwidth: float, way: str, room: Path) -> dict[str, float]:
+    """Touch pages while all are transferred; ``used`` is what part of the link that took."""
     async with migrating(criu, size, bandwidth, way, room) as (control, link, daemon):
         await link.reached(1)
         begin = trio.current_time()
         await daemon.succeed()
         used = link.down / (trio.current_time() - begin) / bandwidth
-    return faults(control), used
+        waits = faults(control)
+    return {
+        "faults": len(waits),
+        "p50_ms": percentile(waits, 50),
+        "p99_ms": percentile(waits, 99),
+        "used": used,
+    }
 
 
 async def time_lost(criu: Criu, size: int, bandwidth: float, room: Path) -> float:
@@ -164,8 +183,9 @@ async def time_lost(criu: Criu, size: int, bandwidth: float, room: Path) -> floa
     async with migrating(criu, size, bandwidth, "two lanes", room) as (_, link, daemon):
         await link.reached(size // 2)
         link.cut(Loss.RST)
-        begin, down = trio.current_time(), link.down
-        await link.reached(down + 4096)
+        begin = trio.current_time()
+        await trio.sleep(DELAY / 2)  # nothing new can be there before
+        await link.reached(link.down + 4096)
         lost = trio.current_time() - begin
         await daemon.succeed()
     return lost
@@ -186,6 +206,7 @@ async def measure(rounds: int, size: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "rounds": rounds,
         "size_mib": size // MIB,
+        "stock_size_mib": min(size, STOCK_SIZE) // MIB,
         "round_trip_ms": 2 * DELAY * 1000,
         "links": {},
     }
@@ -196,17 +217,10 @@ async def measure(rounds: int, size: int) -> dict[str, Any]:
             for way in WAYS:
                 with tempfile.TemporaryDirectory(prefix="criupy-bench-") as room:
                     if way == "alone":
-                        waits, used = await alone(64 * MIB, bandwidth, Path(room)), 0.0
+                        runs[way].append(await alone(bandwidth, Path(room)))
                     else:
-                        waits, used = await busy(criu, size, bandwidth, way, Path(room))
-                runs[way].append(
-                    {
-                        "faults": len(waits),
-                        "p50_ms": percentile(waits, 50),
-                        "p99_ms": percentile(waits, 99),
-                        "used": used,
-                    }
-                )
+                        much = min(size, STOCK_SIZE) if way == "stock" else size
+                        runs[way].append(await busy(criu, much, bandwidth, way, Path(room)))
                 print(f"{name} {number + 1}/{rounds} {way}: {runs[way][-1]}", file=sys.stderr)
             with tempfile.TemporaryDirectory(prefix="criupy-bench-") as room:
                 cuts.append(await time_lost(criu, size, bandwidth, Path(room)) * 1000)
@@ -227,7 +241,8 @@ def table(report: dict[str, Any]) -> str:
     """Make a Markdown table of medians and ratios."""
     lines = [
         (
-            f"{report['size_mib']} MiB process, {THREADS} threads that touch random pages with pauses, "
+            f"{report['size_mib']} MiB process (stock: {report['stock_size_mib']} MiB), "
+            f"{THREADS} threads that touch random pages with pauses, "
             f"criu {report['criu']} at the source, {report['round_trip_ms']:g} ms round trip, "
             f"Linux {report['kernel']}, {report['cores']} cores; "
             f"medians of {report['rounds']} rounds, in turn, in one run."
