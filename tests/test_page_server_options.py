@@ -74,6 +74,17 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("--idle-timeout 5m", {"idle_timeout": 300.0}),
     ("--stall-timeout 200ms", {"stall_timeout": 0.2}),
     ("--stop-timeout=1", {"stop_timeout": 1.0}),
+    ("--upstream 127.0.0.1:27", {"upstream": ("127.0.0.1", 27)}),
+    ("--upstream=[::1]:65535", {"upstream": ("::1", 65535)}),
+    ("--upstream h:1 --cache 64M", {"upstream": ("h", 1), "cache": 64 << 20}),
+    ("--upstream h:1 --cache 1GiB", {"upstream": ("h", 1), "cache": 1 << 30}),
+    ("--upstream h:1 --spool s", {"upstream": ("h", 1), "spool": Path("s")}),
+    (
+        "--upstream h:1 --spool s --close-when-spooled",
+        {"upstream": ("h", 1), "spool": Path("s"), "close_when_spooled": True},
+    ),
+    ("--upstream h:1 --hold-timeout 5m", {"upstream": ("h", 1), "hold_timeout": 300.0}),
+    ("--abort", {"abort": True}),
     ("-o log -v4", {"log_file": "log", "verbosity": 4}),
     ("-vv", {"verbosity": 4}),
     ("-d --pidfile p", {"daemon": True, "pidfile": Path("p")}),
@@ -128,6 +139,10 @@ WARNED = [
     ("--lazy-pages --auto-dedup", "--auto-dedup"),
     ("--lazy-pages --prev-images-dir x", "--prev-images-dir"),
     ("--ps-socket 9", "--address and --port"),
+    ("--upstream h:1 --lazy-pages", "--lazy-pages"),
+    ("--upstream h:1 --once", "--once"),
+    ("--hold-timeout 1", "--hold-timeout"),
+    ("--close-when-spooled", "--close-when-spooled"),
 ]
 
 
@@ -177,6 +192,14 @@ REJECTED = [
     ("--stream", "--stream"),
     ("-S", "--restore-sibling"),
     ("--address=", "--address empty"),
+    ("--upstream host", "--upstream 'host' HOST:PORT"),
+    ("--upstream ::1:7000", "--upstream '::1:7000' [ADDRESS]:PORT"),
+    ("--upstream host:0", "--upstream '0'"),
+    ("--upstream h:1 --cache many", "--cache 'many' 64M"),
+    ("--upstream h:1 --cache 1K", "--cache 1M"),
+    ("--upstream h:1 --ps-socket 9", "--upstream --ps-socket"),
+    ("--upstream h:1 --close-when-spooled", "--close-when-spooled --spool"),
+    ("--spool s", "--spool --upstream"),
 ]
 
 
