@@ -286,6 +286,29 @@ def test_a_lane_that_comes_after_the_end_is_closed(
     assert urgent.ending() == "FIN"
 
 
+def test_a_lane_in_the_place_of_one_that_was_lost_while_closing(
+    restore: Restore, target: Target, bulk: Source, urgent: Source
+) -> None:
+    """It is too late to drop the first; that one is closed all the same."""
+    addr = lazy(restore, target, 1)
+    both(restore, bulk, urgent)
+    running(restore, bulk)
+    background = bulk.get()
+    order = target.start("read", addr, PAGE)
+    urgent.answer()
+    assert order.result() == content(77, addr)
+    restore.until(lambda stats: stats.phase == Phase.CLOSING)
+    urgent.sock.close()
+    restore.until(lambda stats: stats.urgent_link == Link.LOST)
+    restore.pager.drop_link(URGENT)
+    with Source() as late:
+        restore.link_lane(late, URGENT, b"not said")
+        assert late.ending() == "FIN"
+    bulk.reply(background)
+    assert bulk.close() == "FIN"
+    ended(restore)
+
+
 def abort(restore: Restore) -> None:
     restore.pager.abort()
 

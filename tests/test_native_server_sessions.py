@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import select
@@ -147,7 +148,7 @@ def test_bytes_that_come_one_by_one(serve: Serve) -> None:
         for byte in HELLO.encode(KEY) + encode_getv(task.pid, runs) + encode_plain(Command.ABORT):
             client.say(bytes((byte,)))
         client.runs_of(task.pid, runs)
-        assert client.status() == 0
+        assert client.status() == -errno.EALREADY  # images have no source that could go on
     assert serving.end().ending is Ending.CLOSED
 
 
@@ -287,6 +288,17 @@ def test_a_stock_client_is_asked_about_once(serve: Serve, first: Command) -> Non
         assert question.command == first
         serving.server.answer(question.serial, 0)
         assert client.status() == 0
+
+
+@pytest.mark.parametrize("command", [Command.ADD_F, Command.OPEN2, Command.PARENT])
+def test_who_begins_with_an_upload_claims_nothing(serve: Serve, command: Command) -> None:
+    """A dumper that was told the wrong port must not be taken for the destination."""
+    serving = serve(asks=True)
+    with serving.connect() as client:
+        client.send(command, 0, 0x10000 if command is Command.ADD_F else 0, 257)
+        account = serving.end()
+    assert account.ending is Ending.COMMAND
+    assert list(serving.server.questions()) == []
 
 
 def test_who_is_refused_is_told_why_if_he_understands(serve: Serve) -> None:

@@ -109,6 +109,7 @@ class UpstreamStats(Protocol):
     pages_fetched: int
     pages_kept: int
     pages_evicted: int
+    pages_given: int
 
 class Asked(Protocol):
     """``struct criupy_question``."""

@@ -462,6 +462,7 @@ struct criupy_upstream_stats {
 	uint64_t pages_fetched;		/* each time that they were */
 	uint64_t pages_kept;
 	uint64_t pages_evicted;
+	uint64_t pages_given;		/* to the server's connections, again after an eviction */
 };
 
 int criupy_upstream_create(struct criupy_upstream **upstream, const struct criupy_upstream_config *config);

@@ -55,6 +55,8 @@ void lane_open(struct criupy_pager *p, const struct command *command)
 	struct lane *l = &p->lanes[command->lane];
 	struct epoll_event watch = { .events = EPOLLIN, .data.ptr = l };
 
+	/* One that was lost, and should be dropped when the end had begun. */
+	lane_close(p, l);
 	link_init(&l->link, command->fd, command->transport);
 	l->frame_size = (size_t)command->value;
 	l->shared = command->flags & CRIUPY_LINK_SHARED;
@@ -63,6 +65,11 @@ void lane_open(struct criupy_pager *p, const struct command *command)
 		pager_publish(p);
 		return;
 	}
+	l->out_have = 0;
+	l->writable_wanted = false;
+	l->saying_goodbye = false;
+	l->rx.state = RX_HEADER;
+	l->rx.header_have = 0;
 	l->heard_ns = p->now_ns;
 	l->state = CRIUPY_LINK_OPEN;
 	if (l == bulk_lane(p))
@@ -114,11 +121,6 @@ void lane_drop(struct criupy_pager *p, struct lane *l)
 	l->error = 0;
 	l->refused = 0;
 	(l == bulk_lane(p) ? p->stats.link_fault : p->stats.urgent_fault)[0] = 0;
-	l->out_have = 0;
-	l->writable_wanted = false;
-	l->saying_goodbye = false;
-	l->rx.state = RX_HEADER;
-	l->rx.header_have = 0;
 	if (l == bulk_lane(p))
 		p->window.bytes_per_ns = 0;
 	pager_publish(p);

@@ -184,7 +184,7 @@ static void end_round(struct window *w, uint64_t now_ns)
 
 void window_reply_begins(struct window *w, uint64_t now_ns, uint64_t sent_ns, bool alone, bool bulk)
 {
-	uint64_t took = now_ns - sent_ns;
+	uint64_t took = max_u64(now_ns - sent_ns, 1);	/* it is divided by */
 
 	if (alone)
 		w->rtt_ns = w->rtt_ns ? min_u64(w->rtt_ns, took) : took;

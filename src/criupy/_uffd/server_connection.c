@@ -182,7 +182,8 @@ static int close_session(struct connection *c, int32_t status, bool force)
 		c->in_start = c->in_end;
 		got = force && !rest ? 0 : receive(c);
 	} while (got > 0);
-	if (status)
+	/* To an ABORT it says what has become of the source, and nothing failed. */
+	if (status && (c->counted.frame.cmd & CRIUPY_CMD_MASK) != CRIUPY_CMD_ABORT)
 		return connection_fail(c, CRIUPY_SERVED_REFUSED, -status);
 	if (rest && rest < longer)	/* a part of the longer one */
 		return connection_fail(c, CRIUPY_SERVED_TRAILING, 0);
@@ -203,6 +204,22 @@ static int end(struct connection *c, const struct criupy_frame *frame)
 	return close_session(c, status, force);
 }
 
+/* Whether a frame is the first by which a client wants to be the destination. Who
+ * uploads is none, and ends here without a question. */
+static bool claims(const struct connection *c, uint32_t cmd)
+{
+	switch (cmd) {
+	case CRIUPY_CMD_GET:
+		return !c->claimed;
+	case CRIUPY_CMD_GETV:
+		return !c->claimed && c->extended;
+	case CRIUPY_CMD_CLOSE:
+	case CRIUPY_CMD_FORCE_CLOSE:
+		return !c->claimed && !c->extended;
+	}
+	return false;
+}
+
 static int dispatch(struct connection *c, const struct criupy_frame *frame, const uint8_t *body)
 {
 	bool receives = c->server->config.receives;
@@ -210,11 +227,12 @@ static int dispatch(struct connection *c, const struct criupy_frame *frame, cons
 
 	if (cmd == CRIUPY_CMD_HELLO)
 		return session_hello(c, frame, body);
+	c->begun = true;
 	if (cmd == CRIUPY_CMD_FINISHED)
 		return session_finished(c, frame);
 	c->counted.nr_requests++;
-	if (!c->claimed && (!c->extended || cmd == CRIUPY_CMD_GET || cmd == CRIUPY_CMD_GETV) &&
-	    session_claim(c, frame) < 0)
+	c->begun = true;
+	if (claims(c, cmd) && session_claim(c, frame) < 0)
 		return -1;
 	switch (cmd) {
 	case CRIUPY_CMD_ABORT:

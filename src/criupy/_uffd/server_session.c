@@ -64,7 +64,6 @@ int session_hello(struct connection *c, const struct criupy_frame *frame, const 
 
 int session_claim(struct connection *c, const struct criupy_frame *frame)
 {
-	c->begun = true;
 	c->claimed = true;
 	if (!c->server->config.asks)
 		return 0;
@@ -77,14 +76,19 @@ int session_finished(struct connection *c, const struct criupy_frame *frame)
 {
 	if (!c->extended)
 		return connection_fail(c, CRIUPY_SERVED_COMMAND, 0);
-	return c->server->config.asks ? connection_ask(c, frame, NULL, false) : 0;
+	if (!c->server->config.asks)
+		return 0;
+	if (connection_ask(c, frame, NULL, false) < 0)
+		return -1;
+	return c->answer < 0 ? session_refuse(c, (uint32_t)-c->answer) : 0;
 }
 
 int session_end(struct connection *c, const struct criupy_frame *frame, int32_t *status)
 {
 	if ((frame->cmd & CRIUPY_CMD_MASK) == CRIUPY_CMD_ABORT && !c->extended)
 		return connection_fail(c, CRIUPY_SERVED_COMMAND, 0);
-	*status = 0;
+	/* Images have no source that could go on. */
+	*status = (frame->cmd & CRIUPY_CMD_MASK) == CRIUPY_CMD_ABORT ? -EALREADY : 0;
 	if (!c->server->config.asks)
 		return 0;
 	/* What was asked for before goes out first: the answer may take a while. */

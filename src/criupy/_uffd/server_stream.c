@@ -203,7 +203,7 @@ int stream_send_file(struct connection *c, const struct served_image *served, ui
 		size_t some = min_u64(length, SERVER_OUT);
 
 		if (read_pages(c, served->fd, start, c->out, some) < 0 || check_unchanged(c, served) < 0 ||
-		    stream_send(c, c->out, some, true) < 0)
+		    stream_send(c, c->out, some, c->transport || some < length) < 0)
 			return -1;
 		start += some;
 		length -= some;

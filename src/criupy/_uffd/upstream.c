@@ -244,6 +244,12 @@ void upstream_wake(struct criupy_upstream *u)
 	pthread_mutex_unlock(&u->lock);
 }
 
+/* The source was told so: who got the rest from us would run beside it. */
+static bool source_goes_on(const struct criupy_upstream *u)
+{
+	return u->stats.state == CRIUPY_LINK_RESET || (u->resetting && u->stats.state != CRIUPY_LINK_CLOSED);
+}
+
 /* Why a page that is not here will not come; 0 when it may. */
 static int hopeless(const struct criupy_upstream *u, uint64_t page)
 {
@@ -251,7 +257,7 @@ static int hopeless(const struct criupy_upstream *u, uint64_t page)
 		return 0;
 	if (u->stats.disk_error)
 		return -u->stats.disk_error;
-	if (u->resetting || u->stats.state == CRIUPY_LINK_RESET)
+	if (source_goes_on(u))
 		return -ESHUTDOWN;
 	if (u->stopping || u->closing || u->stats.state > CRIUPY_LINK_OPEN)
 		return -EPIPE;
@@ -260,9 +266,10 @@ static int hopeless(const struct criupy_upstream *u, uint64_t page)
 
 int upstream_check(struct criupy_upstream *u, uint64_t page, uint64_t nr)
 {
-	int result = 0;
+	int result;
 
 	pthread_mutex_lock(&u->lock);
+	result = source_goes_on(u) ? -ESHUTDOWN : 0;
 	for (uint64_t i = 0; i < nr && !result; i++)
 		if (!upstream_is_here(u, page + i))
 			result = hopeless(u, page + i);
@@ -303,6 +310,8 @@ int upstream_hold(struct criupy_upstream *u, uint64_t page, uint64_t nr, const _
 	pthread_mutex_lock(&u->lock);
 	if (!upstream_is_here(u, page))
 		result = cut ? wait_for(u, (struct upstream_run){ page, nr }, cut) : -EAGAIN;
+	if (!result && source_goes_on(u))
+		result = -ESHUTDOWN;
 	if (result < 0)
 		goto out;
 	if (u->config.cache_pages)

@@ -135,13 +135,14 @@ void upstream_disk_failed(struct criupy_upstream *u, int error);
 void upstream_share(struct criupy_upstream *u);
 void upstream_unshare(struct criupy_upstream *u);
 
-/* Why some of these pages will never be here, -EPIPE where the source is lost and
- * -ESHUTDOWN where it was told to go on; 0 when all may. */
+/* Why some of these pages will never be given out: -EPIPE where they are not here and
+ * the source is lost, -ESHUTDOWN where it was told to go on; 0 when all may be. */
 int upstream_check(struct criupy_upstream *u, uint64_t page, uint64_t nr);
 /* Wait until page is there. got receives how many from it on are, at most nr, which
  * must lie inside an extent; they stay until they are released. -ECANCELED when
  * *cut became true, -EPIPE when the source is lost or ended and does not have it,
- * -errno when it cannot be kept. Without cut -EAGAIN instead of waiting. */
+ * -ESHUTDOWN when it was told to go on, also for what is here, -errno when it cannot be
+ * kept. Without cut -EAGAIN instead of waiting. */
 int upstream_hold(struct criupy_upstream *u, uint64_t page, uint64_t nr, const _Atomic bool *cut,
 		  struct upstream_pin *pin, uint64_t *got);
 /* served: somebody has them, so they can be evicted. */

@@ -180,8 +180,6 @@ void upstream_give(struct criupy_upstream *u, struct upstream_run run)
 {
 	uint64_t page = run.page, end = run.page + run.nr;
 
-	if (!u->config.cache_pages)
-		return;
 	while (page < end) {
 		uint64_t nr = run_of(u, page, end - page, UPSTREAM_KEPT);
 
@@ -189,7 +187,9 @@ void upstream_give(struct criupy_upstream *u, struct upstream_run run)
 			const struct upstream_run given = { page, nr };
 
 			upstream_set(u, given, UPSTREAM_SERVED);
-			ring_push(&u->served, given);
+			u->stats.pages_given += nr;
+			if (u->config.cache_pages)
+				ring_push(&u->served, given);
 		}
 		page += nr ? nr : 1;
 	}

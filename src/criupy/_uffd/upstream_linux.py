@@ -32,7 +32,8 @@ class UpstreamState:
     ``close_status`` is what the source answered to CLOSE, None before.
     ``disk_errno``, unless it is 0, says why nothing more can be kept.
     ``complete``: every page is kept, so the source is not needed any more.
-    ``pages_fetched`` counts a page each time that it came.
+    ``pages_fetched`` counts a page each time that it came, ``pages_given`` once
+    (again when it was evicted and fetched for somebody a second time).
     """
 
     link: Link
@@ -54,6 +55,7 @@ class UpstreamState:
     pages_fetched: int
     pages_kept: int
     pages_evicted: int
+    pages_given: int
 
 
 def _state(stats: UpstreamStats) -> UpstreamState:
@@ -77,6 +79,7 @@ def _state(stats: UpstreamStats) -> UpstreamState:
         pages_fetched=stats.pages_fetched,
         pages_kept=stats.pages_kept,
         pages_evicted=stats.pages_evicted,
+        pages_given=stats.pages_given,
     )
 
 
@@ -111,7 +114,7 @@ class Upstream:
     def destroy(self) -> None:
         """Stop fetching; a connection that is still open is reset, and the source goes on.
 
-        A server that gives out what was fetched can go on with that.
+        A server can go on giving out what was fetched, unless the source does so.
         """
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
@@ -147,7 +150,7 @@ class Upstream:
         check("close an upstream", lib.criupy_upstream_close(self._to_share()))
 
     def reset(self) -> None:
-        """End the connection by a reset, whoever else holds it: the source goes on."""
+        """End the connection by a reset, whoever else holds it: the source goes on, and no page is given."""
         check("reset an upstream", lib.criupy_upstream_reset(self._to_share()))
 
     def leave(self) -> None:
