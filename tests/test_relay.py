@@ -35,6 +35,7 @@ from serving import MIB, Serving, all_good, serve
 pytestmark = [pytest.mark.usefixtures("workload_program", "nothing_is_left")]
 
 SPEC = WorkloadSpec(size=16 * MIB, areas=2, tree=2)
+SMALL = WorkloadSpec(size=1 * MIB)
 
 
 @dataclass(slots=True, eq=False)
@@ -149,7 +150,7 @@ async def test_twenty_cuts(secure: bool, room: Path, certificates: Certificates)
 async def test_the_end_is_told_again_when_it_was_lost(room: Path) -> None:
     """The link is lost when every page is there, and CLOSE is on its way."""
     async with (
-        relayed(room, conditions=Conditions(delay=0.3)) as r,
+        relayed(room, spec=SMALL, conditions=Conditions(delay=0.1)) as r,
         r.daemon(reconnect=20.0) as s,
         s.restore() as d,
     ):
@@ -203,6 +204,17 @@ async def test_a_relay_that_cannot_be_told_keeps_the_source(room: Path) -> None:
             await r.abort()
 
 
+async def test_a_relay_that_has_decided_is_understood(room: Path) -> None:
+    """What it answers then is a refusal, and no status; the source goes on, whoever wanted it first."""
+    async with relayed(room) as r, r.daemon(reconnect=20.0) as s, s.restore(early=4):
+        await s.handed_over()
+        await r.abort()
+        s.daemon.stop()
+        story = await s.failure()
+        assert "has ended, or goes on, by somebody's decision" in story
+        assert "frozen" not in story
+
+
 async def test_killed_tasks_let_it_go_on(room: Path) -> None:
     async with (
         relayed(room, conditions=Conditions(bandwidth=1e6)) as r,
@@ -233,6 +245,23 @@ async def test_an_operator_s_abort_ends_tasks_that_run(room: Path) -> None:
         assert "the tasks were killed" in await s.failure()
 
 
+async def test_also_those_that_have_everything(room: Path) -> None:
+    """The decision and the destination's CLOSE cross on the way."""
+    async with (
+        relayed(room, spec=SMALL, conditions=Conditions(delay=0.1)) as r,
+        r.daemon() as s,
+        s.restore() as standin,
+    ):
+        await standin.finish()
+        await until(lambda: s.daemon.statistics().drain is not None)
+        await r.relay.abort("an operator decided so")
+        assert r.goes_on
+        story = await s.failure()
+        assert "every page arrived, but the source goes on" in story
+        assert "the tasks were killed" in story
+        assert (await standin.wait()).signal == 9
+
+
 async def test_poisoned_ones_end_it(room: Path) -> None:
     async with (
         relayed(room, conditions=Conditions(bandwidth=1e6)) as r,
@@ -251,8 +280,13 @@ async def test_poisoned_ones_end_it(room: Path) -> None:
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
 async def test_a_source_that_is_lost_is_told_of(how: Literal["fin", "reset"], room: Path) -> None:
+    # Read-ahead stops before that as long as nobody takes anything.
     behaviour = Behaviour(cut_after=4 * MIB, cut_with=how)
-    async with relayed(room, behaviour=behaviour) as r, r.daemon(reconnect=20.0) as s, s.restore() as standin:
+    async with (
+        relayed(room, cache=MIB, behaviour=behaviour) as r,
+        r.daemon(reconnect=20.0) as s,
+        s.restore() as standin,
+    ):
         await standin.finish()
         assert "the relay has lost the source" in await s.failure()
         assert await r.relay.wait() is Fate.LOST
@@ -285,10 +319,25 @@ async def test_the_hold_timeout(room: Path) -> None:
         assert r.goes_on
 
 
+async def test_nor_does_it_end_what_may_have_everything(room: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every page was given, and the end of the session was lost: the destination may run."""
+    async with relayed(room, spec=SMALL, hold_timeout=1.5, conditions=Conditions(delay=0.1)) as r:
+        async with r.daemon(link_timeout=1.0, connect_timeout=0.3) as s, s.restore() as standin:
+            await standin.finish()
+            await until(lambda: s.daemon.statistics().drain is not None)
+            r.link.cut(Loss.RST, down=1000.0)
+            await all_good(standin)
+            await s.daemon.wait()
+        await until(lambda: "was given every page" in caplog.text)
+        assert r.relay.fate is Fate.HELD
+        assert r.source.end is None
+        await r.abort()
+
+
 async def test_a_daemon_that_could_be_too_late_is_told(room: Path) -> None:
     async with (
         relayed(room, hold_timeout=10.0) as r,
-        r.daemon(reconnect=8.0, link_timeout=1.0) as s,
+        r.daemon(reconnect=6.5, link_timeout=1.0) as s,
         s.restore(),
     ):
         assert "or two may run" in await s.failure()

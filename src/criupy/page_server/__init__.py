@@ -18,6 +18,7 @@ from criupy.page_server._statistics import Statistics
 
 if TYPE_CHECKING:
     from criupy._uffd.server_linux import Account, Ending
+    from criupy._uffd.upstream_linux import UpstreamState
     from criupy.page_server._receiver_linux import open_page_receiver
     from criupy.page_server._relay_linux import Fate, Relay
     from criupy.page_server._relaying_linux import open_relay
@@ -33,6 +34,7 @@ __all__ = [
     "Relay",
     "RelayConfig",
     "Statistics",
+    "UpstreamState",
     "open_page_receiver",
     "open_page_server",
     "open_relay",
@@ -45,6 +47,7 @@ _OF_LINUX = {
     "Fate": "criupy.page_server._relay_linux",
     "PageServer": "criupy.page_server._server_linux",
     "Relay": "criupy.page_server._relay_linux",
+    "UpstreamState": "criupy._uffd.upstream_linux",
     "open_page_receiver": "criupy.page_server._receiver_linux",
     "open_page_server": "criupy.page_server._serving_linux",
     "open_relay": "criupy.page_server._relaying_linux",

@@ -17,8 +17,9 @@ __all__ = ["Admission", "take"]
 _FAREWELL = 1.0
 # A fatal alert as TLS 1.2 has it: "protocol version". OpenSSL has no word for who does not speak TLS.
 _NO_TLS_HERE = bytes.fromhex("15 0303 0002 02 46")
-# By our daemon, which asks for pages or closes. A dump takes any byte for an answer to its first frame.
-_UNDERSTOOD_BY = frozenset(bytes([command & 0xFF]) for command in (Command.GET, Command.CLOSE))
+# By our daemon, which says hello, asks for pages or closes. A dump takes any byte for an answer to what it
+# sends first.
+_UNDERSTOOD_BY = frozenset(bytes([command & 0xFF]) for command in (Command.HELLO, Command.GET, Command.CLOSE))
 
 
 def take(connection: trio.socket.SocketType) -> trio.socket.SocketType:

@@ -70,16 +70,35 @@ def _run(options: PageServerOptions) -> int:
     options = _with_spool(options)
     tasks = _check_images(options)
     config = _configure(options, connection)
+    ready = awaited = None
     if options.daemon:
+        if options.upstream is not None:
+            ready, awaited = os.pipe()
         child = daemonize()
         if child:
             if options.pidfile is not None:
                 write_child_pidfile(options.work_dir / options.pidfile, child)
+            if ready is not None and awaited is not None:
+                os.close(awaited)
+                _wait_for_relay(options, ready, child)
             return 0
+        if ready is not None:
+            os.close(ready)
     log.debug("oom_score_adj %s, RLIMIT_NOFILE %d", lower_oom_score(), raise_descriptor_limit())
     run_action_scripts(options.action_scripts, "status-ready", options.images_dir)
     hold_signals()  # by default they would end what destinations depend on
-    return trio.run(_serve, options, config, tasks)
+    return trio.run(_serve, options, config, tasks, awaited)
+
+
+def _wait_for_relay(options: PageServerOptions, ready: int, child: int) -> None:
+    """Wait until there is a marker to copy; raise CommandError when there will be none."""
+    with open(ready, "rb") as pipe:
+        if pipe.read(1):
+            return
+    os.waitpid(child, 0)
+    if options.pidfile is not None:
+        (options.work_dir / options.pidfile).unlink(missing_ok=True)
+    raise CommandError("the relay ended before it was ready, its log (--log-file) says why")
 
 
 def _abort(options: PageServerOptions) -> int:
@@ -93,10 +112,15 @@ def _with_spool(options: PageServerOptions) -> PageServerOptions:
     """Serve a spool that is complete in place of the source that has ended with it."""
     if options.upstream is None or options.spool is None:
         return options
-    from criupy.page_server._spool import is_complete
+    from criupy.page_server._spool import has_ended, is_complete
 
     if not is_complete(options.spool, options.images_dir):
         return options
+    if not has_ended(options.spool):
+        raise PageServerError(
+            f"{options.spool}: it has everything, but its source was not seen to end: the process may go on "
+            f"there. Where it does not, serve the spool: {PROGRAM.name} --lazy-pages -D {options.spool}"
+        )
     log.info("%s has everything: it is served, and the source is not needed", options.spool)
     return replace(options, images_dir=options.spool, upstream=None, lazy_pages=True)
 
@@ -159,7 +183,9 @@ def _configure(options: PageServerOptions, connection: socket.socket | None) -> 
     )
 
 
-async def _serve(options: PageServerOptions, config: Config, tasks: list[ServedTask]) -> int:
+async def _serve(
+    options: PageServerOptions, config: Config, tasks: list[ServedTask], awaited: int | None
+) -> int:
     import trio
 
     from criupy._command.process_linux import status_ready
@@ -168,7 +194,7 @@ async def _serve(options: PageServerOptions, config: Config, tasks: list[ServedT
     if options.upstream is not None:
         from criupy.page_server._relay_cli import serve_relay
 
-        return await serve_relay(options, config)
+        return await serve_relay(options, config, awaited)
     async with _open(options, config, tasks) as server, trio.open_nursery() as nursery:
         await nursery.start(stop_on_signal, _Stopping(server, nursery, options.stop_timeout))
         failure = None

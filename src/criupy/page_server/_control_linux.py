@@ -57,7 +57,7 @@ def ask(path: Path, request: str, timeout: float) -> str:
             connection.connect(name)
             connection.sendall(request.encode() + b"\n")
             line = _receive_line(connection)
-    except (FileNotFoundError, ConnectionRefusedError) as error:
+    except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError) as error:
         raise PageServerError(f"{path}: no relay is there, nor anybody who holds its source") from error
     except TimeoutError as error:
         raise PageServerError(f"{path}: no answer within {timeout:g} seconds") from error

@@ -18,6 +18,7 @@ __all__ = ["PageServerOptions", "parse"]
 
 # CRIU listens everywhere; memory in clear text is for nobody who was not thought of.
 _LOOPBACK = "127.0.0.1"
+_CACHE = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class PageServerOptions:
     prev_images_dir: Path | None = None
     auto_dedup: bool = False
     upstream: tuple[str, int] | None = None
-    cache: int = 256 << 20
+    cache: int = _CACHE
     spool: Path | None = None
     close_when_spooled: bool = False
     hold_timeout: float | None = None
@@ -94,7 +95,7 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> PageSe
         prev_images_dir=given.prev_images_dir,
         auto_dedup=given.auto_dedup,
         upstream=given.upstream,
-        cache=given.cache,
+        cache=_CACHE if given.cache is None else given.cache,
         spool=given.spool,
         close_when_spooled=given.close_when_spooled,
         hold_timeout=given.hold_timeout,
@@ -130,7 +131,7 @@ def _check_relay(given: argparse.Namespace) -> None:
         )
     if given.close_when_spooled and given.spool is None:
         raise UsageError("--close-when-spooled needs --spool")
-    if given.cache < 1 << 20:
+    if given.cache is not None and given.cache < 1 << 20:
         raise UsageError(f"--cache {given.cache}: expected 1M or more")
 
 
@@ -168,6 +169,7 @@ def _warnings(given: argparse.Namespace, environ: Mapping[str, str]) -> list[str
             for name, there in (
                 ("--close-when-spooled has", given.close_when_spooled),
                 ("--hold-timeout has", given.hold_timeout is not None),
+                ("--cache has", given.cache is not None),
             )
             if there
         ]

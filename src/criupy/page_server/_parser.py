@@ -71,7 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         "destination. With neither: receive what one criu dump --page-server sends, and end with it. "
         "Takes the place of criu page-server and reads its command line.",
         epilog="CRIU's configuration files are not read. Exit status: 0 when all went well, 1 otherwise; "
-        "with --once that is when the one destination has ended its session, and not merely gone away. "
+        "with --once that is when the one destination has ended its session, and not merely gone away, "
+        "with --upstream when the source has ended because its destination has everything. "
         "Who connects and asks for nothing ends no page server.",
     )
     _add_pages(Group(parser, "What is served"))
@@ -123,7 +124,6 @@ def _add_relay(group: Group) -> None:
         "SIZE",
         "keep so much of its memory here (default: 256M)",
         type=values.size,
-        default=256 << 20,
     )
     group.value(
         "--spool",

@@ -26,8 +26,11 @@ log = logging.getLogger("criupy.page_server")
 _FAREWELL = 5.0
 
 
-async def serve_relay(options: PageServerOptions, config: Config) -> int:
-    """Relay until the source has ended, or for ever where it is spooled; return the exit status."""
+async def serve_relay(options: PageServerOptions, config: Config, awaited: int | None) -> int:
+    """Relay until the source has ended, or for ever where it is spooled; return the exit status.
+
+    ``awaited`` is the pipe to a parent that waits for this to be ready.
+    """
     assert options.upstream is not None  # noqa: S101
     relay_config = RelayConfig(
         upstream=options.upstream,
@@ -42,8 +45,9 @@ async def serve_relay(options: PageServerOptions, config: Config) -> int:
         stopping = _Stopping(server, relay, nursery, options.stop_timeout)
         await nursery.start(stop_on_signal, stopping)
         try:
-            if options.status_fd is not None:
-                status_ready(options.status_fd)
+            for fd in (awaited, options.status_fd):
+                if fd is not None:
+                    status_ready(fd)
             nursery.start_soon(_end_with_source, server, relay)
             await stopping.wait()
         except CommandError as error:
@@ -60,10 +64,14 @@ async def _end_with_source(server: PageServer, relay: Relay) -> None:
     await relay.wait()
     if relay.is_spooled and relay.fate is Fate.CLOSED:
         return
+    if relay.fate is Fate.LOST:  # what was kept may be enough
+        server.stop()
+        return
+    # Who was lost in this moment comes back, to be told.
+    with trio.move_on_after(_FAREWELL):
+        await relay.heard()
     server.stop()
-    if relay.fate is not Fate.LOST:  # else what was kept may be enough
-        await trio.sleep(_FAREWELL)
-        server.cut()
+    server.cut()
 
 
 class _Stopping:

@@ -17,7 +17,6 @@ source go on; after that a second holder of the socket decides in its place
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import errno
 import logging
@@ -27,18 +26,17 @@ import socket
 import trio
 
 from criupy._uffd.pager_linux import Link
-from criupy._uffd.server_linux import Account, Question, Server
+from criupy._uffd.server_linux import Account, Ending, Question, Server
 from criupy._uffd.upstream_linux import Upstream, UpstreamState
 from criupy.errors import ImageError, PageServerError
-from criupy.images import FrameSize
-from criupy.page_server._control_linux import ABORT, MAX_LINE, answer, request_in
-from criupy.page_server._held_linux import Holder
 from criupy.page_server._holder_linux import reset
+from criupy.page_server._operator_linux import listen_to_operators
 from criupy.page_server._relay_config import RelayConfig
 from criupy.page_server._session import Session
 from criupy.page_server._spool import Spool
 from criupy.page_server._statistics import counted
 from criupy.page_server._telling_linux import tell
+from criupy.page_server._twice_linux import HeldTwice
 from criupy.wire.extension import Refusal
 from criupy.wire.page_server import Command
 
@@ -46,7 +44,6 @@ __all__ = ["Fate", "Relay"]
 
 log = logging.getLogger("criupy.page_server")
 
-_CONTROL_PATIENCE = 10.0
 # The upstream has lost its source, and the source nobody: it is frozen still.
 _HELD_STILL = frozenset({errno.ETIMEDOUT, errno.EPROTO, errno.ECANCELED})
 _PAUSE = 0.005
@@ -81,8 +78,7 @@ class Relay:
         config: RelayConfig,
         native: Server,
         upstream: Upstream,
-        source: socket.socket,
-        frame_size: FrameSize,
+        source: HeldTwice,
         session: Session,
         spool: Spool | None,
         control: socket.socket,
@@ -90,17 +86,15 @@ class Relay:
         self._config = config
         self._native = native
         self._upstream = upstream
-        self._source = source  # the socket once more: it is open until the holder has gone
-        self._frame_size = frame_size
+        self._source = source
         self._spool = spool
-        self._holder = Holder()
-        self._holding = trio.Lock()
-        self._is_held_twice = False
+        # The verdict: whether it was the destination's, and whether that has heard what came of it.
+        self._is_by_session = False
+        self._is_heard = False
         self._control = control
         self._verdict: Fate | None = None
         self._ended = trio.Event()
         self._changed = trio.Event()
-        self._peers: dict[int, str] = {}
         self.session: Session = session
         #: What was fetched, as of the end or the last snapshot.
         self.last: UpstreamState = upstream.snapshot()
@@ -136,9 +130,9 @@ class Relay:
         if self.fate is not Fate.RESUMED:
             raise PageServerError(f"the source could not be told to go on: {self.fate.value}")
 
-    async def start(self) -> None:
-        """Start the second holder, which holds nothing before a page is asked for."""
-        await trio.to_thread.run_sync(self._holder.start)
+    async def _abort_by_operator(self) -> None:
+        runs = " (the destination said that its tasks run)" if self.session.has_finished else ""
+        await self.abort(f"an operator decided so{runs}")
 
     @property
     def is_needed(self) -> bool:
@@ -158,30 +152,35 @@ class Relay:
         serial, command = question.serial, Command(question.command)
         is_open_to_all = self.is_spooled and self.fate is Fate.CLOSED
         if is_open_to_all:
-            return 0
+            return -errno.EALREADY if command is Command.ABORT else 0
         if command is Command.HELLO:
             return -self._let_in(serial, self.session.hello(serial, question.hello))
         if command is Command.FINISHED:
+            if self._verdict is Fate.RESUMED:
+                log.error("connection %d: its tasks run, and the source goes on: %s", serial, self.why)
+                return -Refusal.ENDED
             if self.session.speaks_for(serial) and not self.session.has_finished:
                 self.session.has_finished = True
                 log.info("connection %d: the restore has finished, its tasks run", serial)
                 self._notify()
-            return -await self._hold_twice()  # they may run on without a page
+            return -await self._secure()  # they may run on without a page
         if command is Command.ABORT or serial in self.session.lanes.values():
             if command in {Command.GET, Command.GETV}:
                 self.session.has_pages = True
-                return -await self._hold_twice()
+                return -await self._secure()
             return await self._end_session(serial, command)
         refusal = self._let_in(serial, self.session.begin(serial))
         if refusal or command in {Command.CLOSE, Command.FORCE_CLOSE}:
             return -refusal
         self.session.has_pages = True
-        return -await self._hold_twice()
+        return -await self._secure()
 
     def _let_in(self, serial: int, found: Refusal | int | None) -> int:
         """Return why not, or 0."""
         if self.fate is Fate.LOST:
             found = Refusal.GONE
+        elif self._verdict is Fate.CLOSED and not isinstance(found, Refusal):
+            pass  # the answer to its CLOSE was lost, and it says that again
         elif self._ended.is_set() or self._verdict is not None:
             found = Refusal.ENDED
         if isinstance(found, Refusal):
@@ -197,6 +196,7 @@ class Relay:
         """End the source as its destination says; return the status."""
         if not self.session.speaks_for(serial):
             return 0  # a lane ends, or what was replaced
+        self._is_by_session = True
         if command is Command.ABORT:
             if self._verdict is None:
                 self._decide(Fate.RESUMED, "the destination has given up, and nothing of it runs there")
@@ -209,9 +209,15 @@ class Relay:
             )
         if self._verdict is None:
             self._decide(Fate.CLOSED, "the destination has all that it needs")
-        if self._spool is not None and not self.is_spooled and self.fate is Fate.HELD:
-            return 0  # all is well with it; the source is needed for the spool
+        if self._verdict is Fate.CLOSED and self._is_spooling:
+            # All is well with it, the source is needed for the spool. But it must not go on any more.
+            if not await self._secure():
+                await self._source.end()
+            return 0
         await self._ended.wait()
+        if self.fate is Fate.RESUMED:
+            log.error("the destination has all pages and runs, and the source goes on: %s", self.why)
+            return -errno.EALREADY
         if self.fate is Fate.LOST:
             log.error("the source had gone before its end: should its process have gone on, two run now")
             return 0
@@ -224,7 +230,15 @@ class Relay:
             if self._verdict is None:
                 log.warning("the destination is lost; its source stays frozen%s", self._until())
             self._notify()
+        self._is_heard = self._is_heard or account.ending is Ending.CLOSED
+        self._notify()
         return True
+
+    async def heard(self) -> None:
+        """Wait until a destination that decided, or is connected, has heard what became of the source."""
+        while self.session.is_connected or (self._is_by_session and not self._is_heard):
+            changed = self._changed
+            await changed.wait()
 
     def _until(self) -> str:
         patience = self._config.hold_timeout
@@ -242,6 +256,10 @@ class Relay:
         self._changed.set()
         self._changed = trio.Event()
 
+    @property
+    def _is_spooling(self) -> bool:
+        return self._spool is not None and not self.is_spooled and self.fate is Fate.HELD
+
     def _may_close(self) -> bool:
         if self.is_spooled and (self.session.has_finished or self._config.close_when_spooled):
             return True
@@ -251,8 +269,8 @@ class Relay:
         """Hold the source until its end."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_upstream)
-            nursery.start_soon(self._watch_holder)
-            nursery.start_soon(self._listen)
+            nursery.start_soon(self._source.watch)
+            nursery.start_soon(listen_to_operators, self._control, self._abort_by_operator)
             if self._config.hold_timeout is not None:
                 nursery.start_soon(self._watch_destination, self._config.hold_timeout)
             if self._spool is not None:
@@ -265,15 +283,21 @@ class Relay:
         """Let go of a source that nothing was decided about: it goes on, or the second holder has it."""
         if self._ended.is_set():
             return
-        if self._is_held_twice:
+        if self._verdict is Fate.CLOSED:  # it waited for the spool
+            log.error("the spool is given up: it was not complete")
+            await self._close()
+        elif self._verdict is Fate.RESUMED:
+            await self._resume()
+        elif self._source.is_given:
             log.error(
                 "%s; it is left to process %s, which --abort finds in the work dir%s",
                 "no end of the destination's session was seen: the source stays frozen",
-                self._holder.pid,
+                self._source.pid,
                 "" if self._config.hold_timeout is None else f", for {self._config.hold_timeout:g} s at most",
             )
             self.is_left = True
             self._upstream.leave()
+            await self._has_left()  # or its end would be a reset
         else:
             self.why = "nothing was asked for"
             await self._resume()
@@ -284,18 +308,19 @@ class Relay:
         while True:
             changed = self._changed
             state = self._upstream.snapshot()
-            if state.link is Link.LOST and not state.complete:
-                if state.errno not in _HELD_STILL:
+            if state.link is Link.LOST and state.errno not in _HELD_STILL:
+                # With all its pages here, tasks that run can go on; others must not begin to.
+                if not (state.complete and self.session.has_finished):
                     log.error(
                         "the source is lost: %s; %d pages of it are missing", _why(state), _missing(state)
                     )
-                    self.fate = Fate.LOST
+                    self._lose_source()
                     break
-                if not is_stuck:
-                    log.error(
-                        "no more pages can be had: %s; the source stays frozen%s", _why(state), self._until()
-                    )
-                    is_stuck = True
+            elif state.link is Link.LOST and not state.complete and not is_stuck:
+                log.error(
+                    "no more pages can be had: %s; the source stays frozen%s", _why(state), self._until()
+                )
+                is_stuck = True
             if self._verdict is Fate.RESUMED or self._may_close():
                 break
             await changed.wait()
@@ -306,43 +331,62 @@ class Relay:
                 await self._close()
             await self._let_go()
 
+    def _lose_source(self) -> None:
+        self.fate = Fate.LOST
+        if not self.session.has_finished and self.session.stock is None:
+            # Its process goes on, most likely: one of ours is told when it comes back, and restores nothing.
+            for serial in self.session.lanes.values():
+                self._native.cut(serial)
+
     async def _let_go(self) -> None:
-        if self.is_left:
-            self._holder.leave()
-        else:
-            await trio.to_thread.run_sync(self._holder.done)
+        await self._source.let_go(leave=self.is_left)
+        if not self.is_left:
             log.info("the source: %s", self.fate.value)
-        self._source.close()
         self.snapshot()
-        self._is_held_twice = False
         self._ended.set()
         self._notify()
+
+    async def _secure(self) -> int:
+        """Make sure that the source outlives this process; return why no page may be given, or 0."""
+        return 0 if await self._source.secure() else Refusal.GONE
+
+    async def _note_end(self, *, has_ended: bool) -> None:
+        assert self._spool is not None  # noqa: S101 - it is complete
+        try:
+            await trio.to_thread.run_sync(self._spool.note_end, has_ended)
+        except PageServerError as error:
+            log.error("%s", error)  # noqa: TRY400 - the spool is good all the same
 
     async def _resume(self) -> None:
         self._upstream.reset()
         link = await self._has_left()
         if link is Link.LOST and self.snapshot().errno in _HELD_STILL:
-            reset(self._source)  # the upstream has let go of it
+            reset(self._source.source)  # the upstream has let go of it
             link = Link.RESET
         self.fate = Fate.RESUMED if link is Link.RESET else Fate.LOST
 
     async def _close(self) -> None:
-        if self._is_held_twice:
-            with contextlib.suppress(PageServerError):  # it has died, and is started again by who watches it
-                await trio.to_thread.run_sync(self._holder.tell, "closing")
+        if self.is_spooled:
+            # From the note on, which has the spool served again, nothing may let the source go on.
+            await self._secure()
+        await self._source.end()
+        if self.is_spooled and self._source.is_given:
+            await self._note_end(has_ended=True)
         self._upstream.close()
         link = await self._has_left()
         state = self._upstream.snapshot()
         self.fate = Fate.CLOSED if link is Link.CLOSED else Fate.LOST
         self.status = state.close_status or 0
-        if link is Link.LOST and state.errno in _HELD_STILL and self._is_held_twice:
+        if link is Link.LOST and state.errno in _HELD_STILL and self._source.is_given:
             log.warning(
                 "the source could not be ended in good order (%s): process %s does it",
                 _why(state),
-                self._holder.pid,
+                self._source.pid,
             )
             self.is_left = True
             self.fate = Fate.CLOSED
+        if self.is_spooled:
+            await self._note_end(has_ended=self.fate is Fate.CLOSED)
         if self.status:
             log.warning("the source ended with status %d", self.status)
 
@@ -368,8 +412,20 @@ class Relay:
                 while self._is_missed():
                     changed = self._changed
                     await changed.wait()
-            if scope.cancelled_caught and self._is_missed():
-                self._decide(Fate.RESUMED, f"nothing was heard of the destination for {patience:g} s")
+            if not scope.cancelled_caught or not self._is_missed():
+                continue
+            if self._may_be_complete():
+                log.error(
+                    "nothing was heard of the destination for %g s, but it was given every page, and may run "
+                    "with them: the source stays frozen for an operator to decide",
+                    patience,
+                )
+                return
+            self._decide(Fate.RESUMED, f"nothing was heard of the destination for {patience:g} s")
+
+    def _may_be_complete(self) -> bool:
+        state = self.snapshot()
+        return self.session.has_finished and state.pages_given >= state.pages_total
 
     def _is_missed(self) -> bool:
         return self.session.is_taken and not self.session.is_connected and self._verdict is None
@@ -402,92 +458,6 @@ class Relay:
                 counted(state.pages_total, "page"),
             )
         self._notify()
-
-    # ---- the second holder ---------------------------------------------------
-
-    async def _hold_twice(self) -> int:
-        """Make sure that the source outlives this process; return why that cannot be, or 0."""
-        async with self._holding:
-            if self._is_held_twice or self._ended.is_set():
-                return 0
-            try:
-                await trio.to_thread.run_sync(self._give)
-            except PageServerError as error:
-                log.error("no page is given: %s", error)  # noqa: TRY400
-                return Refusal.GONE
-            self._is_held_twice = True
-            return 0
-
-    def _give(self) -> None:
-        if self._holder.has_died:
-            self._holder.done()
-            self._holder = Holder()
-            self._holder.start()
-        self._holder.give(
-            self._source.fileno(), self._control.fileno(), self._frame_size, self._config.hold_timeout
-        )
-
-    async def _watch_holder(self) -> None:
-        while True:
-            holder = self._holder
-            if holder.pid is None:
-                return
-            pid = holder.pid
-            with contextlib.suppress(ProcessLookupError):
-                await _exit_of(pid)
-            if holder.is_done:
-                return
-            log.warning("the second holder of the source, process %d, has died: there will be another", pid)
-            async with self._holding:
-                try:
-                    await trio.to_thread.run_sync(self._renew)
-                except PageServerError as error:
-                    log.error("a crash of this relay would let the source go on: %s", error)  # noqa: TRY400
-                    return
-
-    def _renew(self) -> None:
-        self._holder.done()
-        self._holder = Holder()
-        self._holder.start()
-        if self._is_held_twice:
-            self._give()
-
-    # ---- the operator --------------------------------------------------------
-
-    async def _listen(self) -> None:
-        listener = trio.socket.from_stdlib_socket(self._control)
-        while True:
-            connection, _ = await listener.accept()
-            with connection, trio.move_on_after(_CONTROL_PATIENCE), contextlib.suppress(OSError):
-                await self._converse(connection)
-
-    async def _converse(self, connection: trio.socket.SocketType) -> None:
-        data = b""
-        while (request := request_in(data)) is None:
-            piece = await connection.recv(MAX_LINE)
-            if not piece:
-                return
-            data += piece
-        if request != ABORT:
-            await connection.send(answer(f"expected '{ABORT}', not {request!r}", ok=False))
-            return
-        runs = " (the destination said that its tasks run)" if self.session.has_finished else ""
-        # With the source all this ends, but not before its operator knows.
-        with trio.move_on_after(_CONTROL_PATIENCE, shield=True):
-            try:
-                await self.abort(f"an operator decided so{runs}")
-            except PageServerError as error:
-                await connection.send(answer(str(error), ok=False))
-            else:
-                await connection.send(answer("the source goes on", ok=True))
-
-
-async def _exit_of(pid: int) -> None:
-    fd = os.pidfd_open(pid)
-    try:
-        await trio.lowlevel.wait_readable(fd)
-    finally:
-        os.close(fd)
 
 
 def _missing(state: UpstreamState) -> int:

@@ -41,6 +41,7 @@ from criupy.page_server._relay_linux import Relay
 from criupy.page_server._server_linux import PageServer, running
 from criupy.page_server._session import Session
 from criupy.page_server._spool import Spool
+from criupy.page_server._twice_linux import HeldTwice
 from criupy.wire.extension import KEY_LENGTH
 
 __all__ = ["SourceTask", "load_source", "open_relay"]
@@ -151,9 +152,14 @@ class _Fetching:
             _add_spooled(self.upstream, self.spool)
         else:
             _add_cached(self.upstream, tasks)
-        self.source = stack.enter_context(_connect(relay))
         self.key = secrets.token_bytes(KEY_LENGTH)
-        write_marker(images_dir, RelayMarker(self.key, relay.hold_timeout))
+        # First what may fail: the source accepts once, and its dump ends with the connection.
+        marker = write_marker(images_dir, RelayMarker(self.key, relay.hold_timeout))
+        try:
+            self.source = stack.enter_context(_connect(relay))
+        except BaseException:
+            marker.unlink(missing_ok=True)  # whoever is there is no relay
+            raise
         self.upstream.start(os.dup(self.source.fileno()), self.frame_size)
 
 
@@ -183,26 +189,26 @@ async def open_relay(config: Config, relay_config: RelayConfig) -> AsyncIterator
             )
         )
         native.add_upstream(fetching.upstream)
+        source = HeldTwice(fetching.source, control, fetching.frame_size, relay_config.hold_timeout)
         relay = Relay(
             relay_config,
             native,
             fetching.upstream,
-            fetching.source,
-            fetching.frame_size,
+            source,
             Session(fetching.key),
             fetching.spool,
             control,
         )
-        await relay.start()
-        log.info(
-            "holding the source at %s, frames of %d bytes, %d lazy pages",
-            at(*relay_config.upstream),
-            fetching.frame_size,
-            relay.snapshot().pages_total,
-        )
         server = PageServer(config, native, relay)
         warning = "whoever reaches it is given the memory of these processes, in clear text"
         try:
+            await source.start()
+            log.info(
+                "holding the source at %s, frames of %d bytes, %d lazy pages",
+                at(*relay_config.upstream),
+                fetching.frame_size,
+                relay.snapshot().pages_total,
+            )
             async with running(server, config, warning, beside=relay.run):
                 yield server, relay
         finally:

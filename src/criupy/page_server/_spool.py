@@ -48,11 +48,13 @@ from criupy.images import (
 )
 from criupy.page_server._copying import CLOEXEC, copy_range, reading
 
-__all__ = ["MissingPages", "Spool", "SpooledTask", "is_complete"]
+__all__ = ["MissingPages", "Spool", "SpooledTask", "has_ended", "is_complete"]
 
 _PARTIAL: Final = ".partial"
 _INVENTORY: Final = "inventory.img"
 _PARENT_LINK: Final = "parent"
+#: In a spool: its source has ended, so it may be restored from.
+_ENDED: Final = "criupy-source-ended"
 
 _PARENT: Final = PageFlags.PARENT.value
 _LAZY: Final = PageFlags.LAZY.value
@@ -144,6 +146,16 @@ class Spool:
                 (self.directory / _INVENTORY).unlink(missing_ok=True)
             raise
         self._is_committed = True
+
+    def note_end(self, has_ended: bool) -> None:
+        """Note on disk whether the source has ended: then the process is here, and nowhere else."""
+        path = self.directory / _ENDED
+        with self._writing(_ENDED):
+            if has_ended:
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | CLOEXEC, 0o600))
+            else:
+                path.unlink(missing_ok=True)
+        self._sync_directory(self.directory)
 
     def discard(self) -> None:
         """Remove what was not committed, as far as that can be done."""
@@ -331,6 +343,11 @@ class Spool:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+
+def has_ended(directory: Path) -> bool:
+    """Tell whether the source of a finished spool is known to have ended."""
+    return (directory / _ENDED).exists()
 
 
 def is_complete(directory: Path, images_dir: Path) -> bool:
