@@ -96,6 +96,37 @@ async def test_tls_is_resumed(
     assert [line.endswith(", resumed") for line in accepted] == [False, True, True, True]
 
 
+async def test_a_page_server_that_wants_tls_is_not_tried_again(
+    room: Path, certificates: Certificates
+) -> None:
+    images = write_images(room / "images", SPEC, style="full")
+    config = ServerConfig(images.directory, tls=certificates.files("server"))
+    async with (
+        open_page_server(config) as server,
+        serve(
+            room,
+            SPEC,
+            images=images,
+            style="full",
+            page_server=(server.address, server.port),
+            extended=True,
+            reconnect=20.0,
+        ) as s,
+        s.restore(early=1),
+    ):
+        assert "the page server wants TLS: see --tls" in await s.failure()
+
+
+async def test_one_that_brings_nothing_is_not_asked_all_the_time(room: Path) -> None:
+    """A proxy before a server that has died takes connections, and loses them."""
+    async with linked(room, reconnect=1.0) as (_, link, s), s.restore(early=1):
+        await s.handed_over()
+        link.cut(Loss.RST, down=1000.0)
+        before = link.connected
+        assert "could not be reached again" in await s.failure()
+        assert link.connected - before < 10
+
+
 @pytest.mark.parametrize("how", Loss)
 async def test_cuts_of_each_kind(how: Loss, room: Path) -> None:
     script = random_cuts(1, nr=5, within=SPEC.tree * SPEC.size, how=[how])

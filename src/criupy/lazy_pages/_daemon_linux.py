@@ -43,7 +43,6 @@ from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_so
 from criupy.lazy_pages._statistics import State, Statistics
 from criupy.lazy_pages._telling_linux import log_completion, log_notice, was_refused
 from criupy.lazy_pages._watching_linux import Changes, obeyed, reached
-from criupy.wire.extension import Refusal
 from criupy.wire.restore_socket import Zombie
 
 if TYPE_CHECKING:
@@ -384,21 +383,24 @@ class LazyPages:
                     f"see its log; {await self._source_goes_on()}"
                 )
         why = await self._links.conclude(stats, runs_here=True)
-        if why is not None:
-            log.error(
-                "every page arrived, but the relay could not be told (%s): the source stays frozen there", why
-            )
-        else:
+        if why is None:
             log_completion(stats)
+        elif self._links.source_goes_on or (self._must_kill and stats.pages_dropped):
+            # The relay keeps a source only of a destination that was given every page.
+            raise LazyPagesError(f"every page arrived, but {why}; {await self._kill_late(self._pager)}")
+        else:
+            log.error("every page arrived, the tasks run, but %s", why)
 
     async def _source_goes_on(self) -> str:
         """Tell a relay that no task runs here, and say what becomes of the source."""
         if not self.config.remote:
             return "the images are untouched"
         assert self._pager is not None  # noqa: S101 - this is what it was for
+        if self._pager.snapshot().refused:
+            return "the source is as it was"
         why = await self._links.conclude(self._pager.snapshot(), runs_here=False)
         if why is not None:
-            return self._frozen(why)
+            return why
         return (
             "a live source goes on (its network stays locked unless it was dumped with --network-lock skip)"
         )
@@ -431,11 +433,12 @@ class LazyPages:
                 pager.end(reset=False)
                 await reached(pager, self._changes, Phase.ENDED)
                 why = await self._links.conclude(pager.snapshot(), runs_here=True)
+                story = f"{trouble}; {stats.pages_poisoned} missing pages were poisoned"
+                if self._links.source_goes_on:
+                    return f"{story}; {why}; {await self._kill_late(pager)}"
                 if why is not None:
-                    log.error("the relay could not be told (%s): the source stays frozen there", why)
-                return (
-                    f"{trouble}; {stats.pages_poisoned} missing pages were poisoned: touching one is a SIGBUS"
-                )
+                    log.error("the tasks run, but %s", why)
+                return f"{story}: touching one is a SIGBUS"
         left = await self._kill(pager)
         if left:
             # Children that no pidfd led to. Poison is better than zeros.
@@ -452,10 +455,8 @@ class LazyPages:
         return f"{trouble}; {told}the tasks were killed with {missing} pages missing; {fate}"
 
     def _may_poison(self, stats: Stats) -> bool:
-        # A source that will go on, or that is another's.
-        if self._links.extension is not None and self._links.extension.must_kill:
-            return False
-        if stats.refused not in {0, Refusal.GONE}:
+        # A source that will go on, or does (as one whose dump has died), or that is another's.
+        if self._must_kill or stats.refused:
             return False
         return self.config.on_failure == "poison" and not self._strangers() and self._was_reached(stats)
 
@@ -470,7 +471,7 @@ class LazyPages:
         if self._links.is_relayed and self._links.is_linked and not stats.refused:
             why = await self._links.conclude(stats, runs_here=bool(left))
             if why is not None:
-                return self._frozen(why)
+                return why
             return "the source had to end, too" if left else "a live source goes on"
         if was_refused(stats) or (self._links.is_secured and not self._links.is_linked):
             return "a live source goes on"
@@ -486,11 +487,16 @@ class LazyPages:
         self._state = State.ABORTED
         return f"{trouble}; the restore was vetoed and {await self._source_goes_on()}"
 
-    def _frozen(self, why: str) -> str:
-        return (
-            f"the relay could not be told ({why}): it keeps the source frozen, "
-            "and criupy-page-server --abort on its host lets it go on"
-        )
+    @property
+    def _must_kill(self) -> bool:
+        """Whether the source will go on, some day, unless a relay hears of us."""
+        return self._links.extension is not None and self._links.extension.must_kill
+
+    async def _kill_late(self, pager: Pager | None) -> str:
+        """Kill tasks that have their memory and may not run, and say so."""
+        assert pager is not None  # noqa: S101 - until the very end
+        left = await self._kill(pager)
+        return f"{left} of the tasks could not be killed" if left else "the tasks were killed"
 
     async def _kill(self, pager: Pager) -> int:
         """Kill the restored tasks with all that they forked; return how many address spaces are left."""

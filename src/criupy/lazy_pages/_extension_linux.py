@@ -21,13 +21,21 @@ from criupy.images import RelayMarker, read_marker
 from criupy.lazy_pages._config import Config
 from criupy.lazy_pages._images import DumpedTask
 from criupy.wire.extension import KEY_LENGTH, SESSION_LENGTH, Hello, Lane, Refusal, encode_plain
-from criupy.wire.page_server import Command
+from criupy.wire.page_server import Command, Frame
 
-__all__ = ["Extension", "extension_for", "refusal_text", "say"]
+__all__ = ["Extension", "RefusedError", "extension_for", "refusal_text", "say"]
 
 _STATUS: Final = struct.Struct("<i")
 #: A destination has ended its tasks, for sure, when so much of a relay's --hold-timeout has gone.
 _SAFE: Final = 0.8
+
+
+class RefusedError(LazyPagesError):
+    """The page server does not let this session in any more; ``reason`` is a Refusal, or a newer number."""
+
+    def __init__(self, reason: int) -> None:
+        super().__init__(refusal_text(reason))
+        self.reason = reason
 
 
 class Extension:
@@ -72,12 +80,16 @@ def extension_for(config: Config, dumped: Mapping[int, DumpedTask]) -> Extension
     if marker is None:
         return Extension(None) if config.extended else None
     if marker.hold_timeout is not None:
-        gone = config.link_timeout + (config.reconnect or 0.0)
+        # A link that comes back, and is silent from its first moment, takes as long again to be seen.
+        gone = config.link_timeout
+        if config.reconnect is not None:
+            gone += config.reconnect + config.link_timeout
         if gone > _SAFE * marker.hold_timeout:
             raise LazyPagesError(
                 f"the relay lets the source go on {marker.hold_timeout:g} s after it was left "
-                f"(--hold-timeout), and this daemon would hold its tasks for {gone:g} s (--link-timeout + "
-                f"--reconnect): make that {_SAFE * marker.hold_timeout:g} s at most, or two may run"
+                f"(--hold-timeout), and this daemon would hold its tasks for {gone:g} s (--link-timeout, or "
+                f"twice that with --reconnect, and that): make it {_SAFE * marker.hold_timeout:g} s at most, "
+                "or two may run"
             )
     return Extension(marker)
 
@@ -118,18 +130,27 @@ _REFUSALS: Final = {
 async def say(sock: socket.socket, session: TlsSession | None, hello: bytes, command: Command) -> int:
     """Say ABORT or CLOSE over a new connection and return the answer; raise OSError when it is lost.
 
-    ``session`` carries the bytes if there is one; its handshake is done.
+    ``session`` carries the bytes if there is one; its handshake is done. Raises RefusedError
+    when nothing is listened to any more.
     """
     stream = _Plain(sock) if session is None else _Secured(sock, session)
     await stream.send(hello + encode_plain(command))
+    data = await _receive(stream, _STATUS.size)
+    (status,) = _STATUS.unpack(data)
+    if status == Command.REFUSED:
+        frame = Frame.decode(data + await _receive(stream, 32 - _STATUS.size), 32)
+        raise RefusedError(frame.nr_pages)
+    return int(status)
+
+
+async def _receive(stream: _Plain | _Secured, size: int) -> bytes:
     data = b""
-    while len(data) < _STATUS.size:
-        piece = await stream.receive(_STATUS.size - len(data))
+    while len(data) < size:
+        piece = await stream.receive(size - len(data))
         if not piece:
             raise ConnectionResetError("the page server closed the connection")
         data += piece
-    (status,) = _STATUS.unpack(data)
-    return int(status)
+    return data
 
 
 class _Plain:

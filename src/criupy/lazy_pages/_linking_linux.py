@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 from typing import TYPE_CHECKING, Final
 
@@ -19,11 +18,11 @@ from criupy._uffd.pager_linux import Link, Pager, Phase
 from criupy.errors import CriupyError
 from criupy.images import frame_size
 from criupy.lazy_pages._config import Config
-from criupy.lazy_pages._extension_linux import Extension, say
+from criupy.lazy_pages._extension_linux import Extension, RefusedError, say
 from criupy.lazy_pages._source_linux import SecuredSource, adopt_source, connect_source
 from criupy.lazy_pages._telling_linux import trouble_of, was_refused
 from criupy.lazy_pages._watching_linux import Changes, obeyed
-from criupy.wire.extension import Lane
+from criupy.wire.extension import Lane, Refusal
 from criupy.wire.page_server import Command
 
 if TYPE_CHECKING:
@@ -38,6 +37,10 @@ _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 
 
+def _longer(pause: float) -> float:
+    return min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
+
+
 class Links:
     """The connections of one restore."""
 
@@ -50,6 +53,8 @@ class Links:
         self.extension: Extension | None = None
         #: Whether there ever was one.
         self.is_linked: bool = False
+        #: Whether the relay let the source go on, whatever we do here.
+        self.source_goes_on: bool = False
         #: What was lost, and that it did not come back.
         self.unreachable: str | None = None
 
@@ -130,9 +135,13 @@ class Links:
         return self._config.frame_size or frame_size(self._config.images_dir) or 32
 
     async def _reach(self, host: str, port: int) -> int:
+        expected = "the dump waiting there (criu dump --lazy-pages --address ... --port ...)"
+        if self.extension is not None:
+            expected = "criupy-page-server running there"
         return await connect_source(
             host,
             port,
+            expected=expected,
             connect_timeout=self._config.connect_timeout,
             link_timeout=self._config.link_timeout,
         )
@@ -199,7 +208,7 @@ class Links:
 
         One that is reached and lost again, without a page in between, gets no more time.
         """
-        deadline, received = float("inf"), -1
+        deadline, received, pause = float("inf"), -1, 0.0
         while True:
             changed = self._changes.next
             stats = pager.snapshot()
@@ -208,11 +217,14 @@ class Links:
                 continue
             lost = trouble_of(stats, self._config.link_timeout)
             if stats.pages_received > received:
-                deadline = trio.current_time() + patience
+                deadline, pause = trio.current_time() + patience, 0.0
+                log.warning("%s; trying to reach it again for at most %g s", lost, patience)
+            else:
+                pause = _longer(pause)  # who is reached and brings nothing is not asked all the time
+                log.debug("%s again, and no page came", lost)
             received = stats.pages_received
-            log.warning("%s; trying to reach it again for at most %g s", lost, patience)
             pager.drop_link()
-            failure = await self._try_until(pager, Lane.BULK, deadline)
+            failure = await self._try_until(pager, Lane.BULK, deadline, pause)
             if failure is not None:
                 self.unreachable = (
                     f"{lost}, and it could not be reached again within {patience:g} s: {failure}"
@@ -222,6 +234,7 @@ class Links:
 
     async def _keep_urgent(self, pager: Pager) -> None:
         """Keep a second connection while there is a first; without it everything goes over that one."""
+        received, pause = -1, 0.0
         while True:
             changed = self._changes.next
             stats = pager.snapshot()
@@ -234,23 +247,28 @@ class Links:
                 await changed.wait()
                 continue
             if stats.urgent_link == Link.LOST:
-                log.warning("the second connection to the page server was lost")
+                if stats.pages_received > received:
+                    pause = 0.0
+                    log.warning("the second connection to the page server was lost")
+                else:
+                    pause = _longer(pause)
                 if self._config.reconnect is None:
                     return
+                received = stats.pages_received
                 pager.drop_link(Lane.URGENT)
             patience = self._config.reconnect or self._config.connect_timeout
-            failure = await self._try_until(pager, Lane.URGENT, trio.current_time() + patience)
+            failure = await self._try_until(pager, Lane.URGENT, trio.current_time() + patience, pause)
             if failure is not None:
                 log.warning("no second connection to the page server, one has to do: %s", failure)
                 return
             await obeyed(pager, self._changes)
 
-    async def _try_until(self, pager: Pager, lane: Lane, deadline: float) -> str | None:
-        """Connect, at least once and until the time is up; return what was wrong then."""
-        pause = _FIRST_PAUSE
+    async def _try_until(self, pager: Pager, lane: Lane, deadline: float, pause: float) -> str | None:
+        """Connect after a pause, and again until the time is up; return what was wrong then."""
         failure = "no answer"
         while True:
             with trio.move_on_at(deadline):
+                await trio.sleep(pause)
                 try:
                     kind = await self._link(pager, lane)
                 except CriupyError as error:
@@ -258,10 +276,9 @@ class Links:
                 else:
                     log.info("%s lane: connected, %s", lane.name.lower(), kind)
                     return None
+            pause = _longer(pause)
             if trio.current_time() + pause >= deadline:
                 return failure
-            await trio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def may_come_back(self, stats: Stats) -> bool:
         """Tell whether a link that is lost is one to make again."""
@@ -286,29 +303,56 @@ class Links:
     # ---- the end, in words ---------------------------------------------------
 
     async def conclude(self, stats: Stats, *, runs_here: bool) -> str | None:
-        """Tell a relay how it ended, unless the pager has; return why it could not be told."""
+        """Tell a relay how it ended, unless the pager has; say what becomes of the source if it is not so."""
         if not self.is_relayed or not self.is_linked or stats.refused:
             return None
         if runs_here and stats.link == Link.CLOSED:
-            return None
+            return self._answered(Command.CLOSE, stats.close_status)
         command = Command.CLOSE if runs_here else Command.ABORT
-        deadline = trio.current_time() + max(self._config.reconnect or 0.0, self._config.connect_timeout)
+        patience = max(self._config.reconnect or 0.0, self._config.connect_timeout)
+        deadline = trio.current_time() + patience
         pause = _FIRST_PAUSE
         while True:
             try:
                 with trio.fail_at(deadline):
                     status = await self._say(command)
             except trio.TooSlowError:
-                return "no answer came"
+                return self._untold("no answer came")
+            except RefusedError as error:
+                self.source_goes_on = error.reason == Refusal.ENDED
+                return str(error)
             except (CriupyError, OSError) as error:
                 failure = str(error)
             else:
                 log.info("told the relay: %s", command.name)
-                return f"it answered with {os.strerror(-status)}" if status else None
+                return self._answered(command, status)
+            if pause == _FIRST_PAUSE:
+                log.warning("%s: trying to tell the relay for at most %g s", failure, patience)
             if trio.current_time() + pause >= deadline:
-                return failure
+                return self._untold(failure)
             await trio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause = _longer(pause)
+
+    def _answered(self, command: Command, status: int) -> str | None:
+        """Say what has become of the source, None where it is what was asked for."""
+        if not status:
+            return None
+        if status != -errno.EALREADY:
+            return f"the source ended with status {status}: see the log of the dump"
+        if command is Command.ABORT:
+            return "the source had ended before, with its spool or by itself"
+        self.source_goes_on = True
+        return "the source goes on, by somebody's decision"
+
+    def _untold(self, why: str) -> str:
+        assert self.extension is not None  # noqa: S101 - there is a relay
+        assert self.extension.marker is not None  # noqa: S101
+        patience = self.extension.marker.hold_timeout
+        until = "" if patience is None else f" for {patience:g} s at most (--hold-timeout)"
+        return (
+            f"the relay could not be told ({why}): unless it has decided it keeps the source frozen{until}, "
+            "and criupy-page-server --abort on its host lets it go on"
+        )
 
     async def _say(self, command: Command) -> int:
         assert self._config.page_server is not None  # noqa: S101 - a relay has an address

@@ -61,11 +61,14 @@ async def _connect(sock: socket.socket, address: Any) -> None:
         raise OSError(error, os.strerror(error))
 
 
-async def connect_source(host: str, port: int, *, connect_timeout: float, link_timeout: float) -> int:
+async def connect_source(
+    host: str, port: int, *, expected: str, connect_timeout: float, link_timeout: float
+) -> int:
     """Connect to a page server and return the descriptor, non-blocking.
 
     Every address of the name is tried in turn, never two at a time: a live
-    source accepts once. Timeouts are in seconds; raises LazyPagesError.
+    source accepts once. Timeouts are in seconds; raises LazyPagesError, which asks
+    whether what is ``expected`` is there.
     """
     import trio
 
@@ -91,10 +94,7 @@ async def connect_source(host: str, port: int, *, connect_timeout: float, link_t
                 raise
             else:
                 return sock.detach()
-        raise LazyPagesError(
-            f"page server {where}: {os.strerror(last.errno or 0)}; "
-            "is the dump waiting there (criu dump --lazy-pages --address ... --port ...)?"
-        ) from last
+        raise LazyPagesError(f"page server {where}: {os.strerror(last.errno or 0)}; is {expected}?") from last
     raise LazyPagesError(
         f"page server {where}: no answer within {connect_timeout:g} s; see --connect-timeout"
     )
