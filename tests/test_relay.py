@@ -29,6 +29,8 @@ from criupy.testing.page_server import Behaviour
 from criupy.testing.page_server import PageServer as Source
 from criupy.testing.spec import WorkloadSpec
 from criupy.testing.wait import until
+from criupy.wire.extension import Hello, Lane, Refusal
+from criupy.wire.page_server import Command, Frame
 from page_server_clients import CLOSE, GET, Destination
 from serving import MIB, Serving, all_good, serve
 
@@ -379,6 +381,24 @@ async def test_a_wrong_key_is_refused(room: Path) -> None:
             assert "does not know the marker" in await s.failure()
         assert not r.relay.session.is_taken
         assert r.relay.fate is Fate.HELD
+
+
+async def test_what_was_overheard_is_refused(room: Path) -> None:
+    async with relayed(room) as r, r.daemon() as s, s.restore(early=4) as standin:
+        await s.handed_over()
+        marker = read_marker(r.images.directory)
+        await until(lambda: r.relay.session.name is not None)
+        name = r.relay.session.name
+        assert marker is not None
+        assert name is not None
+        with r.connect() as client:
+            client.sock.sendall(Hello(name, Lane.BULK, 1).encode(marker.key))
+            told = await trio.to_thread.run_sync(client.receive, 32)
+            assert Frame.decode(told, 32) == Frame(Command.REFUSED, Refusal.REPLAYED)
+        await standin.finish()
+        await all_good(standin)
+        await s.daemon.wait()
+        assert await r.relay.wait() is Fate.CLOSED
 
 
 async def test_who_only_connects_takes_nothing(room: Path) -> None:
