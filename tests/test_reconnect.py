@@ -117,6 +117,25 @@ async def test_a_page_server_that_wants_tls_is_not_tried_again(
         assert "the page server wants TLS: see --tls" in await s.failure()
 
 
+async def test_a_stock_page_server_is_none_of_ours(room: Path) -> None:
+    """It ends at a command that it does not know."""
+    images = write_images(room / "images", SPEC, style="full")
+
+    async def end(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, end, [listener])
+        address = listener.socket.getsockname()
+        async with (
+            serve(room, SPEC, images=images, style="full", page_server=address, extended=True) as s,
+            s.restore(early=1),
+        ):
+            assert "is it a criupy-page-server, as --extended says?" in await s.failure()
+        nursery.cancel_scope.cancel()
+
+
 async def test_one_that_brings_nothing_is_not_asked_all_the_time(room: Path) -> None:
     """A proxy before a server that has died takes connections, and loses them."""
     async with linked(room, reconnect=1.0) as (_, link, s), s.restore(early=1):

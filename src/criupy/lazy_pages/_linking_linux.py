@@ -298,7 +298,10 @@ class Links:
         """Say why a transfer cannot go on, None while it can."""
         if self.unreachable is not None or self.may_come_back(stats):
             return self.unreachable
-        return trouble_of(stats, self._config.link_timeout)
+        trouble = trouble_of(stats, self._config.link_timeout)
+        if trouble is None or self.extension is None or self.is_relayed or stats.bytes_received:
+            return trouble
+        return f"{trouble}; is it a criupy-page-server, as --extended says?"
 
     # ---- the end, in words ---------------------------------------------------
 
