@@ -164,7 +164,8 @@ async def test_byte_by_byte(room: Path) -> None:
         await s.daemon.wait()
 
 
-async def test_a_page_server_that_is_killed_and_started_again(room: Path) -> None:
+@pytest.mark.parametrize("extended", [None, True], ids=["one lane", "two lanes"])
+async def test_a_page_server_that_is_killed_and_started_again(room: Path, extended: bool | None) -> None:
     images = write_images(room / "images", SPEC, style="full")
     (room / "first").mkdir()
     (room / "second").mkdir()
@@ -173,7 +174,13 @@ async def test_a_page_server_that_is_killed_and_started_again(room: Path) -> Non
         async with (
             open_link((first.address, first.port), Conditions(bandwidth=10e6)) as link,
             serve(
-                room, SPEC, images=images, style="full", page_server=(link.address, link.port), reconnect=20.0
+                room,
+                SPEC,
+                images=images,
+                style="full",
+                page_server=(link.address, link.port),
+                reconnect=20.0,
+                extended=extended,
             ) as s,
             s.restore() as standin,
         ):
