@@ -28,6 +28,14 @@ from criupy.testing.workload_linux import Workload, start_workload
 MIB = 1 << 20
 
 
+def script(room: Path, action: str, body: str) -> list[str]:
+    """An action script for criu that does something at one of its stations."""
+    path = room / "action.sh"
+    path.write_text(f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = {action} ] || exit 0\n{body}\n')
+    path.chmod(0o755)
+    return ["--action-script", str(path)]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Migration:
     """`source` is frozen by `dump`; `control` is that of the restored process."""

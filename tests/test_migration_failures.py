@@ -13,20 +13,12 @@ from criupy.testing.control_linux import Control, Order
 from criupy.testing.criu_linux import Criu
 from criupy.testing.spec import WorkloadSpec
 from criupy.testing.wait import until
-from migrating import MIB, Migration, migrate
+from migrating import MIB, Migration, migrate, script
 
 pytestmark = [pytest.mark.criu, pytest.mark.usefixtures("workload_program")]
 
 SPEC = WorkloadSpec(size=64 * MIB, children=1)
 SLOW = 16 * MIB
-
-
-def script(room: Path, action: str, body: str) -> list[str]:
-    """An action script for criu that does something at one of its stations."""
-    path = room / "action.sh"
-    path.write_text(f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = {action} ] || exit 0\n{body}\n')
-    path.chmod(0o755)
-    return ["--action-script", str(path)]
 
 
 async def source_goes_on(m: Migration) -> None:

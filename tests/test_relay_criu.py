@@ -36,6 +36,7 @@ from criupy.testing.wait import until
 from criupy.testing.workload_linux import Workload, start_workload
 from criupy.wire.extension import Hello, Lane, Refusal
 from criupy.wire.page_server import Command, Frame
+from migrating import script
 from page_server_clients import GET
 from page_server_command import Running, command
 
@@ -100,14 +101,6 @@ async def relayed(
         with command(images, work, "--upstream", upstream, *words, lazy_pages=False) as relay:
             async with open_link((relay.address, relay.port), conditions, script) as link:
                 yield Relayed(source, dump, relay, link, images, room)
-
-
-def script(room: Path, action: str, body: str) -> list[str]:
-    """An action script for criu that does something at one of its stations."""
-    path = room / "action.sh"
-    path.write_text(f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = {action} ] || exit 0\n{body}\n')
-    path.chmod(0o755)
-    return ["--action-script", str(path)]
 
 
 async def all_good(r: Relayed, control: Control) -> None:

@@ -65,6 +65,12 @@ void run_encode(uint8_t *out, uint64_t address, uint64_t nr_pages)
 	put64(out + 8, nr_pages);
 }
 
+void run_decode(const uint8_t *in, uint64_t *address, uint64_t *nr_pages)
+{
+	*address = get(in, 8);
+	*nr_pages = get(in + 8, 8);
+}
+
 /* What the dst_id of everything but a GET numbers: 1 is a task, 2 is shared
  * memory; the rest was sent by CRIU before 3.3. */
 bool frame_names_image(uint64_t dst_id)

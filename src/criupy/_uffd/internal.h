@@ -30,6 +30,7 @@ static inline uint64_t max_u64(uint64_t a, uint64_t b)
 bool frame_names_image(uint64_t dst_id);
 /* What follows the frame of a GETV, CRIUPY_RUN_LENGTH bytes for each run. */
 void run_encode(uint8_t *out, uint64_t address, uint64_t nr_pages);
+void run_decode(const uint8_t *in, uint64_t *address, uint64_t *nr_pages);
 
 /* ---- image.c ---------------------------------------------------------------- */
 

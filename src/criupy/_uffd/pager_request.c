@@ -43,27 +43,32 @@ const struct run *lane_run(const struct lane *l, uint32_t i)
 	return (const struct run *)l->runs.items + ((l->runs.first + i) & (l->runs.room - 1));
 }
 
+static uint64_t address_of(const struct criupy_image *image, const struct run *run)
+{
+	return image_address(image_extent_of(image, run->page), run->page);
+}
+
+/* A frame and what follows it go out together, or not at all. */
 static int put_request(struct lane *l, struct criupy_image *image, const struct run *runs, uint32_t nr_runs,
 		       uint64_t nr_pages)
 {
-	struct criupy_frame frame = {
-		.cmd = nr_runs > 1 ? CRIUPY_CMD_GETV : CRIUPY_CMD_GET,
-		.nr_pages = nr_pages,
-		.vaddr = nr_runs,
-		.dst_id = image->id,
-	};
-	uint8_t body[CRIUPY_MAX_RUNS * CRIUPY_RUN_LENGTH];
-	int ret;
+	uint8_t out[CRIUPY_FRAME_32 + CRIUPY_MAX_RUNS * CRIUPY_RUN_LENGTH];
+	struct criupy_frame frame = { .nr_pages = nr_pages, .dst_id = image->id };
+	size_t length = l->frame_size;
 
-	for (uint32_t i = 0; i < nr_runs; i++)
-		run_encode(body + i * CRIUPY_RUN_LENGTH,
-			   image_address(image_extent_of(image, runs[i].page), runs[i].page), runs[i].nr_pages);
-	if (nr_runs == 1)
-		frame.vaddr = image_address(image_extent_of(image, runs->page), runs->page);
-	ret = lane_put_frame(l, &frame);
-	if (!ret && nr_runs > 1)
-		ret = lane_put(l, body, nr_runs * CRIUPY_RUN_LENGTH);
-	return ret;
+	if (nr_runs == 1) {
+		frame.cmd = CRIUPY_CMD_GET;
+		frame.vaddr = address_of(image, runs);
+	} else {
+		frame.cmd = CRIUPY_CMD_GETV;
+		frame.vaddr = nr_runs;
+		for (uint32_t i = 0; i < nr_runs; i++) {
+			run_encode(out + length, address_of(image, &runs[i]), runs[i].nr_pages);
+			length += CRIUPY_RUN_LENGTH;
+		}
+	}
+	(void)criupy_frame_encode(&frame, out, l->frame_size);
+	return lane_put(l, out, length);
 }
 
 int lane_request(struct criupy_pager *p, struct lane *l, struct criupy_image *image,

@@ -175,15 +175,6 @@ static int put_run(struct connection *c, const struct served_image *served, stru
 	return 0;
 }
 
-static uint64_t get_u64(const uint8_t *from)
-{
-	uint64_t value = 0;
-
-	for (int i = 0; i < 8; i++)
-		value |= (uint64_t)from[i] << 8 * i;
-	return value;
-}
-
 /* All or nothing: what is wrong with any run is found before the header goes. */
 int answer_getv(struct connection *c, const struct criupy_frame *frame, const uint8_t *runs)
 {
@@ -196,8 +187,9 @@ int answer_getv(struct connection *c, const struct criupy_frame *frame, const ui
 	if (!served)
 		return -1;
 	for (const uint8_t *run = runs; run < end; run += CRIUPY_RUN_LENGTH) {
-		uint64_t address = get_u64(run), nr_pages = get_u64(run + 8);
+		uint64_t address, nr_pages;
 
+		run_decode(run, &address, &nr_pages);
 		if (check_run(c, address, nr_pages) < 0)
 			return -1;
 		if (nr_pages > CRIUPY_MAX_RUN_PAGES)
@@ -214,8 +206,12 @@ int answer_getv(struct connection *c, const struct criupy_frame *frame, const ui
 	reply.cmd = CRIUPY_CMD_GETV | CRIUPY_PE_PRESENT << 16;
 	if (put_header(c, served, &reply) < 0)
 		return -1;
-	for (const uint8_t *run = runs; run < end; run += CRIUPY_RUN_LENGTH)
-		if (put_run(c, served, find_pages(served, get_u64(run), get_u64(run + 8))) < 0)
+	for (const uint8_t *run = runs; run < end; run += CRIUPY_RUN_LENGTH) {
+		uint64_t address, nr_pages;
+
+		run_decode(run, &address, &nr_pages);
+		if (put_run(c, served, find_pages(served, address, nr_pages)) < 0)
 			return -1;
+	}
 	return 0;
 }
