@@ -71,7 +71,7 @@ def test_the_page_has_what_was_measured_last() -> None:
     command += ["--from-json", BENCHMARKS / "limits.json"]
     tables = subprocess.check_output(command, text=True)
     assert tables in (BENCHMARKS.parent / "docs/benchmarks.md").read_text()
-    # Every row has its figures but for those that cannot be: copying uncached by two, waking who does not sleep.
+    # Two figures cannot be: copying uncached by two, and waking who does not sleep.
     assert tables.count(" - |") == 2
 
 
