@@ -26,7 +26,7 @@
 
 int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space *space, bool forked)
 {
-	struct task **tail = &p->tasks, *t = calloc(1, sizeof(*t));
+	struct task **tail = &p->tasks, **of_image = &space->image->tasks, *t = calloc(1, sizeof(*t));
 	struct epoll_event watch = { .events = EPOLLIN, .data.ptr = t };
 	int flags = fcntl(uffd, F_GETFL);
 
@@ -50,6 +50,9 @@ int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space 
 	while (*tail)
 		tail = &(*tail)->next;
 	*tail = t;
+	while (*of_image)
+		of_image = &(*of_image)->next_of_image;
+	*of_image = t;
 	p->stats.nr_live++;
 	return 0;
 }
@@ -230,8 +233,10 @@ static int read_messages(struct criupy_pager *p, struct task *t, bool *changed)
 	struct uffd_msg messages[NR_MESSAGES];
 	uint64_t faults[NR_MESSAGES];
 	size_t nr_faults = 0;
-	ssize_t got = read(t->uffd, messages, sizeof(messages));
+	ssize_t got;
 
+	copiers_settle(p, t);
+	got = read(t->uffd, messages, sizeof(messages));
 	if (got < 0) {
 		if (errno == EMFILE || errno == ENFILE || errno == ENOMEM) {
 			/* A fork needs a descriptor. The event stays queued and
@@ -330,6 +335,7 @@ void task_gone(struct criupy_pager *p, struct task *t)
 {
 	if (t->uffd < 0)
 		return;
+	copiers_settle(p, t);
 	if (t->space->nr_missing) {
 		p->stats.nr_gone++;
 		if (!t->forked)
@@ -344,6 +350,7 @@ void task_release(struct criupy_pager *p, struct task *t)
 {
 	if (t->uffd < 0)
 		return;
+	copiers_settle(p, t);
 	unwatch(p, t->uffd);
 	close(t->uffd);
 	t->uffd = -1;
@@ -354,13 +361,17 @@ void task_release(struct criupy_pager *p, struct task *t)
 void tasks_sweep(struct criupy_pager *p)
 {
 	for (struct task **link = &p->tasks; *link;) {
-		struct task *t = *link;
+		struct task *t = *link, **of_image;
 
 		if (t->uffd >= 0) {
 			link = &t->next;
 			continue;
 		}
 		*link = t->next;
+		of_image = &t->space->image->tasks;
+		while (*of_image != t)
+			of_image = &(*of_image)->next_of_image;
+		*of_image = t->next_of_image;
 		if (p->scan == t)
 			p->scan = NULL;
 		criupy_space_destroy(t->space);
