@@ -225,7 +225,7 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 		return p->now_ns - p->no_memory_ns < TICK_NS ? NO_MEMORY_NS : BUSY_NS;
 	if (bulk->farewell_ns)
 		return TICK_NS / 10;
-	for (struct task *t = p->tasks; t; t = t->next)
+	for (struct task *t = p->attended; t; t = t->next_attended)
 		if (t->nr_zero_again || t->unserved)
 			return BUSY_NS;
 		else if (t->retry_read_ns)
@@ -328,13 +328,7 @@ static void turn(struct criupy_pager *p, bool *more)
 	copiers_collect(p);
 	if (p->busy)
 		install_parked(p);
-	for (struct task *t = p->tasks; t; t = t->next) {
-		task_read_again(p, t);
-		if (t->nr_zero_again)
-			task_drain(p, t);
-		if (t->nr_zero_again || t->unserved)
-			task_serve_waits(p, t);
-	}
+	tasks_attend(p);
 	fetch_held_back(p);
 	*more = fetch_background(p);
 	lanes_flush(p);

@@ -106,6 +106,8 @@ struct task {
 	size_t nr_zero_again, room_zero_again;
 	bool busy;			/* the kernel could not take a page last time */
 	uint64_t retry_read_ns;		/* the descriptor could not be read: not before */
+	bool attended;			/* it is in that list */
+	struct task *next_attended;
 	struct task *next;
 	struct task *next_of_image;
 };
@@ -238,6 +240,10 @@ struct criupy_pager {
 	uint64_t now_ns;		/* read once per turn of the loop */
 	struct criupy_image *images;
 	struct task *tasks;
+	/* With many tasks a turn must not look at all of them. */
+	struct task *attended;		/* those to look at again though nothing was heard */
+	bool some_may_be_done;		/* some may miss nothing any more */
+	bool some_are_released;
 	struct task *scan;		/* the address space that background requests come from */
 
 	int restore;			/* restore socket, -1 before and after */
@@ -280,10 +286,14 @@ void pager_fail(struct criupy_pager *p, int error);
 /* A thread waits for a page, or has just got it: something comes soon. */
 void busy_poll(struct criupy_pager *p);
 int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space *space, bool forked);
+/* Look at it again in the next turn. */
+void task_attend(struct criupy_pager *p, struct task *t);
+/* There may be something to ask for. */
+void task_serve_later(struct criupy_pager *p, struct task *t);
 /* Read what the kernel has to say, once. */
 void task_read(struct criupy_pager *p, struct task *t);
-/* Try a descriptor again that could not be read for want of resources. */
-void task_read_again(struct criupy_pager *p, struct task *t);
+/* Look at those again that are to be. */
+void tasks_attend(struct criupy_pager *p);
 /* Read until nothing is left; true if an event changed the lazy space. */
 bool task_drain(struct criupy_pager *p, struct task *t);
 /* The kernel had no page for a task: tell of it now and then, and slow down. */

@@ -57,6 +57,7 @@ static void answered(struct criupy_pager *p, struct task *t, uint64_t page, uint
 void installed(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr, bool demand)
 {
 	criupy_space_set(t->space, page, nr, CRIUPY_PAGE_PRESENT);
+	p->some_may_be_done |= !t->space->nr_missing;
 	if (demand)
 		p->stats.pages_demand += nr;
 	else
@@ -159,9 +160,11 @@ int install_run(struct criupy_pager *p, struct criupy_image *image, uint64_t pag
 			continue;
 		if (install_into(p, t, page, nr_pages, data, demand)) {
 			t->busy = true;
+			task_attend(p, t);
 			p->busy = true;
 			ret = -EAGAIN;
 		}
+		p->some_may_be_done |= !t->space->nr_missing;
 	}
 	return ret;
 }
@@ -259,7 +262,10 @@ struct buffer *buffer_take(struct criupy_pager *p)
 	}
 	/* Each lane receives into one at most. Nothing is lost: the pages are
 	 * still missing and are asked for again. */
-	return unpark_first(p);
+	b = unpark_first(p);
+	for (struct task *t = b->image->tasks; t; t = t->next_of_image)
+		task_serve_later(p, t);
+	return b;
 }
 
 void install_parked(struct criupy_pager *p)
@@ -269,7 +275,7 @@ void install_parked(struct criupy_pager *p)
 	p->busy = false;
 	p->parked = NULL;
 	p->parked_tail = &p->parked;
-	for (struct task *t = p->tasks; t; t = t->next)
+	for (struct task *t = p->attended; t; t = t->next_attended)
 		t->busy = false;
 	while (b) {
 		struct buffer *next = b->next;
@@ -278,6 +284,7 @@ void install_parked(struct criupy_pager *p)
 		install_now(p, b);
 		b = next;
 	}
-	for (struct task *t = p->tasks; t; t = t->next)
-		task_serve_waits(p, t);
+	/* What could not be taken from local images was not asked for otherwise. */
+	for (struct task *t = p->attended; t; t = t->next_attended)
+		t->unserved = true;
 }

@@ -45,6 +45,7 @@ int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space 
 	t->pid = pid;
 	t->forked = forked;
 	t->space = space;
+	p->some_may_be_done = true;
 	/* At the end: whoever walks the list while an event arrives meets the
 	 * child, too. */
 	while (*tail)
@@ -55,6 +56,21 @@ int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space 
 	*of_image = t;
 	p->stats.nr_live++;
 	return 0;
+}
+
+void task_attend(struct criupy_pager *p, struct task *t)
+{
+	if (t->attended)
+		return;
+	t->attended = true;
+	t->next_attended = p->attended;
+	p->attended = t;
+}
+
+void task_serve_later(struct criupy_pager *p, struct task *t)
+{
+	t->unserved = true;
+	task_attend(p, t);
 }
 
 static void *grow(void *items, size_t *room, size_t nr, size_t size)
@@ -86,7 +102,7 @@ static void remember_wait(struct criupy_pager *p, struct task *t, uint64_t page)
 	waits[t->nr_waits++] = (struct wait){ page, p->now_ns };
 	/* Copies that meet EAGAIN read the descriptor, too; nothing will become
 	 * readable for what they found. */
-	t->unserved = true;
+	task_serve_later(p, t);
 }
 
 static void forget_unwanted_waits(struct task *t)
@@ -127,6 +143,7 @@ static void serve_zero(struct criupy_pager *p, struct task *t, uint64_t addr)
 		}
 		t->zero_again = again;
 		again[t->nr_zero_again++] = addr;
+		task_attend(p, t);
 		return;
 	case -ESRCH:
 	case -ENOSPC:
@@ -215,6 +232,7 @@ static bool handle_event(struct criupy_pager *p, struct task *t, const struct uf
 	default:
 		return false;
 	}
+	p->some_may_be_done = true;
 	forget_unwanted_waits(t);
 	(void)criupy_uffd_wake(t->uffd, start, length);
 	return true;
@@ -245,6 +263,7 @@ static int read_messages(struct criupy_pager *p, struct task *t, bool *changed)
 
 			pager_notice(p, CRIUPY_NOTICE_NO_DESCRIPTOR, errno, (uint64_t)t->pid, 0);
 			t->retry_read_ns = p->now_ns + RETRY_READ_NS;
+			task_attend(p, t);
 			(void)epoll_ctl(p->epoll, EPOLL_CTL_MOD, t->uffd, &off);
 		} else if (errno != EAGAIN && errno != EINTR) {
 			pager_fail(p, errno);
@@ -272,7 +291,8 @@ void task_read(struct criupy_pager *p, struct task *t)
 	read_messages(p, t, &changed);
 }
 
-void task_read_again(struct criupy_pager *p, struct task *t)
+/* Try a descriptor again that could not be read for want of resources. */
+static void read_again(struct criupy_pager *p, struct task *t)
 {
 	struct epoll_event on = { .events = EPOLLIN, .data.ptr = t };
 
@@ -331,6 +351,27 @@ void task_serve_waits(struct criupy_pager *p, struct task *t)
 	}
 }
 
+void tasks_attend(struct criupy_pager *p)
+{
+	struct task *list = p->attended;
+
+	/* Whoever is to be looked at once more comes into a new list. */
+	p->attended = NULL;
+	while (list) {
+		struct task *t = list;
+
+		list = t->next_attended;
+		t->attended = false;
+		read_again(p, t);
+		if (t->nr_zero_again)
+			task_drain(p, t);
+		if (t->nr_zero_again || t->unserved)
+			task_serve_waits(p, t);
+		if (t->nr_zero_again || t->unserved || t->retry_read_ns || t->busy)
+			task_attend(p, t);
+	}
+}
+
 void task_gone(struct criupy_pager *p, struct task *t)
 {
 	if (t->uffd < 0)
@@ -356,10 +397,19 @@ void task_release(struct criupy_pager *p, struct task *t)
 	t->uffd = -1;
 	t->nr_waits = 0;
 	p->stats.nr_live--;
+	p->some_are_released = true;
 }
 
 void tasks_sweep(struct criupy_pager *p)
 {
+	if (!p->some_are_released)
+		return;
+	p->some_are_released = false;
+	for (struct task **link = &p->attended; *link;)
+		if ((*link)->uffd < 0)
+			*link = (*link)->next_attended;
+		else
+			link = &(*link)->next_attended;
 	for (struct task **link = &p->tasks; *link;) {
 		struct task *t = *link, **of_image;
 
