@@ -35,7 +35,7 @@ from criupy._uffd.image_linux import Image
 from criupy._uffd.pager_linux import Link, Outcome, Pager, Phase
 from criupy.errors import CriupyError, LazyPagesError
 from criupy.lazy_pages._config import Config
-from criupy.lazy_pages._extension_linux import extension_for
+from criupy.lazy_pages._extension import extension_for
 from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask
 from criupy.lazy_pages._images import DumpedTask, load_tasks
 from criupy.lazy_pages._linking_linux import Links
