@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -173,11 +174,62 @@ static int announce(int sock, int uffd, struct control *control, const struct mo
 	return ret;
 }
 
-static int finish(int sock, struct control *control, const struct options *options)
+struct withheld {
+	pthread_t thread;
+	struct worker worker;
+	uint64_t arg[8]; /* of touch_range */
+	int ret;
+};
+
+static void *withheld_run(void *data)
+{
+	struct withheld *w = data;
+
+	w->ret = touch_range(&w->worker, w->arg);
+	return NULL;
+}
+
+/*
+ * Touch pages of the first task at random while restore-finished is withheld: all memory is there to be
+ * asked for, and a daemon transfers nothing in the background. Each of the task's threads-to-be has one here.
+ */
+static int touch_withheld(struct control *control, struct model *model, const struct options *options)
+{
+	struct withheld *all = calloc(options->threads, sizeof(*all));
+	uint32_t started = 0;
+	int ret = all ? 0 : -ENOMEM;
+
+	for (; !ret && started < options->threads; started++) {
+		struct withheld *w = &all[started];
+
+		*w = (struct withheld){
+			.worker = { control, control_slot(control, started), control_samples(control, started),
+				    model, 0 },
+			.arg = { ORDER_RANDOM, 0, 0, options->withheld, started + 1,
+				 options->withheld_pause_us * 1000ull },
+		};
+		if (started)
+			w->worker.slot->result = (struct result){ .first_bad = UINT64_MAX };
+		ret = -pthread_create(&w->thread, NULL, withheld_run, w);
+		if (ret)
+			break;
+	}
+	for (uint32_t i = 0; i < started; i++) {
+		pthread_join(all[i].thread, NULL);
+		if (!ret)
+			ret = all[i].ret;
+	}
+	free(all);
+	return ret;
+}
+
+static int finish(int sock, struct control *control, struct model *model, const struct options *options)
 {
 	const uint32_t word = RESTORE_FINISHED;
 	int ret = wait_until(control, &control->nr_registered, options->tree);
 
+	if (!ret && options->withheld)
+		ret = touch_withheld(control, model, options);
 	if (ret)
 		return ret;
 	atomic_store(&control->restorer_state, RESTORER_REGISTERED);
@@ -222,7 +274,7 @@ int restorer_run(int sock, struct control *control, struct model *model, const s
 		atomic_fetch_add(&control->nr_registered, 1);
 	}
 	if (!ret && !model->task) {
-		ret = finish(sock, control, options);
+		ret = finish(sock, control, model, options);
 		if (!ret)
 			atomic_store(&control->restorer_state, RESTORER_FINISHED);
 	} else if (!ret) {
