@@ -67,6 +67,8 @@ class Image:
             ),
         )
         self._image: Any = ffi.gc(out[0], lib.criupy_image_destroy)
+        #: How many extents it has.
+        self.nr_extents = len(starts)
 
     @property
     def nr_pages(self) -> int:

@@ -38,7 +38,7 @@ def _run(options: LazyPagesOptions) -> int:
     )
     from criupy._command.signals_linux import hold_signals
     from criupy.lazy_pages._config import Config
-    from criupy.lazy_pages._images import load_tasks
+    from criupy.lazy_pages._images_linux import load_tasks
     from criupy.lazy_pages._restore_socket_linux import bind_restore_socket
     from criupy.lazy_pages._source_linux import adopt_source
 

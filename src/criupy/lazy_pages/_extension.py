@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from criupy.errors import LazyPagesError
 from criupy.images import RelayMarker, read_marker
 from criupy.lazy_pages._config import Config
-from criupy.lazy_pages._images import DumpedTask
 from criupy.wire.extension import KEY_LENGTH, SESSION_LENGTH, Hello, Lane, Refusal
+
+if TYPE_CHECKING:
+    from criupy.lazy_pages._images_linux import DumpedTask
 
 __all__ = ["Extension", "RefusedError", "extension_for", "refusal_text"]
 
@@ -85,7 +87,7 @@ def extension_for(config: Config, dumped: Mapping[int, DumpedTask]) -> Extension
 
 def _check_reconnect(dumped: Mapping[int, DumpedTask]) -> None:
     for task in dumped.values():
-        if task.extents is not None and not all(task.extents.present):
+        if not task.is_whole:
             raise LazyPagesError(
                 "--reconnect: these images are of a lazy dump, whose source serves one connection and takes "
                 "its loss for the end. It needs a relay beside the source (criupy-page-server --upstream), "

@@ -16,7 +16,7 @@ from criupy._tls.tls_linux import TlsContext
 from criupy.errors import LazyPagesError
 from criupy.lazy_pages._config import Config
 from criupy.lazy_pages._daemon_linux import LazyPages, open_lazy_pages
-from criupy.lazy_pages._images import DumpedTask
+from criupy.lazy_pages._images_linux import DumpedTask
 from criupy.lazy_pages._options import LazyPagesOptions
 from criupy.lazy_pages._progress import Progress, make_progress, summary
 from criupy.lazy_pages._statistics import Statistics
