@@ -163,7 +163,7 @@ def nothing_is_left() -> Iterator[None]:
         for path in Path("/proc/self/task").glob("*/comm"):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends just now
                 names.append(path.read_text().strip())
-        ours = {"criupy-pager", "criupy-server", "criupy-upstream"}
+        ours = {"criupy-pager", "criupy-copier", "criupy-server", "criupy-upstream"}
         return sorted(files), sum(name in ours for name in names)
 
     before = kept()

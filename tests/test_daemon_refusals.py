@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import signal
 import socket
@@ -13,7 +14,8 @@ import pytest
 import trio
 import trio.testing
 
-from criupy.errors import LazyPagesError
+from criupy._uffd.image_linux import Image
+from criupy.errors import LazyPagesError, UffdError
 from criupy.lazy_pages._daemon_linux import Config, open_lazy_pages
 from criupy.lazy_pages._statistics import State
 from criupy.testing.control_linux import RestorerState, WorkloadError
@@ -58,12 +60,24 @@ async def test_truncated_pages(room: Path) -> None:
 
 
 async def test_pages_that_vanish_before_the_restore(room: Path) -> None:
+    """What was read when the daemon started is what is served."""
     async with serve(room, style="full") as s:
-        await trio.testing.wait_all_tasks_blocked(0.05)  # it has checked them
+        await trio.testing.wait_all_tasks_blocked(0.05)  # it has them
         (s.images.directory / "pages-1.img").unlink()
         async with s.restore(early=1) as standin:
-            assert "pages-1.img" in await s.failure()
-            await vetoed(standin)
+            await standin.finish()
+            await all_good(standin)
+
+
+async def test_pages_that_cannot_be_opened(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: Image, path: Path) -> None:
+        raise UffdError("open the pages file", errno.ENODEV)
+
+    monkeypatch.setattr(Image, "attach", fail)
+    async with serve(room, style="full") as s:
+        text = await s.failure()
+        assert "pages-1.img" in text
+        assert os.strerror(errno.ENODEV) in text
 
 
 async def test_lazy_images_without_a_source(room: Path) -> None:

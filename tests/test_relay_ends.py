@@ -23,7 +23,8 @@ pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 
 from criupy.errors import ImageError, PageServerError
 from criupy.images import MARKER, read_marker
-from criupy.lazy_pages._extension_linux import Extension, RefusedError, say
+from criupy.lazy_pages._extension import Extension, RefusedError
+from criupy.lazy_pages._saying_linux import say
 from criupy.page_server import Config as ServerConfig
 from criupy.page_server import Fate, PageServer, Relay, RelayConfig, open_relay
 from criupy.page_server._control_linux import ABORT, SOCKET_NAME, ask

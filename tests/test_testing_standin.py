@@ -15,7 +15,14 @@ import pytest
 import trio
 
 from criupy.testing.control_linux import Order, RestorerState, WorkloadError
-from criupy.testing.criu_linux import Criu, CriuJob, lazy_pages_daemon, page_server, stock_command
+from criupy.testing.criu_linux import (
+    Criu,
+    CriuJob,
+    lazy_pages_daemon,
+    our_command,
+    page_server,
+    stock_command,
+)
 from criupy.testing.images import WrittenImages, write_images
 from criupy.testing.page_server import Behaviour, End, PageServer
 from criupy.testing.spec import AREA_BASE, PAGE, ZOMBIE_STATUS, WorkloadSpec
@@ -287,3 +294,29 @@ async def test_touch_order_is_measured_under_transfer(criu: Criu, room: Path) ->
             assert len(worker.samples) == spec.main_pages
             assert 0 < result.stall_ns <= result.total_ns
             await daemon.succeed()
+
+
+async def test_touches_while_restore_finished_is_withheld(room: Path) -> None:
+    images = write_images(room / "images", WorkloadSpec(tree=2, threads=3, samples=64, fragmented=True))
+    server = PageServer(images)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.run)
+        work = room / "work"
+        async with (
+            lazy_pages_daemon(
+                our_command(), images.directory, work, source=(server.address, server.port)
+            ) as daemon,
+            start_standin(
+                images.spec, work / "lazy-pages.socket", room, withheld=20, withheld_pause_us=100
+            ) as standin,
+        ):
+            await standin.wait_registered()
+            samples = [standin.worker(0, thread).samples for thread in range(3)]
+            # Every second page was populated, and only such a one is touched; two may want the same.
+            assert all(5 <= len(found) <= 20 for found in samples)
+            assert standin.worker(0).result.is_good
+            assert not standin.worker(1).samples
+            assert {request.pid for request in server.requests} == {100}
+            await standin.finish()
+            await daemon.succeed()
+    assert server.end is End.CLOSED

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +127,6 @@ def open_log(verbosity: int, path: str | None, work_dir: str | os.PathLike[str])
     logger.addHandler(handler)
     logger.propagate = False
     logger.setLevel(_LEVELS[min(max(verbosity, 0), len(_LEVELS) - 1)])
-    system = platform.uname()
-    logger.info("Running on %s %s %s %s", system.node, system.system, system.release, system.machine)
+    system = os.uname()
+    logger.info("Running on %s %s %s %s", system.nodename, system.sysname, system.release, system.machine)
     return handler

@@ -6,7 +6,6 @@ import contextlib
 import os
 import resource
 import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -128,6 +127,10 @@ def run_action_scripts(scripts: Sequence[str], action: str, images_dir: str | os
 
     Raise CommandError when one cannot be started or refuses (criu/action-scripts.c).
     """
+    if not scripts:
+        return
+    import subprocess  # for few, and everybody waits until this process is ready
+
     environment = {
         **os.environ,
         "CRTOOLS_SCRIPT_ACTION": action,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -87,6 +86,8 @@ def check_writable(option: str, path: Path) -> None:
 
 def write_stats(path: Path, statistics: Mapping[str, object]) -> None:
     """Write a --stats-file; raise CommandError when it cannot be written."""
+    import json  # only at the end, and not by everyone
+
     write_whole("--stats-file", path, json.dumps(statistics, indent=1) + "\n")
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import trio
+if TYPE_CHECKING:
+    import trio
 
 __all__ = ["hold_signals", "stop_on_signal"]
 
@@ -40,6 +42,8 @@ def hold_signals() -> None:
 
 async def stop_on_signal(stop: Callable[[], None], *, task_status: trio.TaskStatus[None]) -> None:
     """Call ``stop`` at each signal that asks for it, and take no notice of more when this is cancelled."""
+    import trio  # signals are held before it is loaded
+
     try:
         with trio.open_signal_receiver(*_STOP_SIGNALS) as received:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)

@@ -67,14 +67,22 @@ class Image:
             ),
         )
         self._image: Any = ffi.gc(out[0], lib.criupy_image_destroy)
+        #: How many extents it has.
+        self.nr_extents = len(starts)
 
     @property
     def nr_pages(self) -> int:
         """Lazy pages in all extents."""
         return int(lib.criupy_image_nr_pages(self._image))
 
+    def close(self) -> None:
+        """Release it and its pages file, unless it was handed over."""
+        if self._image != ffi.NULL:
+            ffi.release(self._image)
+            self._image = ffi.NULL
+
     def attach(self, path: Path) -> None:
-        """Serve from this pages file."""
+        """Serve from this pages file, which stays open."""
         with path.open("rb") as file:
             check("open the pages file", lib.criupy_image_attach(self._image, file.fileno()))
 

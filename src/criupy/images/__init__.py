@@ -9,7 +9,9 @@ needs no CRIU.
 
 from __future__ import annotations
 
-from criupy.images._dump import Dump, parent_chain, read_dump
+import importlib
+from typing import TYPE_CHECKING, Final
+
 from criupy.images._lazy import (
     NO_PAGE_INDEX,
     FrameSize,
@@ -20,18 +22,6 @@ from criupy.images._lazy import (
     lazy_extents,
 )
 from criupy.images._marker import MARKER, RelayMarker, read_marker, write_marker
-from criupy.images._memory import (
-    AreaTotals,
-    PageTotals,
-    SharedMemory,
-    TaskMemory,
-    VmaKind,
-    area_totals,
-    page_totals,
-    read_shared_memory,
-    read_task_memory,
-    vma_kind,
-)
 from criupy.images._pagemap import (
     PageFlags,
     Pagemap,
@@ -44,15 +34,6 @@ from criupy.images._pagemap import (
     read_pagemap_style,
     read_shared_pagemap,
     shared_pagemap_path,
-)
-from criupy.images._pagemap_writer import write_pagemap
-from criupy.images._stats import (
-    DUMP_STATS,
-    RESTORE_STATS,
-    DumpStats,
-    RestoreStats,
-    read_dump_stats,
-    read_restore_stats,
 )
 from criupy.images._tasks import (
     PAGE_SIZE,
@@ -70,7 +51,31 @@ from criupy.images._tasks import (
     read_pstree,
     read_task_state,
 )
-from criupy.images._tree import Task, Thread, read_tasks
+
+if TYPE_CHECKING:
+    from criupy.images._dump import Dump, parent_chain, read_dump
+    from criupy.images._memory import (
+        AreaTotals,
+        PageTotals,
+        SharedMemory,
+        TaskMemory,
+        VmaKind,
+        area_totals,
+        page_totals,
+        read_shared_memory,
+        read_task_memory,
+        vma_kind,
+    )
+    from criupy.images._pagemap_writer import write_pagemap
+    from criupy.images._stats import (
+        DUMP_STATS,
+        RESTORE_STATS,
+        DumpStats,
+        RestoreStats,
+        read_dump_stats,
+        read_restore_stats,
+    )
+    from criupy.images._tree import Task, Thread, read_tasks
 
 __all__ = [
     "DUMP_STATS",
@@ -133,3 +138,40 @@ __all__ = [
     "write_marker",
     "write_pagemap",
 ]
+
+# Whoever serves a dump needs none of these, and a restore waits until it is ready to.
+_LATER: Final = {
+    "Dump": "_dump",
+    "parent_chain": "_dump",
+    "read_dump": "_dump",
+    "AreaTotals": "_memory",
+    "PageTotals": "_memory",
+    "SharedMemory": "_memory",
+    "TaskMemory": "_memory",
+    "VmaKind": "_memory",
+    "area_totals": "_memory",
+    "page_totals": "_memory",
+    "read_shared_memory": "_memory",
+    "read_task_memory": "_memory",
+    "vma_kind": "_memory",
+    "write_pagemap": "_pagemap_writer",
+    "DUMP_STATS": "_stats",
+    "RESTORE_STATS": "_stats",
+    "DumpStats": "_stats",
+    "RestoreStats": "_stats",
+    "read_dump_stats": "_stats",
+    "read_restore_stats": "_stats",
+    "Task": "_tree",
+    "Thread": "_tree",
+    "read_tasks": "_tree",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LATER:
+        return getattr(importlib.import_module(f"criupy.images.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

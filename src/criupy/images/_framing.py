@@ -36,6 +36,9 @@ _COMPRESSED: Final = {
 
 _READ_SIZE: Final = 256 * 1024
 
+#: What a record with a short message has in bytes, most of the time.
+_SHORT_RECORD: Final = 32
+
 
 @dataclass(frozen=True, slots=True)
 class ImageKind:
@@ -104,23 +107,23 @@ class ImageFile:
         Stop before a record that is longer, cut off or missing: what it is,
         is for read_record to say.
         """
-        read = self.file.read
-        position = self.position
+        block = self.file.read(limit * _SHORT_RECORD)
+        end = len(block)
+        position = 0
         bodies: list[bytes] = []
         append = bodies.append
         for _ in range(limit):
-            head = read(4)
-            length = int.from_bytes(head, "little")
-            if length > 127 or len(head) != 4:
+            start = position + 4
+            # The upper bytes of the size; at the end of the block fewer than three.
+            if block[position + 1 : start] != b"\0\0\0" or (length := block[position]) > 127:
                 break
-            body = read(length)
-            if len(body) != length:
+            stop = start + length
+            if stop > end:
                 break
-            append(body)
-            position += 4 + length
-        self.position = position
-        if len(bodies) < limit:
-            self.file.seek(position)
+            append(block[start:stop])
+            position = stop
+        self.position += position
+        self.file.seek(self.position)
         return bodies
 
     def read_only_record(self) -> tuple[int, bytes]:

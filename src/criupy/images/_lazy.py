@@ -18,6 +18,7 @@ from criupy.images._pagemap import (
     Pagemap,
     PagemapStyle,
     entry_offset,
+    flag_mask,
     one_style,
     pagemap_path,
     read_pagemap_style,
@@ -60,12 +61,6 @@ class LazyExtents:
         return zip(self.starts, self.nr_pages, self.page_indices, self.vma_indices, self.present, strict=True)
 
 
-def _flag_mask(pagemap: Pagemap, flag: PageFlags) -> bytes:
-    """Make a byte per entry: 1 where it has the flag, else 0."""
-    table = bytes(1 if byte & flag.value else 0 for byte in range(256))
-    return pagemap.flags.tobytes().translate(table)
-
-
 @dataclass(frozen=True, slots=True)
 class LazyEntries:
     """The LAZY entries of a pagemap, as parallel arrays that mean what those of LazyExtents do."""
@@ -78,19 +73,18 @@ class LazyEntries:
 
 def lazy_entries(pagemap: Pagemap) -> LazyEntries:
     """Take the LAZY entries of a pagemap as they are."""
-    lazy = _flag_mask(pagemap, PageFlags.LAZY)
-    has_bytes = _flag_mask(pagemap, PageFlags.PRESENT)
+    lazy = flag_mask(pagemap, PageFlags.LAZY)
+    has_bytes = flag_mask(pagemap, PageFlags.PRESENT)
     first_pages = accumulate(map(mul, pagemap.nr_pages, has_bytes), initial=0)
     starts = array("Q", compress(pagemap.starts, lazy))
     nr_pages = array("Q", compress(pagemap.nr_pages, lazy))
     present = array("B", compress(has_bytes, lazy))
-    page_indices = array(
-        "Q",
-        (
-            index if there else NO_PAGE_INDEX
-            for index, there in zip(compress(first_pages, lazy), present, strict=True)
-        ),
-    )
+    page_indices = array("Q", compress(first_pages, lazy))
+    if not any(present):
+        page_indices = array("Q", (NO_PAGE_INDEX,)) * len(present)
+    elif not all(present):
+        pairs = zip(page_indices, present, strict=True)
+        page_indices = array("Q", (index if there else NO_PAGE_INDEX for index, there in pairs))
     return LazyEntries(starts, nr_pages, page_indices, present)
 
 

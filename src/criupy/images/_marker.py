@@ -7,8 +7,6 @@ to one dump: beside other images it says nothing.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +36,8 @@ class RelayMarker:
 
 def fingerprint(images_dir: StrPath) -> str:
     """Digest what tells this dump from all others: its inventory, processes and pagemaps."""
+    import hashlib  # with OpenSSL, and there is seldom a marker
+
     directory = Path(images_dir)
     digest = hashlib.sha256()
     try:
@@ -51,6 +51,8 @@ def fingerprint(images_dir: StrPath) -> str:
 
 def write_marker(images_dir: StrPath, marker: RelayMarker) -> Path:
     """Put a marker beside the images, for nobody but their owner to read; return its path."""
+    import json
+
     path = Path(images_dir) / MARKER
     text = json.dumps(
         {
@@ -83,6 +85,8 @@ def read_marker(images_dir: StrPath) -> RelayMarker | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ImageError(path, None, f"it cannot be read: {error}") from error
+    import json  # see fingerprint
+
     try:
         found = json.loads(text)
         marker = RelayMarker(bytes.fromhex(found["key"]), found["hold_timeout"])

@@ -25,7 +25,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from itertools import chain, repeat
+from itertools import chain, compress, repeat
 from operator import add, le, lshift, or_
 from pathlib import Path
 from typing import Final
@@ -167,8 +167,13 @@ def pages_path(images_dir: StrPath, pages_id: int) -> Path:
 
 def present_pages(pagemap: Pagemap) -> int:
     """Count the pages whose bytes are in the pages image."""
-    pairs = zip(pagemap.nr_pages, pagemap.flags, strict=True)
-    return sum(count for count, flags in pairs if flags & PageFlags.PRESENT.value)
+    return sum(compress(pagemap.nr_pages, flag_mask(pagemap, PageFlags.PRESENT)))
+
+
+def flag_mask(pagemap: Pagemap, flag: PageFlags) -> bytes:
+    """Make a byte per entry: 1 where it has the flag, else 0."""
+    table = bytes(1 if byte & flag.value else 0 for byte in range(256))
+    return pagemap.flags.tobytes().translate(table)
 
 
 def check_pages(images_dir: StrPath, pagemap: Pagemap) -> Path:

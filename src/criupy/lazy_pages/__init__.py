@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from criupy.lazy_pages._statistics import Events, State, Statistics
-
 if TYPE_CHECKING:
     from criupy.lazy_pages._config import Config
     from criupy.lazy_pages._daemon_linux import LazyPages, open_lazy_pages
+    from criupy.lazy_pages._statistics import Events, State, Statistics
 
 __all__ = ["Config", "Events", "LazyPages", "State", "Statistics", "open_lazy_pages"]
 
@@ -23,6 +22,10 @@ def __getattr__(name: str) -> object:
         from criupy.lazy_pages import _daemon_linux
 
         return getattr(_daemon_linux, name)
+    if name in {"Events", "State", "Statistics"}:
+        from criupy.lazy_pages import _statistics
+
+        return getattr(_statistics, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

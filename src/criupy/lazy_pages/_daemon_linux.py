@@ -31,13 +31,12 @@ import trio
 
 from criupy._kill_linux import kill_trees
 from criupy._tls.tls_linux import TlsContext
-from criupy._uffd.image_linux import Image
 from criupy._uffd.pager_linux import Link, Outcome, Pager, Phase
 from criupy.errors import CriupyError, LazyPagesError
 from criupy.lazy_pages._config import Config
-from criupy.lazy_pages._extension_linux import extension_for
+from criupy.lazy_pages._extension import extension_for
 from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask
-from criupy.lazy_pages._images import DumpedTask, load_tasks
+from criupy.lazy_pages._images_linux import DumpedTask, load_tasks
 from criupy.lazy_pages._linking_linux import Links
 from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_socket
 from criupy.lazy_pages._statistics import State, Statistics
@@ -127,6 +126,11 @@ class LazyPages:
 
     # ---- the whole life --------------------------------------------------------
 
+    def _release_images(self) -> None:
+        for task in self._dumped.values():
+            if task.image is not None:
+                task.image.close()
+
     def _new_pager(self) -> Pager:
         other_cores = len(os.sched_getaffinity(0)) - 1
         busy_poll = self.config.busy_poll
@@ -163,6 +167,7 @@ class LazyPages:
         else:
             self._state = State.COMPLETE
         finally:
+            self._release_images()
             self._close_listener()
             if self._connection is not None:
                 self._connection.close()
@@ -286,28 +291,16 @@ class LazyPages:
                 raise self._stranger(task.pid)
             return
         self._tasks.append(task)
-        if known is None or known.extents is None:
+        if known is None or known.image is None:
             raise self._stranger(task.pid)
         if not _is_userfaultfd(task.uffd.fileno()):
             raise LazyPagesError(
                 f"what came as the userfaultfd of pid {task.pid} is none: is it criu that connected?"
             )
-        extents = known.extents
-        image = Image(
-            task.pid,
-            extents.starts,
-            extents.nr_pages,
-            None if known.pages is None else extents.page_indices,
-            known.not_inherited,
-        )
-        if known.pages is not None:
-            try:
-                image.attach(known.pages)
-            except OSError as error:
-                raise LazyPagesError(f"{known.pages}: {error.strerror}") from error
-        pager.add_task(task.pid, task.uffd.fileno(), image)
+        nr_pages = known.image.nr_pages
+        pager.add_task(task.pid, task.uffd.fileno(), known.image)
         task.uffd.detach()
-        log.info("%d: %d lazy pages in %d extents", task.pid, extents.total_pages, len(extents))
+        log.info("%d: %d lazy pages in %d extents", task.pid, nr_pages, known.image.nr_extents)
         if task.pidfd is not None and nursery is not None:
             nursery.start_soon(self._watch_exit, pager, task.pidfd.fileno())
 

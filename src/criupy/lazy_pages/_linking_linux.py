@@ -18,8 +18,10 @@ from criupy._uffd.pager_linux import Link, Pager, Phase
 from criupy.errors import CriupyError
 from criupy.images import frame_size
 from criupy.lazy_pages._config import Config
-from criupy.lazy_pages._extension_linux import Extension, RefusedError, say
-from criupy.lazy_pages._source_linux import SecuredSource, adopt_source, connect_source
+from criupy.lazy_pages._extension import Extension, RefusedError
+from criupy.lazy_pages._saying_linux import say
+from criupy.lazy_pages._secured_linux import SecuredSource
+from criupy.lazy_pages._source_linux import adopt_source, connect_source
 from criupy.lazy_pages._telling_linux import trouble_of, was_refused
 from criupy.lazy_pages._watching_linux import Changes, obeyed
 from criupy.wire.extension import Lane, Refusal

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from criupy._uffd.image_linux import ffi
 from criupy._uffd.pager_linux import Link, Notice, NoticeKind, ReplyFault
-from criupy.lazy_pages._extension_linux import refusal_text
+from criupy.lazy_pages._extension import refusal_text
 
 if TYPE_CHECKING:
     from criupy._uffd._native import Stats

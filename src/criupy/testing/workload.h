@@ -148,6 +148,8 @@ struct options {
 	uint32_t early;
 	bool user_mode_only;
 	bool no_fork_event;
+	uint32_t withheld;
+	uint32_t withheld_pause_us;
 };
 
 /*

@@ -203,6 +203,8 @@ async def start_standin(
     early: int = 0,
     user_mode_only: bool = False,
     no_fork_event: bool = False,
+    withheld: int = 0,
+    withheld_pause_us: int = 0,
     program: Path | None = None,
 ) -> AsyncIterator[Standin]:
     """Start a stand-in restore of images written for `spec`, connected to `socket`.
@@ -210,6 +212,10 @@ async def start_standin(
     Task k announces itself as pid `pid_base` + k, and a zombie as the pid after the last task's; only the
     first `announce` tasks do. Memory is registered `register_delay_us` after the descriptor was sent; then
     `early` pages of each task are touched. Nothing runs before `finish`.
+
+    With `withheld` each thread of the first task touches so many pages once all memory is registered and
+    before `finish`, at random and with pauses of `withheld_pause_us`; what that took is in the samples of its
+    workers (`wait_registered` waits for the last one).
     """
     program = program or find_workload()
     path = directory / "standin.control"
@@ -228,6 +234,8 @@ async def start_standin(
         command.append("--user-mode-only")
     if no_fork_event:
         command.append("--no-fork-event")
+    if withheld:
+        command += [f"--withheld={withheld}", f"--withheld-pause-us={withheld_pause_us}"]
     async with keep(command, keeper=program, output=directory / "standin.out") as kept:
         control = await _open_control(path, kept)
         with contextlib.closing(control):

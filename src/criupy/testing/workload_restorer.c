@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -136,17 +137,23 @@ static int register_memory(int uffd, const struct model *model)
 	return 0;
 }
 
-/* Wait until *value is at least `least`; the exit status of the task when the restore ends before. */
-static int wait_until(struct control *control, _Atomic uint32_t *value, uint32_t least)
+/*
+ * Wait until *value is at least `least`; the exit status of the task when the restore ends before. Where many
+ * tasks wait, they look the less often the more they are and the longer it will take: a thousand that look all
+ * the time leave no processor to what is tested.
+ */
+static int wait_until(struct control *control, _Atomic uint32_t *value, uint32_t least, uint32_t waiting)
 {
-	while (atomic_load(value) < least) {
+	for (uint32_t now; (now = atomic_load(value)) < least;) {
+		uint64_t turns = (uint64_t)(least - now) * waiting;
+
 		if (atomic_load(&control->failed))
 			return 1;
 		if (atomic_load(&control->restorer_state) == RESTORER_VETOED)
 			return EXIT_VETOED;
 		if (atomic_load(&control->gate) == GATE_ABANDON)
 			return EXIT_ABANDONED;
-		pause_us(200);
+		pause_us(200 * (turns < 500 ? (uint32_t)turns : 500));
 	}
 	return 0;
 }
@@ -157,12 +164,12 @@ static int announce(int sock, int uffd, struct control *control, const struct mo
 {
 	int32_t pid = (int32_t)(options->pid_base + model->task);
 	int32_t zombie = -(int32_t)(options->pid_base + options->tree);
-	int ret = wait_until(control, &control->nr_announced, model->task);
+	int ret = wait_until(control, &control->nr_announced, model->task, 1);
 
 	if (ret)
 		return ret;
 	if (model->task >= options->announce)
-		return wait_until(control, &control->nr_announced, UINT32_MAX);
+		return wait_until(control, &control->nr_announced, UINT32_MAX, 1);
 	ret = send_all(sock, &pid, sizeof(pid));
 	if (!ret)
 		ret = send_descriptor(sock, uffd);
@@ -173,15 +180,68 @@ static int announce(int sock, int uffd, struct control *control, const struct mo
 	return ret;
 }
 
-static int finish(int sock, struct control *control, const struct options *options)
+struct withheld {
+	pthread_t thread;
+	struct worker worker;
+	uint64_t arg[8]; /* of touch_range */
+	int ret;
+};
+
+static void *withheld_run(void *data)
+{
+	struct withheld *w = data;
+
+	w->ret = touch_range(&w->worker, w->arg);
+	return NULL;
+}
+
+/*
+ * Touch pages of the first task at random while restore-finished is withheld: all memory is there to be
+ * asked for, and a daemon transfers nothing in the background. Each of the task's threads-to-be has one here.
+ */
+static int touch_withheld(struct control *control, struct model *model, const struct options *options)
+{
+	struct withheld *all = calloc(options->threads, sizeof(*all));
+	uint32_t started = 0;
+	int ret = all ? 0 : -ENOMEM;
+
+	for (; !ret && started < options->threads; started++) {
+		struct withheld *w = &all[started];
+
+		*w = (struct withheld){
+			.worker = { control, control_slot(control, started), control_samples(control, started),
+				    model, 0 },
+			.arg = { ORDER_RANDOM, 0, 0, options->withheld, started + 1,
+				 options->withheld_pause_us * 1000ull },
+		};
+		if (started) {
+			w->worker.slot->result = (struct result){ .first_bad = UINT64_MAX };
+			pause_us(options->withheld_pause_us / options->threads); /* not all at once, each time */
+		}
+		ret = -pthread_create(&w->thread, NULL, withheld_run, w);
+		if (ret)
+			break;
+	}
+	for (uint32_t i = 0; i < started; i++) {
+		pthread_join(all[i].thread, NULL);
+		if (!ret)
+			ret = all[i].ret;
+	}
+	free(all);
+	return ret;
+}
+
+static int finish(int sock, struct control *control, struct model *model, const struct options *options)
 {
 	const uint32_t word = RESTORE_FINISHED;
-	int ret = wait_until(control, &control->nr_registered, options->tree);
+	int ret = wait_until(control, &control->nr_registered, options->tree, 1);
 
+	if (!ret && options->withheld)
+		ret = touch_withheld(control, model, options);
 	if (ret)
 		return ret;
 	atomic_store(&control->restorer_state, RESTORER_REGISTERED);
-	ret = wait_until(control, &control->gate, GATE_FINISH);
+	ret = wait_until(control, &control->gate, GATE_FINISH, 1);
 	if (!ret && atomic_load(&control->gate) == GATE_ABANDON)
 		ret = EXIT_ABANDONED;
 	if (ret)
@@ -222,11 +282,11 @@ int restorer_run(int sock, struct control *control, struct model *model, const s
 		atomic_fetch_add(&control->nr_registered, 1);
 	}
 	if (!ret && !model->task) {
-		ret = finish(sock, control, options);
+		ret = finish(sock, control, model, options);
 		if (!ret)
 			atomic_store(&control->restorer_state, RESTORER_FINISHED);
 	} else if (!ret) {
-		ret = wait_until(control, &control->restorer_state, RESTORER_FINISHED);
+		ret = wait_until(control, &control->restorer_state, RESTORER_FINISHED, options->tree);
 		/* states beyond "finished" are the ways not to finish */
 		if (!ret && atomic_load(&control->restorer_state) != RESTORER_FINISHED)
 			ret = EXIT_ABANDONED;

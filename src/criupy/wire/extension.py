@@ -22,8 +22,6 @@ counter, so what was overheard is of no use a second time.
 from __future__ import annotations
 
 import enum
-import hashlib
-import hmac
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,13 +100,17 @@ class Hello:
         proven, proof = body[: _PROVEN.size], body[_PROVEN.size :]
         if version != VERSION or lane not in tuple(Lane):
             return Refusal.VERSION
+        import hmac  # see _prove
+
         if key is not None and not hmac.compare_digest(proof, _prove(key, proven)):
             return Refusal.KEY
         return cls(session, Lane(lane), counter)
 
 
 def _prove(key: bytes, proven: bytes) -> bytes:
-    return hmac.digest(key, proven, hashlib.sha256)
+    import hmac  # with OpenSSL, which is loaded only when there is somebody to prove it to
+
+    return hmac.digest(key, proven, "sha256")
 
 
 def encode_getv(pid: int, runs: Sequence[tuple[int, int]]) -> bytes:

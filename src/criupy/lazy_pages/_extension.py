@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import secrets
-import select
-import socket
-import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
 
-import trio
-
-from criupy._tls.tls_linux import TlsSession
-from criupy._uffd.image_linux import ffi
 from criupy.errors import LazyPagesError
 from criupy.images import RelayMarker, read_marker
 from criupy.lazy_pages._config import Config
-from criupy.lazy_pages._images import DumpedTask
-from criupy.wire.extension import KEY_LENGTH, SESSION_LENGTH, Hello, Lane, Refusal, encode_plain
-from criupy.wire.page_server import Command, Frame
+from criupy.wire.extension import KEY_LENGTH, SESSION_LENGTH, Hello, Lane, Refusal
 
-__all__ = ["Extension", "RefusedError", "extension_for", "refusal_text", "say"]
+if TYPE_CHECKING:
+    from criupy.lazy_pages._images_linux import DumpedTask
 
-_STATUS: Final = struct.Struct("<i")
+__all__ = ["Extension", "RefusedError", "extension_for", "refusal_text"]
+
 #: A destination has ended its tasks, for sure, when so much of a relay's --hold-timeout has gone.
 _SAFE: Final = 0.8
 
@@ -47,7 +38,7 @@ class Extension:
 
     def __init__(self, marker: RelayMarker | None) -> None:
         self.marker = marker
-        self._session = secrets.token_bytes(SESSION_LENGTH)
+        self._session = os.urandom(SESSION_LENGTH)
         self._counters = Counter[Lane]()
 
     @property
@@ -96,7 +87,7 @@ def extension_for(config: Config, dumped: Mapping[int, DumpedTask]) -> Extension
 
 def _check_reconnect(dumped: Mapping[int, DumpedTask]) -> None:
     for task in dumped.values():
-        if task.extents is not None and not all(task.extents.present):
+        if not task.is_whole:
             raise LazyPagesError(
                 "--reconnect: these images are of a lazy dump, whose source serves one connection and takes "
                 "its loss for the end. It needs a relay beside the source (criupy-page-server --upstream), "
@@ -122,80 +113,3 @@ _REFUSALS: Final = {
     Refusal.VERSION: "the page server is of a version of criupy that speaks otherwise",
     Refusal.ENDED: "the relay's source has ended, or goes on, by somebody's decision",
 }
-
-
-# ---- over a connection of its own ------------------------------------------------------------------
-
-
-async def say(sock: socket.socket, session: TlsSession | None, hello: bytes, command: Command) -> int:
-    """Say ABORT or CLOSE over a new connection and return the answer; raise OSError when it is lost.
-
-    ``session`` carries the bytes if there is one; its handshake is done. Raises RefusedError
-    when nothing is listened to any more.
-    """
-    stream = _Plain(sock) if session is None else _Secured(sock, session)
-    await stream.send(hello + encode_plain(command))
-    data = await _receive(stream, _STATUS.size)
-    (status,) = _STATUS.unpack(data)
-    if status == Command.REFUSED:
-        frame = Frame.decode(data + await _receive(stream, 32 - _STATUS.size), 32)
-        raise RefusedError(frame.nr_pages)
-    return int(status)
-
-
-async def _receive(stream: _Plain | _Secured, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        piece = await stream.receive(size - len(data))
-        if not piece:
-            raise ConnectionResetError("the page server closed the connection")
-        data += piece
-    return data
-
-
-class _Plain:
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-
-    async def send(self, data: bytes) -> None:
-        while data:
-            try:
-                data = data[self._sock.send(data) :]
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._sock)
-
-    async def receive(self, size: int) -> bytes:
-        while True:
-            try:
-                return self._sock.recv(size)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._sock)
-
-
-class _Secured:
-    def __init__(self, sock: socket.socket, session: TlsSession) -> None:
-        self._sock = sock
-        self._transport = ffi.cast("struct criupy_transport *", session.transport)
-
-    async def send(self, data: bytes) -> None:
-        buffer = ffi.from_buffer("uint8_t[]", data)
-        await self._when_ready(lambda: self._transport.send(self._transport, buffer, len(data)))
-        await self._when_ready(lambda: self._transport.flush(self._transport))
-
-    async def receive(self, size: int) -> bytes:
-        buffer = bytearray(size)
-        into = ffi.from_buffer("uint8_t[]", buffer)
-        got = await self._when_ready(lambda: self._transport.receive(self._transport, into, size))
-        return bytes(buffer[:got])
-
-    async def _when_ready(self, call: Callable[[], int]) -> int:
-        while True:
-            result = call()
-            if result >= 0:
-                return result
-            if result != -errno.EAGAIN:
-                raise OSError(-result, os.strerror(-result))
-            if self._transport.events & select.POLLOUT:
-                await trio.lowlevel.wait_writable(self._sock)
-            else:
-                await trio.lowlevel.wait_readable(self._sock)

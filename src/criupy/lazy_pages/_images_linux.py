@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
+from criupy._uffd.image_linux import Image
 from criupy.errors import ImageError
 from criupy.images import (
-    LazyExtents,
     MadvBits,
     check_pages,
     is_zombie,
@@ -26,16 +25,14 @@ __all__ = ["DumpedTask", "load_tasks"]
 class DumpedTask:
     """One process of the dump.
 
-    ``extents`` is its lazy memory, ``not_inherited`` a byte per extent that is
-    1 where a forked child does not get it; both None for a zombie, which has
-    no memory. ``pages`` is the file with the page contents, None when they are
-    to come from a page server.
+    ``image`` is its lazy memory, in the native part and nowhere else: there can be
+    millions of extents. It is None for a zombie, which has no memory. ``is_whole``
+    tells whether the images have the contents of all its pages.
     """
 
     pid: int
-    extents: LazyExtents | None
-    not_inherited: bytes | None
-    pages: Path | None
+    image: Image | None
+    is_whole: bool = True
 
 
 def load_tasks(images_dir: str | os.PathLike[str], *, local: bool) -> dict[int, DumpedTask]:
@@ -49,21 +46,28 @@ def load_tasks(images_dir: str | os.PathLike[str], *, local: bool) -> dict[int, 
 
 def _load(images_dir: str | os.PathLike[str], pid: int, *, local: bool) -> DumpedTask:
     if is_zombie(images_dir, pid):
-        return DumpedTask(pid, None, None, None)
+        return DumpedTask(pid, None)
     pagemap = read_pagemap(images_dir, pid)
     mm = read_mm(images_dir, pid)
     extents = lazy_extents(pagemap, mm)
     # Not DONTFORK: a child that lacks the VMA answers ENOENT by itself, and one
     # that has it, because MADV_DOFORK came after the restore, needs the bytes.
     by_vma = bytes(1 if vma.madv & MadvBits.WIPEONFORK else 0 for vma in mm.vmas)
-    not_inherited = bytes(map(by_vma.__getitem__, extents.vma_indices))
+    not_inherited = bytes(map(by_vma.__getitem__, extents.vma_indices)) if any(by_vma) else None
+    is_whole = all(extents.present)
     if not local:
-        return DumpedTask(pid, extents, not_inherited, None)
-    if not all(extents.present):
+        return DumpedTask(pid, Image(pid, extents.starts, extents.nr_pages, None, not_inherited), is_whole)
+    if not is_whole:
         raise ImageError(
             pagemap.path,
             None,
             "its lazy pages are not in the images: this is a lazy dump, "
             "whose source serves them (--page-server --address HOST --port PORT)",
         )
-    return DumpedTask(pid, extents, not_inherited, check_pages(images_dir, pagemap))
+    pages = check_pages(images_dir, pagemap)
+    image = Image(pid, extents.starts, extents.nr_pages, extents.page_indices, not_inherited)
+    try:
+        image.attach(pages)
+    except OSError as error:
+        raise ImageError(pages, None, f"expected a file that can be mapped: {error.strerror}") from error
+    return DumpedTask(pid, image)
