@@ -252,6 +252,7 @@ static const struct option long_options[] = {
 	{ "announce", required_argument, NULL, 'A' },
 	{ "register-delay-us", required_argument, NULL, 'd' },
 	{ "early", required_argument, NULL, 'e' },
+	{ "early-pause-us", required_argument, NULL, 'E' },
 	{ "adjacent", no_argument, NULL, OPTION_ADJACENT },
 	{ "fragmented", no_argument, NULL, OPTION_FRAGMENTED },
 	{ "zombie", no_argument, NULL, OPTION_ZOMBIE },
@@ -294,6 +295,7 @@ int main(int argc, char **argv)
 		case 'A': options.announce = (uint32_t)number; break;
 		case 'd': options.register_delay_us = (uint32_t)number; break;
 		case 'e': options.early = (uint32_t)number; break;
+		case 'E': options.early_pause_us = (uint32_t)number; break;
 		case OPTION_ADJACENT: options.adjacent = true; break;
 		case OPTION_FRAGMENTED: options.stride = 2; break;
 		case OPTION_ZOMBIE: options.zombie = true; break;

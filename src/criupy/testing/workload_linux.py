@@ -201,6 +201,7 @@ async def start_standin(
     announce: int | None = None,
     register_delay_us: int = 1000,
     early: int = 0,
+    early_pause_us: int = 0,
     user_mode_only: bool = False,
     no_fork_event: bool = False,
     program: Path | None = None,
@@ -209,7 +210,7 @@ async def start_standin(
 
     Task k announces itself as pid `pid_base` + k, and a zombie as the pid after the last task's; only the
     first `announce` tasks do. Memory is registered `register_delay_us` after the descriptor was sent; then
-    `early` pages of each task are touched. Nothing runs before `finish`.
+    `early` random pages of each task's first area are touched and timed, with pauses. Nothing runs before `finish`.
     """
     program = program or find_workload()
     path = directory / "standin.control"
@@ -221,6 +222,7 @@ async def start_standin(
         f"--pid-base={pid_base}",
         f"--register-delay-us={register_delay_us}",
         f"--early={early}",
+        f"--early-pause-us={early_pause_us}",
     ]
     if announce is not None:
         command.append(f"--announce={announce}")

@@ -189,16 +189,23 @@ static int finish(int sock, struct control *control, const struct options *optio
 	return send_all(sock, &word, sizeof(word));
 }
 
-static void touch_early(const struct model *model, const struct options *options, struct result *result)
+/* In an order that no read-ahead follows, and timed like any touch. */
+static int touch_early(struct control *control, struct model *model, const struct options *options)
 {
-	for (uint64_t page = 0; page < options->early && page < model->segments[0].nr_pages; page++)
-		result_add(result, page_check(model, &model->segments[0], page, true, NULL), page,
-			   &model->segments[0]);
+	uint32_t index = model->task * options->threads;
+	struct worker worker = { .control = control, .slot = control_slot(control, index),
+				 .samples = control_samples(control, index), .model = model };
+	uint64_t nr = model->segments[0].nr_pages;
+	uint64_t touches = options->early < nr ? options->early : nr;
+	const uint64_t arg[8] = { ORDER_RANDOM, 0, nr, touches, 1, options->early_pause_us * 1000ull,
+				  TOUCH_WHOLE_PAGE, 0 };
+
+	return touches ? touch_range(&worker, arg) : 0;
 }
 
 /*
  * Restore one task. Returns 0 when it may run, a positive exit status when the restore ended otherwise, or
- * -errno. Pages touched early are counted in the result of the task's first slot.
+ * -errno. Pages touched early are counted in the result of the task's first slot, with their times.
  */
 int restorer_run(int sock, struct control *control, struct model *model, const struct options *options)
 {
@@ -218,9 +225,10 @@ int restorer_run(int sock, struct control *control, struct model *model, const s
 	close(uffd);
 	if (!ret) {
 		slot->result = (struct result){ .first_bad = UINT64_MAX };
-		touch_early(model, options, &slot->result);
-		atomic_fetch_add(&control->nr_registered, 1);
+		ret = touch_early(control, model, options);
 	}
+	if (!ret)
+		atomic_fetch_add(&control->nr_registered, 1);
 	if (!ret && !model->task) {
 		ret = finish(sock, control, options);
 		if (!ret)
