@@ -52,9 +52,7 @@ class Activity:
                 worker.issue(Command.FORK_MANY, self.children)
             elif self.order is not None:
                 flags = Touch.UNTIL_STOPPED | Touch.SAMPLE_FAULTS
-                worker.start_touching(
-                    self.order, seed=7 + number, pause_ns=self.pause_us * 1000, flags=flags
-                )
+                worker.start_touching(self.order, seed=7 + number, pause_ns=self.pause_us * 1000, flags=flags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +121,6 @@ RANDOM, IDLE = Activity(Order.RANDOM), Activity()
 PAUSE_US = 50
 PACED = Activity(Order.RANDOM, pause_us=PAUSE_US)
 LOCAL = (Way("stock", Source.IMAGES), Way("ours", Source.IMAGES))
-SERVERS = (Way("stock", Source.STOCK_SERVER), Way("ours", Source.OUR_SERVER))
 
 LOOPBACK_CASES = (
     Case(
@@ -131,6 +128,7 @@ LOOPBACK_CASES = (
         title="512 MiB, random touches without pause",
         spec=process(512),
         activity=RANDOM,
+        ways=(Way("stock", rounds=3), Way("ours")),
         aims=ratios(drain_s=1 / 7, stall_s=1 / 12, p99_us=3, cpu_s=1 / 6),
     ),
     Case(name="idle", title="512 MiB, idle", spec=process(512), aims=ratios(drain_s=1 / 2)),
@@ -146,12 +144,14 @@ LOOPBACK_CASES = (
         title="512 MiB, sequential touches without pause",
         spec=process(512),
         activity=Activity(Order.SEQUENTIAL),
+        rounds=3,
     ),
     Case(
         name="threads",
         title="512 MiB, 16 threads, random touches",
         spec=process(512, threads=16),
         activity=RANDOM,
+        ways=(Way("stock", rounds=1), Way("ours")),
         rounds=3,
     ),
     Case(
@@ -159,11 +159,12 @@ LOOPBACK_CASES = (
         title="16 processes of 32 MiB, random touches",
         spec=process(32, tree=16),
         activity=RANDOM,
+        ways=(Way("stock", rounds=2), Way("ours")),
         rounds=3,
     ),
     Case(
         name="forking",
-        title="128 MiB, 8 children that read every byte",
+        title="128 MiB, forks 8 children that read it",
         spec=process(128),
         activity=Activity(children=8),
         rounds=3,
@@ -193,6 +194,7 @@ IMAGE_CASES = (
         spec=process(512),
         activity=RANDOM,
         ways=LOCAL,
+        rounds=3,
         aims=ratios(drain_s=0.6),
     ),
     Case(
@@ -207,7 +209,7 @@ IMAGE_CASES = (
         title="each one's page server, 512 MiB, random touches",
         spec=process(512),
         activity=RANDOM,
-        ways=SERVERS,
+        ways=(Way("stock", Source.STOCK_SERVER, rounds=1), Way("ours", Source.OUR_SERVER)),
         rounds=3,
         aims=(Aim("mb_s", 1200, over=None, at_least=True),),
     ),
@@ -216,7 +218,8 @@ IMAGE_CASES = (
         title=f"each one's page server, 512 MiB, touches {PAUSE_US} us apart",
         spec=process(512),
         activity=PACED,
-        ways=SERVERS,
+        ways=(Way("stock", Source.STOCK_SERVER), Way("ours", Source.OUR_SERVER)),
+        rounds=3,
         alone=2000,
         aims=(Aim("p99_over_alone", 1.5, over=None),),
     ),

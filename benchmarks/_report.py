@@ -46,7 +46,9 @@ def put(document: Path, marks: tuple[str, str], text: str) -> None:
     """Replace what is between two marks of a document."""
     begin, end = map(re.escape, marks)
     old = document.read_text()
-    new, times = re.subn(f"{begin}.*?{end}", lambda _: f"{marks[0]}\n{text}\n{marks[1]}", old, flags=re.DOTALL)
+    new, times = re.subn(
+        f"{begin}.*?{end}", lambda _: f"{marks[0]}\n{text}\n{marks[1]}", old, flags=re.DOTALL
+    )
     if times != 1:
         raise SystemExit(f"{document}: the marks {marks[0]} and {marks[1]} are not there once")
     document.write_text(new)

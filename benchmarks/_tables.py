@@ -19,7 +19,6 @@ COLUMNS = {
 METRICS = {
     "drain_s": "drain",
     "mb_s": "drained",
-    "job_s": "until the last child has read all",
     "faults": "faults",
     "alone_p50_us": "fault p50, nothing else transferred",
     "alone_p99_us": "fault p99, nothing else transferred",

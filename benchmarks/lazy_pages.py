@@ -135,7 +135,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ``cases`` are those that were picked."""
     parser = argparse.ArgumentParser(description="Compare criupy-lazy-pages with criu lazy-pages.")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="at most so many of each (5)")
-    parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help="only this; repeatable")
+    parser.add_argument(
+        "--case", action="append", choices=CASES, metavar="NAME", help="only this; repeatable"
+    )
     parser.add_argument("--list", action="store_true", help="name the cases")
     add_report_options(parser)
     options = parser.parse_args(words)
