@@ -53,7 +53,7 @@ def _measure(address: tuple[str, int]) -> dict[str, float]:
 
 
 async def measure_link(conditions: Conditions | None) -> dict[str, float]:
-    """Return the round trip of one byte and what one stream carries; of loopback itself without conditions."""
+    """Return the round trip of one byte and what one stream carries; without conditions, of loopback."""
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
     thread = threading.Thread(target=_serve, args=[listener], daemon=True)

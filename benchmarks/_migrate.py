@@ -61,7 +61,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A dumped process: its images, and the control file by which what is restored of it is told what to do."""
+    """A dumped process: its images, and the control file that tells what is restored of it what to do."""
 
     images: Path
     control: Control

@@ -76,8 +76,8 @@ def title_of(case: Case, way: str) -> str:
 def conditions(report: Report) -> str:
     """Say what all numbers were taken with."""
     return (
-        f"criu {report['criu']} at the source, Linux {report['kernel']}, {report['cores']} cores, loopback where "
-        f"no link is named; medians of at most {report['rounds']} rounds, in turn, in one run of "
+        f"criu {report['criu']} at the source, Linux {report['kernel']}, {report['cores']} cores, loopback "
+        f"where no link is named; medians of at most {report['rounds']} rounds, in turn, in one run of "
         f"{report['minutes']:g} minutes"
     )
 

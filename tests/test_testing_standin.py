@@ -14,7 +14,7 @@ from typing import Literal
 import pytest
 import trio
 
-from criupy.testing.control_linux import Order, RestorerState, WorkloadError
+from criupy.testing.control_linux import STALL_NS, Order, RestorerState, Touch, WorkloadError
 from criupy.testing.criu_linux import Criu, CriuJob, lazy_pages_daemon, page_server, stock_command
 from criupy.testing.images import WrittenImages, write_images
 from criupy.testing.page_server import Behaviour, End, PageServer
@@ -286,4 +286,26 @@ async def test_touch_order_is_measured_under_transfer(criu: Criu, room: Path) ->
             assert (result.is_good, result.touches) == (True, spec.main_pages)
             assert len(worker.samples) == spec.main_pages
             assert 0 < result.stall_ns <= result.total_ns
+            await daemon.succeed()
+
+
+@pytest.mark.criu
+async def test_faults_are_told_from_other_touches(criu: Criu, room: Path) -> None:
+    spec = WorkloadSpec(size=2 * MIB, samples=1 << 12)
+    images = write_images(room / "images", spec, count=count_style(criu))
+    server = PageServer(images)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.run)
+        async with migration(criu, images, room, server, early=32) as (daemon, standin):
+            worker = standin.worker()
+            await standin.wait_registered()
+            early = worker.samples
+            assert (len(early), worker.result.checked) == (32, 32)
+            assert min(early) > STALL_NS
+            assert len({request.address for request in server.requests}) == 32
+            worker.start_touching(Order.RANDOM, count=3 * spec.main_pages, flags=Touch.SAMPLE_FAULTS)
+            await standin.finish()
+            assert (await worker.wait()).touches == 3 * spec.main_pages
+            assert 0 < len(worker.samples) <= spec.main_pages - 32
+            assert min(worker.samples) > STALL_NS
             await daemon.succeed()

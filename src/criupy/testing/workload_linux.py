@@ -210,7 +210,8 @@ async def start_standin(
 
     Task k announces itself as pid `pid_base` + k, and a zombie as the pid after the last task's; only the
     first `announce` tasks do. Memory is registered `register_delay_us` after the descriptor was sent; then
-    `early` random pages of each task's first area are touched and timed, with pauses. Nothing runs before `finish`.
+    `early` random pages of each task's first area are touched and timed, with pauses of `early_pause_us`.
+    Nothing runs before `finish`.
     """
     program = program or find_workload()
     path = directory / "standin.control"
