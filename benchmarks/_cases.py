@@ -118,7 +118,7 @@ def conditions(round_trip_ms: float, bandwidth: float) -> Conditions:
 
 FAST, SLOW = 1.25e9, 125e6
 RANDOM, IDLE = Activity(Order.RANDOM), Activity()
-PAUSE_US = 50
+PAUSE_US, HOT_PAUSE_US = 50, 200
 PACED = Activity(Order.RANDOM, pause_us=PAUSE_US)
 LOCAL = (Way("stock", Source.IMAGES), Way("ours", Source.IMAGES))
 
@@ -134,9 +134,9 @@ LOOPBACK_CASES = (
     Case(name="idle", title="512 MiB, idle", spec=process(512), aims=ratios(drain_s=1 / 2)),
     Case(
         name="hot",
-        title=f"512 MiB, 90 % of touches in a tenth, {PAUSE_US} us between them",
+        title=f"512 MiB, 90 % of touches in a tenth, {HOT_PAUSE_US} us apart",
         spec=process(512),
-        activity=Activity(Order.HOT, pause_us=PAUSE_US),
+        activity=Activity(Order.HOT, pause_us=HOT_PAUSE_US),
         aims=ratios(p99_us=1 / 4, stall_s=1 / 4),
     ),
     Case(

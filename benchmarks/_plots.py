@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from _report import Report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 #: Told apart also without colour: Okabe and Ito's colours, and lines of different kinds.
 LOOKS = {
@@ -50,18 +52,20 @@ def panels(report: Report, names: tuple[str, ...]) -> tuple[Figure, Iterator[tup
     """Make a picture with a panel for each of the cases that were run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
     axes = iter(figure.subplots(2, 3).flat)
+    lines: dict[str, Line2D] = {}
 
     def each() -> Iterator[tuple[Axes, dict[str, Any]]]:
         for name in names:
             if name in report["cases"]:
                 panel = next(axes)
                 yield panel, report["cases"][name]["ways"]
-                panel.set_title(CASES[name].title)
+                panel.set_title(textwrap.fill(CASES[name].title, 42))
+                lines.update((str(line.get_label()), line) for line in panel.get_lines())
         for panel in axes:
             panel.set_axis_off()
-        figure.axes[0].legend()
+        figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=3)
 
     return figure, each()
 
@@ -73,6 +77,8 @@ def latency(report: Report) -> Figure:
         for way, taken in ways.items():
             panel.plot(taken["latency_us"], report["quantiles"], label=way, **LOOKS[way])
         panel.set_xscale("log")
+        counts = " → ".join(f"{taken['median']['faults']:,.0f}" for taken in ways.values())
+        panel.set_xlabel(f"({counts} faults)")
     figure.supxlabel("time of a fault, us")
     figure.supylabel("part of all faults")
     return figure

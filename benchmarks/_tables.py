@@ -29,6 +29,8 @@ METRICS = {
     "cpu_s": "daemon CPU",
     "peak_mb": "daemon peak memory",
 }
+#: What is said of a point of a picture.
+BRIEF = frozenset({"drain_s", "faults", "p50_us", "stall_s"})
 
 
 def shown(metric: str, value: float) -> str:
@@ -119,7 +121,7 @@ def full_table(report: Report) -> str:
         stock, ours = ways["stock"]["median"], ways[way]["median"]
         rounds = " / ".join(dict.fromkeys(str(ways[name]["rounds"]) for name in ("stock", way)))
         for metric, what in METRICS.items():
-            if ours.get(metric) or stock.get(metric):
+            if (case.is_main or metric in BRIEF) and (ours.get(metric) or stock.get(metric)):
                 lines.append(
                     f"| {title_of(case, way)} | {rounds} | {what} | {shown(metric, stock[metric])} "
                     f"| {shown(metric, ours[metric])} | {ratio(stock[metric], ours[metric])} |"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import platform
 import statistics
@@ -70,37 +71,37 @@ def summary(taken: Sequence[Taken]) -> dict[str, Any]:
     }
 
 
-async def measured(criu: Criu, case: Case, way: Way, full: Origin | None, number: int) -> Taken:
-    """Run once; say of a failure where it was."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="criupy-bench-") as room:
-            taken = await run(criu, case, way, full, Path(room))
-    except Exception as error:
-        while isinstance(error, ExceptionGroup):
-            error = error.exceptions[0]
-        raise SystemExit(
-            f"case {case.name}, {way.name}, round {number + 1}: {type(error).__name__}: {error}"
-        ) from error
-    shown = " ".join(f"{name}={value:.4g}" for name, value in taken.metrics.items())
-    print(f"{case.name} {number + 1} {way.name}: {shown}", file=sys.stderr)
-    return taken
+async def measured(criu: Criu, case: Case, way: Way, full: Origin | None) -> Taken:
+    """Run once, in a room of its own."""
+    with tempfile.TemporaryDirectory(prefix="criupy-bench-") as room:
+        return await run(criu, case, way, full, Path(room))
 
 
 async def compare_case(criu: Criu, case: Case, most: int) -> dict[str, Any]:
-    """Measure every way of a case, in turn."""
+    """Measure every way of a case, in turn; exit with what failed, and where."""
     runs: dict[str, list[Taken]] = {way.name: [] for way in case.ways}
     took = dict.fromkeys(runs, 0.0)
-    async with contextlib.AsyncExitStack() as stack:
-        full = None
-        if any(way.source is not Source.DUMP for way in case.ways):
-            room = stack.enter_context(tempfile.TemporaryDirectory(prefix="criupy-bench-"))
-            full = await stack.enter_async_context(full_images(criu, case, Path(room)))
-        for number in range(most):
-            for way in case.ways:
-                if number < case.rounds_of(way, most) and took[way.name] < ENOUGH:
-                    begin = time.monotonic()
-                    runs[way.name].append(await measured(criu, case, way, full, number))
-                    took[way.name] += time.monotonic() - begin
+    where = "its images"
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            full = None
+            if any(way.source is not Source.DUMP for way in case.ways):
+                room = stack.enter_context(tempfile.TemporaryDirectory(prefix="criupy-bench-"))
+                full = await stack.enter_async_context(full_images(criu, case, Path(room)))
+            for number, way in itertools.product(range(most), case.ways):
+                if number >= case.rounds_of(way, most) or took[way.name] >= ENOUGH:
+                    continue
+                where = f"{way.name}, round {number + 1}"
+                begin = time.monotonic()
+                taken = await measured(criu, case, way, full)
+                took[way.name] += time.monotonic() - begin
+                runs[way.name].append(taken)
+                shown = " ".join(f"{name}={value:.4g}" for name, value in taken.metrics.items())
+                print(f"{case.name}, {where}: {shown}", file=sys.stderr)
+    except Exception as error:
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        raise SystemExit(f"case {case.name}, {where}: {type(error).__name__}: {error}") from error
     ways = {name: summary(taken) for name, taken in runs.items()}
     return {"size_mib": case.spec.populated_pages * case.spec.tree / 256, "ways": ways}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -147,6 +148,28 @@ def test_a_summary_is_small_and_keeps_the_ends(bench: Any) -> None:
     assert (found["latency_us"][0], found["latency_us"][-1]) == (0.0, 0.999)
     assert len(found["resident_s"]) <= 202
     assert (found["resident_s"][-1], found["resident_mib"][-1]) == (2000.0, 3.90625)
+
+
+def test_a_case_that_fails_says_where(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_criu: None, case: Any, way: Any, *_: Any) -> Any:
+        if way.is_stock:
+            return bench.Taken({"drain_s": 1.0}, [])
+        await trio.lowlevel.checkpoint()
+        raise ExceptionGroup("of a nursery", [ValueError("page 7")])
+
+    monkeypatch.setattr(bench, "run", fail)
+    with pytest.raises(SystemExit, match=r"^case idle, ours, round 1: ValueError: page 7$"):
+        trio.run(bench.compare_case, None, bench.CASES["idle"], 3)
+
+
+@pytest.mark.criu
+@pytest.mark.parametrize("name", ["rtt-1ms-1250MB/s", "fault"])
+async def test_a_case_is_measured(bench: Any, criu: Any, name: str) -> None:
+    found = await bench.compare_case(criu, bench.CASES[name], 1)
+    assert {way: taken["rounds"] for way, taken in found["ways"].items()} == {"stock": 1, "ours": 1}
+    for taken in found["ways"].values():
+        assert taken["median"]["cpu_s"] > 0
+        assert taken["median"].get("alone_p50_us" if name == "fault" else "p50_us", 0) > 1
 
 
 def test_numbers_are_on_one_line(bench: Any) -> None:
