@@ -9,8 +9,10 @@ PYTHON3 := .venv/bin/python
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit bench lint format build docs clean
 
-# The numbers in the README and in docs/benchmarks.md, one program each.
-BENCHMARKS := limits lazy_pages scale links page_server rpc
+# Each with the document that it refreshes.
+BENCHMARKS := "limits --readme docs/benchmarks.md" "lazy_pages --readme README.md" \
+	"scale --readme docs/scale.md --picture benchmarks/pictures/scale.svg" \
+	"links --readme README.md" "page_server --readme README.md" rpc
 
 help:
 	@echo "make demo    migrate a process and watch it happen"
@@ -40,9 +42,9 @@ bench:
 ifdef ARGS
 	@$(PYTHON3) benchmarks/lazy_pages.py $(ARGS)
 else
-	@for name in $(BENCHMARKS); do \
-		echo "bench: $$name"; readme="--readme README.md"; [ $$name != rpc ] || readme=; \
-		$(PYTHON3) benchmarks/$$name.py --json benchmarks/$$name.json $$readme || exit 1; \
+	@for each in $(BENCHMARKS); do \
+		set -- $$each; name=$$1; shift; echo "bench: $$name"; \
+		$(PYTHON3) benchmarks/$$name.py --json benchmarks/$$name.json "$$@" || exit 1; \
 	done
 endif
 

@@ -5,7 +5,7 @@
 Each case of ``_cases.py`` is a real process that is dumped and restored in a pid namespace of this
 machine, and served by one daemon, then by the other, as often as the table says: fewer times where a
 case says so, or has taken long. ``_migrate.py`` says what is measured. Every byte is looked at in the
-end. Medians over the rounds are printed; with --readme its table, ``docs/benchmarks.md`` and
+end. Medians over the rounds are printed; with --readme its table, ``docs/comparison.md`` and
 ``benchmarks/pictures`` beside it are refreshed.
 """
 
@@ -163,8 +163,8 @@ def main() -> None:
         print(f"\n{text}")
     if options.readme:
         root = options.readme.parent
-        put(root / "docs" / "benchmarks.md", FULL_MARK, full_table(report))
-        put(root / "docs" / "benchmarks.md", AIMS_MARK, aims(report))
+        put(root / "docs" / "comparison.md", FULL_MARK, full_table(report))
+        put(root / "docs" / "comparison.md", AIMS_MARK, aims(report))
         draw(report, root / "benchmarks" / "pictures")
 
 

@@ -183,7 +183,7 @@ def test_the_documents_say_what_the_committed_report_says(bench: Any) -> None:
     assert set(committed["cases"]) == set(bench.CASES)
     for document, marks, text in (
         ("README.md", bench.MARK, bench.readme_table(committed)),
-        ("docs/benchmarks.md", bench.FULL_MARK, bench.full_table(committed)),
-        ("docs/benchmarks.md", bench.AIMS_MARK, bench.aims(committed)),
+        ("docs/comparison.md", bench.FULL_MARK, bench.full_table(committed)),
+        ("docs/comparison.md", bench.AIMS_MARK, bench.aims(committed)),
     ):
         assert "\n".join((marks[0], text, marks[1])) in (ROOT / document).read_text()

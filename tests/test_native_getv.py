@@ -307,7 +307,7 @@ def test_a_bad_answer_on_the_urgent_lane(
 def test_a_source_that_closes_inside_several_runs(
     restore: Restore, target: Target, bulk: Source, where: int
 ) -> None:
-    """At a border, inside the header, behind it, inside the second run: no page of it counts."""
+    """At a border, inside the header, behind it, inside the second run: its whole pages count."""
     addr = scattered(restore, target)
     restore.link_lane(bulk)
     running(restore, bulk)
@@ -316,7 +316,9 @@ def test_a_source_that_closes_inside_several_runs(
     bulk.sock.sendall(whole[:where])
     bulk.sock.close()
     stats = restore.until(lambda stats: stats.link == Link.LOST)
-    assert (stats.link_error, stats.pages_received, stats.nr_outstanding) == (errno.EPIPE, 0, 0)
+    # a reset where it has not read what was asked for since
+    assert stats.link_error in (errno.EPIPE, errno.ECONNRESET)
+    assert (stats.pages_received, stats.nr_outstanding) == (max(0, where - 32) // PAGE, 0)
     restore.pager.drop_link()
     with Source() as again:
         restore.link_lane(again)

@@ -74,7 +74,7 @@ int main(int argc, char **argv)
 	seed = strtoull(argv[3], NULL, 0) * 2654435761u + 1;
 	noisy = !strcmp(argv[4], "noisy");
 	window_init(&window, 0, 128);
-	window_begin(&window, CLOCK(now), true);
+	window_begin(&window, CLOCK(now));
 	while (now < LENGTH) {
 		struct reply *r;
 		uint64_t room, due;
@@ -118,7 +118,7 @@ int main(int argc, char **argv)
 			header_seen = true;
 			continue;
 		}
-		window_reply_ends(&window, CLOCK(now), r->nr_pages << PAGE_SHIFT);
+		window_received(&window, r->nr_pages << PAGE_SHIFT);
 		header_seen = false;
 		outstanding -= r->nr_pages;
 		if (counted_ns)

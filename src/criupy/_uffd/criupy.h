@@ -183,7 +183,7 @@ struct criupy_pager;
 
 struct criupy_pager_config {
 	uint64_t link_timeout_ns;	/* silence with something outstanding: lost */
-	uint32_t nr_buffers;		/* staging buffers of request_pages each, 2 or more */
+	uint32_t nr_buffers;		/* staging buffers of 256 KiB each, 2 or more */
 	uint32_t request_pages;		/* the longest request */
 	uint32_t window_pages;		/* background pages outstanding at most, 0: by measurement */
 };

@@ -53,12 +53,7 @@ struct window {
 	uint64_t pages;
 	uint64_t request_pages;		/* the longest request */
 	bool is_fixed;
-	bool two_lanes;			/* demand has one of its own */
 	uint64_t rtt_ns;		/* the shortest that was seen, 0: none */
-	/* One lane: what the link carries. */
-	uint64_t busy_since_ns, busy_bytes;
-	double bytes_per_ns;
-	/* Two lanes: a round. */
 	uint64_t limit;			/* how much of the window may be outstanding by now */
 	bool starting;			/* no queue was seen yet */
 	bool probing;			/* the queue runs empty */
@@ -76,14 +71,14 @@ struct window {
 };
 
 void window_init(struct window *w, uint32_t fixed_pages, uint32_t request_pages);
-/* From now on there are so many lanes, or another connection. */
-void window_begin(struct window *w, uint64_t now_ns, bool two_lanes);
+/* From now on there is another connection. */
+void window_begin(struct window *w, uint64_t now_ns);
 /* How many pages the next request may have, 0: none now. */
 uint64_t window_room(struct window *w, uint64_t outstanding);
 /* A reply to a request begins. */
 void window_reply_begins(struct window *w, uint64_t now_ns, uint64_t sent_ns, bool alone, bool bulk);
 /* So many bytes of one in bulk were received. */
-void window_reply_ends(struct window *w, uint64_t now_ns, uint64_t bytes);
+void window_received(struct window *w, uint64_t bytes);
 
 /* ---- what is being waited for --------------------------------------------------- */
 
@@ -122,21 +117,26 @@ struct run {
 	uint64_t nr_pages;
 };
 
-/* A GET or a GETV that is not answered yet. */
+/* A GET or a GETV that is not answered yet, or not whole. */
 struct request {
 	struct criupy_image *image;
 	uint64_t nr_pages;		/* of all its runs */
+	uint64_t nr_came;		/* the first so many of them */
 	uint32_t nr_runs;		/* 1: a GET, and the answer may be shorter */
 	uint64_t sent_ns;
 	bool demand;
 	bool alone;			/* nothing was outstanding when it was sent */
 };
 
+/* How much of a reply is installed at once: few enough pages to be in the
+ * processor's cache still, and for a fault not to wait long behind them. */
+#define PIECE_PAGES 64
+
 struct buffer {
-	uint8_t *data;
-	/* The reply in it, while parked. */
+	uint8_t *data;			/* PIECE_PAGES */
+	/* The piece of a reply in it. */
 	struct criupy_image *image;
-	struct run *runs;		/* room for those of any request */
+	struct run *runs;		/* room for PIECE_PAGES */
 	uint32_t nr_runs;
 	bool demand;
 	struct buffer *next;
@@ -147,8 +147,9 @@ struct receiver {
 	enum { RX_HEADER, RX_PAYLOAD, RX_STATUS, RX_FAREWELL } state;
 	uint8_t header[CRIUPY_FRAME_32];
 	size_t header_have;
-	struct buffer *buffer;
-	uint64_t payload_have, payload_length;
+	struct buffer *buffer;		/* the piece that is being received */
+	uint64_t buffer_have;		/* bytes of it */
+	uint64_t payload_left;		/* bytes of the reply that are not in it yet */
 };
 
 /* A queue in memory that only grows; room is a power of two, or 0. */
@@ -281,14 +282,12 @@ void tasks_sweep(struct criupy_pager *p);
  * them could not take it yet: try the same again later. */
 int install_run(struct criupy_pager *p, struct criupy_image *image, uint64_t page,
 		uint64_t nr_pages, const uint8_t *data, bool demand);
-/* The same with all runs of the reply in a buffer. */
-int install_reply(struct criupy_pager *p, const struct buffer *b);
+/* The same with all runs of the piece in a buffer, which is free or parked then. */
+void install_piece(struct criupy_pager *p, struct buffer *b);
 /* Try again what a busy task could not take. */
 void install_parked(struct criupy_pager *p);
 void buffer_free(struct criupy_pager *p, struct buffer *b);
-/* Keep a reply until it can be installed; its pages are marked as parked. */
-void buffer_park(struct criupy_pager *p, struct buffer *b);
-/* Never fails: the oldest parked reply is given up for it if need be. */
+/* Never fails: the piece that was parked first is given up for it if need be. */
 struct buffer *buffer_take(struct criupy_pager *p);
 
 /* ---- pager_fetch.c ------------------------------------------------------------------- */
@@ -349,14 +348,16 @@ int lane_request(struct criupy_pager *p, struct lane *l, struct criupy_image *im
 struct request *lane_request_first(const struct lane *l);
 /* A run of it. */
 const struct run *lane_run(const struct lane *l, uint32_t i);
-/* Forget it. Its pages are still marked as asked for. */
+/* Its next pages have come: what they are goes into a buffer. */
+void lane_request_came(struct criupy_pager *p, struct lane *l, uint64_t nr_pages, struct buffer *b);
+/* Forget it: what has not come of it is missing again. */
 void lane_request_pop(struct criupy_pager *p, struct lane *l);
-/* Forget them all: their pages are missing again. */
+/* Forget them all. */
 void lane_requests_cancel(struct criupy_pager *p, struct lane *l);
 
 /* ---- pager_reply.c ------------------------------------------------------------------------ */
 
-/* Take in what is there, up to about one long reply. */
+/* Take in what is there, up to about a piece. */
 void lane_read(struct criupy_pager *p, struct lane *l);
 
 /* ---- pager_end.c ----------------------------------------------------------------------- */

@@ -35,13 +35,12 @@ static int tell(struct criupy_pager *p, struct command command)
 
 static int make_staging(struct criupy_pager *p)
 {
-	size_t each = (size_t)p->config.request_pages << PAGE_SHIFT;
-	size_t most = min_u64(p->config.request_pages, CRIUPY_MAX_RUNS);
+	const size_t each = PIECE_PAGES << PAGE_SHIFT;
 	void *memory;
 
 	p->staging_length = each * p->config.nr_buffers;
 	p->buffers = calloc(p->config.nr_buffers, sizeof(*p->buffers));
-	p->staging_runs = calloc((size_t)p->config.nr_buffers * most, sizeof(*p->staging_runs));
+	p->staging_runs = calloc((size_t)p->config.nr_buffers * PIECE_PAGES, sizeof(*p->staging_runs));
 	if (!p->buffers || !p->staging_runs)
 		return -ENOMEM;
 	memory = mmap(NULL, p->staging_length, PROT_READ | PROT_WRITE,
@@ -55,7 +54,7 @@ static int make_staging(struct criupy_pager *p)
 		pager_notice(p, CRIUPY_NOTICE_NOT_LOCKED, errno, p->staging_length, 0);
 	for (uint32_t i = 0; i < p->config.nr_buffers; i++) {
 		p->buffers[i].data = p->staging + i * each;
-		p->buffers[i].runs = p->staging_runs + i * most;
+		p->buffers[i].runs = p->staging_runs + i * PIECE_PAGES;
 		buffer_free(p, &p->buffers[i]);
 	}
 	return 0;

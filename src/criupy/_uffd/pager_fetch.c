@@ -46,6 +46,7 @@ static bool is_arriving(const struct lane *l, const struct criupy_image *image, 
 	r = lane_request_first(l);
 	if (r->image != image)
 		return false;
+	/* What has come is not asked for, so all runs will do. */
 	for (uint32_t i = 0; i < r->nr_runs; i++) {
 		const struct run *run = lane_run(l, i);
 

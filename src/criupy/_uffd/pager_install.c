@@ -7,7 +7,7 @@
  * "not now", "there already" or "not one mapping", and each of these is an
  * ordinary answer:
  *
- *   EAGAIN   an event waits: read it, judge again; still EAGAIN: park the reply
+ *   EAGAIN   an event waits: read it, judge again; still EAGAIN: park the piece
  *   EEXIST   the page is there: wake who waits for it, go on behind it
  *   ENOENT   a border inside the run: halve it. At a single page: before
  *            restore-finished the area is not registered yet, leave the page
@@ -164,7 +164,8 @@ int install_run(struct criupy_pager *p, struct criupy_image *image, uint64_t pag
 	return ret;
 }
 
-int install_reply(struct criupy_pager *p, const struct buffer *b)
+/* 0 or -EAGAIN, as install_run. */
+static int install_runs(struct criupy_pager *p, const struct buffer *b)
 {
 	const uint8_t *data = b->data;
 	int ret = 0;
@@ -180,7 +181,7 @@ int install_reply(struct criupy_pager *p, const struct buffer *b)
 	return ret;
 }
 
-/* ---- staging buffers, and replies that wait in them ---------------------------- */
+/* ---- staging buffers, and pieces that wait in them ----------------------------- */
 
 void buffer_free(struct criupy_pager *p, struct buffer *b)
 {
@@ -188,13 +189,22 @@ void buffer_free(struct criupy_pager *p, struct buffer *b)
 	p->free_buffers = b;
 }
 
-void buffer_park(struct criupy_pager *p, struct buffer *b)
+/* Keep a piece until it can be installed; its pages are marked as parked. */
+static void park(struct criupy_pager *p, struct buffer *b)
 {
 	for (uint32_t i = 0; i < b->nr_runs; i++)
 		image_mark(b->image, b->runs[i].page, b->runs[i].nr_pages, REQUESTED_PARKED);
 	b->next = NULL;
 	*p->parked_tail = b;
 	p->parked_tail = &b->next;
+}
+
+void install_piece(struct criupy_pager *p, struct buffer *b)
+{
+	if (install_runs(p, b))
+		park(p, b);
+	else
+		buffer_free(p, b);
 }
 
 static void unmark_parked(struct buffer *b)
@@ -240,10 +250,7 @@ void install_parked(struct criupy_pager *p)
 		struct buffer *next = b->next;
 
 		unmark_parked(b);
-		if (install_reply(p, b))
-			buffer_park(p, b);
-		else
-			buffer_free(p, b);
+		install_piece(p, b);
 		b = next;
 	}
 	for (struct task *t = p->tasks; t; t = t->next)

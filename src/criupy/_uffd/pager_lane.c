@@ -74,7 +74,7 @@ void lane_open(struct criupy_pager *p, const struct command *command)
 	l->state = CRIUPY_LINK_OPEN;
 	if (l == bulk_lane(p))
 		window_init(&p->window, p->config.window_pages, p->config.request_pages);
-	window_begin(&p->window, p->now_ns, urgent_lane(p)->state == CRIUPY_LINK_OPEN);
+	window_begin(&p->window, p->now_ns);
 	if (lane_put(l, command->preamble, command->preamble_length))
 		lane_lost(p, l, ENOMEM);
 	else if (epoll_ctl(p->epoll, EPOLL_CTL_ADD, command->fd, &watch) < 0)
@@ -99,7 +99,7 @@ void lane_lost(struct criupy_pager *p, struct lane *l, int error)
 	/* The descriptor is kept: how it is closed depends on what becomes of
 	 * the tasks (pager_end.c). */
 	unwatch(p, l->link.fd);
-	window_begin(&p->window, p->now_ns, urgent_lane(p)->state == CRIUPY_LINK_OPEN);
+	window_begin(&p->window, p->now_ns);
 	lane_requests_cancel(p, l);
 	if (l->rx.buffer) {
 		buffer_free(p, l->rx.buffer);
@@ -121,8 +121,6 @@ void lane_drop(struct criupy_pager *p, struct lane *l)
 	l->error = 0;
 	l->refused = 0;
 	(l == bulk_lane(p) ? p->stats.link_fault : p->stats.urgent_fault)[0] = 0;
-	if (l == bulk_lane(p))
-		p->window.bytes_per_ns = 0;
 	pager_publish(p);
 }
 

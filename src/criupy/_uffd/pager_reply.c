@@ -6,12 +6,11 @@
  * for again like any missing page. A GETV is answered whole.
  *
  * A reply goes from the socket into a staging buffer and from there to every
- * address space that wants it; the read that takes its last byte takes the next
- * header along. */
+ * address space that wants it, piece by piece while it arrives: a piece is what
+ * the socket had, up to the size of a buffer. The read that takes the reply's last
+ * byte takes the next header along. */
 
 #include "pager.h"
-
-#define READ_AT_ONCE (256u << 10)
 
 /* An alert or a handshake, where a source that wants TLS begins. */
 static bool looks_like_tls(const struct lane *l)
@@ -79,38 +78,45 @@ static void begin_reply(struct criupy_pager *p, struct lane *l)
 	}
 	window_reply_begins(&p->window, p->now_ns, r->sent_ns, r->alone, l == bulk_lane(p));
 	l->rx.buffer = buffer_take(p);
-	l->rx.payload_length = reply.nr_pages << PAGE_SHIFT;
-	l->rx.payload_have = 0;
+	l->rx.buffer_have = 0;
+	l->rx.payload_left = reply.nr_pages << PAGE_SHIFT;
 	l->rx.header_have = 0;
 	l->rx.state = RX_PAYLOAD;
 }
 
+/* Install the whole pages that are there. */
+static void end_piece(struct criupy_pager *p, struct lane *l)
+{
+	struct receiver *rx = &l->rx;
+	struct buffer *b = rx->buffer;
+	uint64_t nr = rx->buffer_have >> PAGE_SHIFT, rest = rx->buffer_have % CRIUPY_PAGE_SIZE;
+	uint8_t part[CRIUPY_PAGE_SIZE];
+
+	if (!nr)
+		return;
+	memcpy(part, b->data + (nr << PAGE_SHIFT), rest);
+	rx->buffer = NULL;
+	rx->buffer_have = rest;
+	lane_request_came(p, l, nr, b);
+	p->stats.pages_received += nr;
+	if (l == bulk_lane(p))
+		window_received(&p->window, nr << PAGE_SHIFT);
+	install_piece(p, b);
+	/* Installing may have ended the link, by a failure. */
+	if (l->state != CRIUPY_LINK_OPEN || !(rest + rx->payload_left))
+		return;
+	rx->buffer = buffer_take(p);
+	memcpy(rx->buffer->data, part, rest);
+}
+
 static void end_reply(struct criupy_pager *p, struct lane *l)
 {
-	const struct request r = *lane_request_first(l);
-	struct buffer *b = l->rx.buffer;
-	uint64_t nr = l->rx.payload_length >> PAGE_SHIFT;
+	const struct request *r = lane_request_first(l);
+	bool is_short = r->nr_came < r->nr_pages;
 
-	b->image = r.image;
-	b->nr_runs = r.nr_runs;
-	b->demand = r.demand;
-	for (uint32_t i = 0; i < r.nr_runs; i++) {
-		b->runs[i] = *lane_run(l, i);
-		image_unmark(r.image, b->runs[i].page, b->runs[i].nr_pages, l->requested);
-	}
-	if (nr < r.nr_pages)
-		b->runs[0].nr_pages = nr;
 	lane_request_pop(p, l);
-	p->stats.pages_received += nr;
-	l->rx.buffer = NULL;
 	l->rx.state = RX_HEADER;
-	if (l == bulk_lane(p))
-		window_reply_ends(&p->window, p->now_ns, l->rx.payload_length);
-	if (install_reply(p, b))
-		buffer_park(p, b);
-	else
-		buffer_free(p, b);
-	if (nr < r.nr_pages)
+	if (is_short)
 		for (struct task *t = p->tasks; t; t = t->next)
 			task_serve_waits(p, t);
 }
@@ -149,27 +155,31 @@ void lane_abandon(struct criupy_pager *p, struct lane *l, int error)
 	}
 }
 
-static void take_in(struct criupy_pager *p, struct lane *l, uint64_t got)
+/* The last bytes of a reply may bring some of the next header with them. More
+ * is for whether there may be more at once. */
+static void take_in_payload(struct criupy_pager *p, struct lane *l, uint64_t got, bool more)
 {
-	uint64_t length;
+	struct receiver *rx = &l->rx;
+	uint64_t length = min_u64(got, rx->payload_left);
 
-	if (l->rx.state == RX_PAYLOAD) {
-		length = min_u64(got, l->rx.payload_length - l->rx.payload_have);
-		l->rx.payload_have += length;
-		l->rx.header_have = got - length;
-		if (l->rx.payload_have == l->rx.payload_length)
-			end_reply(p, l);
-	} else {
-		l->rx.header_have += got;
-	}
-	/* Installing may have ended the link, by a failure. */
-	if (l->state != CRIUPY_LINK_OPEN)
-		return;
-	if (l->rx.state == RX_HEADER && l->rx.header_have && !l->requests.nr && !may_be_refused(l))
+	rx->buffer_have += length;
+	rx->payload_left -= length;
+	rx->header_have = got - length;
+	if (!rx->payload_left || !more || rx->buffer_have == PIECE_PAGES << PAGE_SHIFT)
+		end_piece(p, l);
+	if (l->state == CRIUPY_LINK_OPEN && !rx->payload_left)
+		end_reply(p, l);
+}
+
+static void take_in_header(struct criupy_pager *p, struct lane *l)
+{
+	const struct receiver *rx = &l->rx;
+
+	if (rx->state == RX_HEADER && rx->header_have && !l->requests.nr && !may_be_refused(l))
 		unasked(p, l);
-	else if (l->rx.state == RX_HEADER && l->rx.header_have == l->frame_size)
+	else if (rx->state == RX_HEADER && rx->header_have == l->frame_size)
 		begin_reply(p, l);
-	else if (l->rx.state == RX_STATUS && l->rx.header_have == sizeof(int32_t))
+	else if (rx->state == RX_STATUS && rx->header_have == sizeof(int32_t))
 		end_close(p, l);
 }
 
@@ -177,6 +187,7 @@ void lane_read(struct criupy_pager *p, struct lane *l)
 {
 	struct receiver *rx = &l->rx;
 	struct iovec into[2];
+	uint64_t asked;
 	int nr = 1;
 	ssize_t got;
 
@@ -185,11 +196,11 @@ void lane_read(struct criupy_pager *p, struct lane *l)
 	if (rx->state == RX_FAREWELL)
 		rx->header_have = 0;
 	if (rx->state == RX_PAYLOAD) {
-		uint64_t rest = rx->payload_length - rx->payload_have;
+		uint64_t room = (PIECE_PAGES << PAGE_SHIFT) - rx->buffer_have;
 
-		into[0].iov_base = rx->buffer->data + rx->payload_have;
-		into[0].iov_len = min_u64(rest, READ_AT_ONCE);
-		if (rest <= READ_AT_ONCE && l->requests.nr > 1) {
+		into[0].iov_base = rx->buffer->data + rx->buffer_have;
+		into[0].iov_len = min_u64(rx->payload_left, room);
+		if (rx->payload_left <= room && l->requests.nr > 1) {
 			into[1] = (struct iovec){ rx->header, l->frame_size };
 			nr = 2;
 		}
@@ -198,6 +209,7 @@ void lane_read(struct criupy_pager *p, struct lane *l)
 
 		into[0] = (struct iovec){ rx->header + rx->header_have, length - rx->header_have };
 	}
+	asked = into[0].iov_len;
 	got = l->link.receive(&l->link, into, nr);
 	if (got == -EAGAIN || got == -EINTR)
 		return;
@@ -212,5 +224,10 @@ void lane_read(struct criupy_pager *p, struct lane *l)
 	l->heard_ns = p->now_ns;
 	l->bytes_received += (uint64_t)got;
 	p->stats.bytes_received += (uint64_t)got;
-	take_in(p, l, (uint64_t)got);
+	if (rx->state == RX_PAYLOAD)
+		take_in_payload(p, l, (uint64_t)got, (uint64_t)got >= asked);
+	else
+		rx->header_have += (uint64_t)got;
+	if (l->state == CRIUPY_LINK_OPEN && rx->state != RX_PAYLOAD)
+		take_in_header(p, l);
 }

@@ -115,26 +115,53 @@ int lane_request(struct criupy_pager *p, struct lane *l, struct criupy_image *im
 	return 0;
 }
 
+void lane_request_came(struct criupy_pager *p, struct lane *l, uint64_t nr_pages, struct buffer *b)
+{
+	struct request *r = lane_request_first(l);
+	uint64_t skip = r->nr_came, left = nr_pages;
+
+	b->image = r->image;
+	b->demand = r->demand;
+	b->nr_runs = 0;
+	for (uint32_t i = 0; left; i++) {
+		const struct run *run = lane_run(l, i);
+		uint64_t nr;
+
+		if (skip >= run->nr_pages) {
+			skip -= run->nr_pages;
+			continue;
+		}
+		nr = min_u64(run->nr_pages - skip, left);
+		b->runs[b->nr_runs++] = (struct run){ run->page + skip, nr };
+		image_unmark(r->image, run->page + skip, nr, l->requested);
+		left -= nr;
+		skip = 0;
+	}
+	r->nr_came += nr_pages;
+	l->nr_outstanding -= nr_pages;
+	p->stats.nr_outstanding -= nr_pages;
+}
+
 void lane_request_pop(struct criupy_pager *p, struct lane *l)
 {
 	const struct request *r = lane_request_first(l);
+	uint64_t came = r->nr_came;
 
-	l->nr_outstanding -= r->nr_pages;
-	p->stats.nr_outstanding -= r->nr_pages;
+	for (uint32_t i = 0; i < r->nr_runs; i++) {
+		const struct run *run = lane_run(l, i);
+		uint64_t skip = min_u64(came, run->nr_pages);
+
+		image_unmark(r->image, run->page + skip, run->nr_pages - skip, l->requested);
+		came -= skip;
+	}
+	l->nr_outstanding -= r->nr_pages - r->nr_came;
+	p->stats.nr_outstanding -= r->nr_pages - r->nr_came;
 	ring_drop(&l->runs, r->nr_runs);
 	ring_drop(&l->requests, 1);
 }
 
 void lane_requests_cancel(struct criupy_pager *p, struct lane *l)
 {
-	while (l->requests.nr) {
-		const struct request *r = lane_request_first(l);
-
-		for (uint32_t i = 0; i < r->nr_runs; i++) {
-			const struct run *run = lane_run(l, i);
-
-			image_unmark(r->image, run->page, run->nr_pages, l->requested);
-		}
+	while (l->requests.nr)
 		lane_request_pop(p, l);
-	}
 }

@@ -2,19 +2,14 @@
  *
  * It decides two things against each other: too little and the link idles for a
  * round trip after each reply, too much and a demand page queues behind all of
- * it.
- *
- * With one lane a demand page queues behind what is outstanding in any case.
- * Twice what the link carries in a round trip keeps it busy; more would only add
- * to the queue.
- *
- * With a lane of its own it queues only where both lanes share the link, behind
- * what lies there because more is outstanding than the link carries in a round
- * trip. How much that is shows in how long replies take beyond what they take
- * without a queue: the least excess in a round is a queue that stands all the
- * time. The window is made what the link carried meanwhile in a round trip and a
- * little queue (the slack), which is what keeps the link busy. It need not be
- * known what the link carries: with w outstanding, replies take w / bandwidth, so
+ * it. On a lane of its own it queues only where both lanes share the link; on the
+ * same lane, behind everything. Either way it is behind what lies there because
+ * more is outstanding than the link carries in a round trip. How much that is
+ * shows in how long replies take beyond what they take without a queue: the
+ * least excess in a round is a queue that stands all the time. The window is made
+ * what the link carried meanwhile in a round trip and a little queue (the
+ * slack), which is what keeps the link busy. It need not be known what the link
+ * carries: with w outstanding, replies take w / bandwidth, so
  *
  *   w = w * (round trip + slack) / (what the quickest reply took)
  *
@@ -32,7 +27,6 @@
 #include "pager.h"
 
 #define MAX_WINDOW_PAGES (64u << 8)	/* 64 MiB */
-#define BANDWIDTH_SAMPLE_NS 2000000
 #define SLACK_SHIFT 3			/* an eighth of the round trip, */
 #define LEAST_SLACK_NS 300000		/* but what a thread's turn may take is no queue */
 #define REQUEST_SHIFT 4			/* a request is a sixteenth of the window, since a fault */
@@ -54,9 +48,8 @@ static void begin_round(struct window *w, uint64_t now_ns)
 	w->was_full = false;
 }
 
-void window_begin(struct window *w, uint64_t now_ns, bool two_lanes)
+void window_begin(struct window *w, uint64_t now_ns)
 {
-	w->two_lanes = two_lanes;
 	w->starting = true;
 	w->probing = false;
 	w->probed = false;
@@ -84,37 +77,17 @@ uint64_t window_room(struct window *w, uint64_t outstanding)
 {
 	uint64_t pages;
 
-	if (!w->two_lanes || w->is_fixed)
+	if (w->is_fixed)
 		return outstanding < w->pages ? w->request_pages : 0;
 	if (outstanding >= w->limit) {
 		w->was_full = w->limit == w->pages;
 		return 0;
 	}
 	pages = max_u64(w->pages >> REQUEST_SHIFT, w->pages * LEAST_SLACK_NS / (w->empty_ns + slack(w)));
+	/* The next one is on its way while one is answered. */
+	pages = min_u64(pages, w->pages / 2);
 	return min_u64(max_u64(pages, LEAST_REQUEST_PAGES), w->request_pages);
 }
-
-/* ---- one lane ------------------------------------------------------------------- */
-
-static void measure(struct window *w, uint64_t now_ns, uint64_t bytes)
-{
-	uint64_t pages;
-
-	w->busy_bytes += bytes;
-	if (now_ns - w->busy_since_ns >= BANDWIDTH_SAMPLE_NS) {
-		double sample = (double)w->busy_bytes / (double)(now_ns - w->busy_since_ns);
-
-		w->bytes_per_ns = w->bytes_per_ns > 0 ? 0.75 * w->bytes_per_ns + 0.25 * sample : sample;
-		w->busy_since_ns = now_ns;
-		w->busy_bytes = 0;
-	}
-	if (w->two_lanes || w->is_fixed || !w->rtt_ns || w->bytes_per_ns <= 0)
-		return;
-	pages = (uint64_t)(2 * w->bytes_per_ns * (double)w->rtt_ns) >> PAGE_SHIFT;
-	w->pages = min_u64(max_u64(pages, 2 * w->request_pages), MAX_WINDOW_PAGES);
-}
-
-/* ---- two lanes ------------------------------------------------------------------ */
 
 /* Whether it shrinks by a third and more, and replies take as long as before. */
 static bool shrinks_in_vain(struct window *w)
@@ -192,11 +165,7 @@ void window_reply_begins(struct window *w, uint64_t now_ns, uint64_t sent_ns, bo
 		w->empty_ns = w->rtt_ns;
 	if (!bulk)
 		return;
-	if (alone) {
-		w->busy_since_ns = now_ns;
-		w->busy_bytes = 0;
-	}
-	if (!w->two_lanes || w->is_fixed || sent_ns < w->round_ns)
+	if (w->is_fixed || sent_ns < w->round_ns)
 		return;
 	if (!w->settled_ns)
 		w->settled_ns = now_ns;
@@ -207,9 +176,8 @@ void window_reply_begins(struct window *w, uint64_t now_ns, uint64_t sent_ns, bo
 		end_round(w, now_ns);
 }
 
-void window_reply_ends(struct window *w, uint64_t now_ns, uint64_t bytes)
+void window_received(struct window *w, uint64_t bytes)
 {
-	measure(w, now_ns, bytes);
 	/* What the window has more than before is not asked for at once: it would
 	 * come as one burst. */
 	if (w->limit < w->pages && !w->probing)
