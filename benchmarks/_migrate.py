@@ -173,8 +173,8 @@ async def with_standin(criu: Criu, case: Case, way: Way, full: Origin | None, ro
             work / "lazy-pages.socket",
             own,
             pid_base=origin.pid,
-            early=case.alone,
-            early_pause_us=case.activity.pause_us,
+            withheld=case.alone,
+            withheld_pause_us=case.activity.pause_us,
         ) as standin,
     ):
         await standin.wait_registered()

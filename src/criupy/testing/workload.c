@@ -235,7 +235,7 @@ static _Noreturn void tree_run(struct control *control, const struct options *op
 }
 
 enum { OPTION_FIRST = 1000, OPTION_ADJACENT, OPTION_FRAGMENTED, OPTION_ZOMBIE, OPTION_USER_MODE_ONLY,
-       OPTION_NO_FORK_EVENT, OPTION_LAYOUT };
+       OPTION_NO_FORK_EVENT, OPTION_LAYOUT, OPTION_WITHHELD, OPTION_WITHHELD_PAUSE };
 
 static const struct option long_options[] = {
 	{ "control", required_argument, NULL, 'c' },
@@ -252,12 +252,13 @@ static const struct option long_options[] = {
 	{ "announce", required_argument, NULL, 'A' },
 	{ "register-delay-us", required_argument, NULL, 'd' },
 	{ "early", required_argument, NULL, 'e' },
-	{ "early-pause-us", required_argument, NULL, 'E' },
 	{ "adjacent", no_argument, NULL, OPTION_ADJACENT },
 	{ "fragmented", no_argument, NULL, OPTION_FRAGMENTED },
 	{ "zombie", no_argument, NULL, OPTION_ZOMBIE },
 	{ "user-mode-only", no_argument, NULL, OPTION_USER_MODE_ONLY },
 	{ "no-fork-event", no_argument, NULL, OPTION_NO_FORK_EVENT },
+	{ "withheld", required_argument, NULL, OPTION_WITHHELD },
+	{ "withheld-pause-us", required_argument, NULL, OPTION_WITHHELD_PAUSE },
 	{ "layout", no_argument, NULL, OPTION_LAYOUT },
 	{ 0 },
 };
@@ -295,12 +296,13 @@ int main(int argc, char **argv)
 		case 'A': options.announce = (uint32_t)number; break;
 		case 'd': options.register_delay_us = (uint32_t)number; break;
 		case 'e': options.early = (uint32_t)number; break;
-		case 'E': options.early_pause_us = (uint32_t)number; break;
 		case OPTION_ADJACENT: options.adjacent = true; break;
 		case OPTION_FRAGMENTED: options.stride = 2; break;
 		case OPTION_ZOMBIE: options.zombie = true; break;
 		case OPTION_USER_MODE_ONLY: options.user_mode_only = true; break;
 		case OPTION_NO_FORK_EVENT: options.no_fork_event = true; break;
+		case OPTION_WITHHELD: options.withheld = (uint32_t)number; break;
+		case OPTION_WITHHELD_PAUSE: options.withheld_pause_us = (uint32_t)number; break;
 		case OPTION_LAYOUT: return print_layout();
 		default: return usage("unknown option");
 		}

@@ -147,9 +147,10 @@ struct options {
 	uint32_t announce;
 	uint32_t register_delay_us;
 	uint32_t early;
-	uint32_t early_pause_us;
 	bool user_mode_only;
 	bool no_fork_event;
+	uint32_t withheld;
+	uint32_t withheld_pause_us;
 };
 
 /*

@@ -201,17 +201,21 @@ async def start_standin(
     announce: int | None = None,
     register_delay_us: int = 1000,
     early: int = 0,
-    early_pause_us: int = 0,
     user_mode_only: bool = False,
     no_fork_event: bool = False,
+    withheld: int = 0,
+    withheld_pause_us: int = 0,
     program: Path | None = None,
 ) -> AsyncIterator[Standin]:
     """Start a stand-in restore of images written for `spec`, connected to `socket`.
 
     Task k announces itself as pid `pid_base` + k, and a zombie as the pid after the last task's; only the
     first `announce` tasks do. Memory is registered `register_delay_us` after the descriptor was sent; then
-    `early` random pages of each task's first area are touched and timed, with pauses of `early_pause_us`.
-    Nothing runs before `finish`.
+    `early` pages of each task are touched. Nothing runs before `finish`.
+
+    With `withheld` each thread of the first task touches so many pages once all memory is registered and before
+    `finish`, at random and with pauses of `withheld_pause_us`; what that took is in the samples of its workers
+    (`wait_registered` waits for the last one).
     """
     program = program or find_workload()
     path = directory / "standin.control"
@@ -223,7 +227,6 @@ async def start_standin(
         f"--pid-base={pid_base}",
         f"--register-delay-us={register_delay_us}",
         f"--early={early}",
-        f"--early-pause-us={early_pause_us}",
     ]
     if announce is not None:
         command.append(f"--announce={announce}")
@@ -231,6 +234,8 @@ async def start_standin(
         command.append("--user-mode-only")
     if no_fork_event:
         command.append("--no-fork-event")
+    if withheld:
+        command += [f"--withheld={withheld}", f"--withheld-pause-us={withheld_pause_us}"]
     async with keep(command, keeper=program, output=directory / "standin.out") as kept:
         control = await _open_control(path, kept)
         with contextlib.closing(control):

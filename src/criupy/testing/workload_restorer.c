@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -173,11 +174,62 @@ static int announce(int sock, int uffd, struct control *control, const struct mo
 	return ret;
 }
 
-static int finish(int sock, struct control *control, const struct options *options)
+struct withheld {
+	pthread_t thread;
+	struct worker worker;
+	uint64_t arg[8]; /* of touch_range */
+	int ret;
+};
+
+static void *withheld_run(void *data)
+{
+	struct withheld *w = data;
+
+	w->ret = touch_range(&w->worker, w->arg);
+	return NULL;
+}
+
+/*
+ * Touch pages of the first task at random while restore-finished is withheld: all memory is there to be
+ * asked for, and a daemon transfers nothing in the background. Each of the task's threads-to-be has one here.
+ */
+static int touch_withheld(struct control *control, struct model *model, const struct options *options)
+{
+	struct withheld *all = calloc(options->threads, sizeof(*all));
+	uint32_t started = 0;
+	int ret = all ? 0 : -ENOMEM;
+
+	for (; !ret && started < options->threads; started++) {
+		struct withheld *w = &all[started];
+
+		*w = (struct withheld){
+			.worker = { control, control_slot(control, started), control_samples(control, started),
+				    model, 0 },
+			.arg = { ORDER_RANDOM, 0, 0, options->withheld, started + 1,
+				 options->withheld_pause_us * 1000ull },
+		};
+		if (started)
+			w->worker.slot->result = (struct result){ .first_bad = UINT64_MAX };
+		ret = -pthread_create(&w->thread, NULL, withheld_run, w);
+		if (ret)
+			break;
+	}
+	for (uint32_t i = 0; i < started; i++) {
+		pthread_join(all[i].thread, NULL);
+		if (!ret)
+			ret = all[i].ret;
+	}
+	free(all);
+	return ret;
+}
+
+static int finish(int sock, struct control *control, struct model *model, const struct options *options)
 {
 	const uint32_t word = RESTORE_FINISHED;
 	int ret = wait_until(control, &control->nr_registered, options->tree);
 
+	if (!ret && options->withheld)
+		ret = touch_withheld(control, model, options);
 	if (ret)
 		return ret;
 	atomic_store(&control->restorer_state, RESTORER_REGISTERED);
@@ -189,23 +241,16 @@ static int finish(int sock, struct control *control, const struct options *optio
 	return send_all(sock, &word, sizeof(word));
 }
 
-/* In an order that no read-ahead follows, and timed like any touch. */
-static int touch_early(struct control *control, struct model *model, const struct options *options)
+static void touch_early(const struct model *model, const struct options *options, struct result *result)
 {
-	uint32_t index = model->task * options->threads;
-	struct worker worker = { .control = control, .slot = control_slot(control, index),
-				 .samples = control_samples(control, index), .model = model };
-	uint64_t nr = model->segments[0].nr_pages;
-	uint64_t touches = options->early < nr ? options->early : nr;
-	const uint64_t arg[8] = { ORDER_RANDOM, 0, nr, touches, 1, options->early_pause_us * 1000ull,
-				  TOUCH_WHOLE_PAGE, 0 };
-
-	return touches ? touch_range(&worker, arg) : 0;
+	for (uint64_t page = 0; page < options->early && page < model->segments[0].nr_pages; page++)
+		result_add(result, page_check(model, &model->segments[0], page, true, NULL), page,
+			   &model->segments[0]);
 }
 
 /*
  * Restore one task. Returns 0 when it may run, a positive exit status when the restore ended otherwise, or
- * -errno. Pages touched early are counted in the result of the task's first slot, with their times.
+ * -errno. Pages touched early are counted in the result of the task's first slot.
  */
 int restorer_run(int sock, struct control *control, struct model *model, const struct options *options)
 {
@@ -225,12 +270,11 @@ int restorer_run(int sock, struct control *control, struct model *model, const s
 	close(uffd);
 	if (!ret) {
 		slot->result = (struct result){ .first_bad = UINT64_MAX };
-		ret = touch_early(control, model, options);
-	}
-	if (!ret)
+		touch_early(model, options, &slot->result);
 		atomic_fetch_add(&control->nr_registered, 1);
+	}
 	if (!ret && !model->task) {
-		ret = finish(sock, control, options);
+		ret = finish(sock, control, model, options);
 		if (!ret)
 			atomic_store(&control->restorer_state, RESTORER_FINISHED);
 	} else if (!ret) {
