@@ -137,17 +137,23 @@ static int register_memory(int uffd, const struct model *model)
 	return 0;
 }
 
-/* Wait until *value is at least `least`; the exit status of the task when the restore ends before. */
-static int wait_until(struct control *control, _Atomic uint32_t *value, uint32_t least)
+/*
+ * Wait until *value is at least `least`; the exit status of the task when the restore ends before. Where many
+ * tasks wait, they look the less often the more they are and the longer it will take: a thousand that look all
+ * the time leave no processor to what is tested.
+ */
+static int wait_until(struct control *control, _Atomic uint32_t *value, uint32_t least, uint32_t waiting)
 {
-	while (atomic_load(value) < least) {
+	for (uint32_t now; (now = atomic_load(value)) < least;) {
+		uint64_t turns = (uint64_t)(least - now) * waiting;
+
 		if (atomic_load(&control->failed))
 			return 1;
 		if (atomic_load(&control->restorer_state) == RESTORER_VETOED)
 			return EXIT_VETOED;
 		if (atomic_load(&control->gate) == GATE_ABANDON)
 			return EXIT_ABANDONED;
-		pause_us(200);
+		pause_us(200 * (turns < 500 ? (uint32_t)turns : 500));
 	}
 	return 0;
 }
@@ -158,12 +164,12 @@ static int announce(int sock, int uffd, struct control *control, const struct mo
 {
 	int32_t pid = (int32_t)(options->pid_base + model->task);
 	int32_t zombie = -(int32_t)(options->pid_base + options->tree);
-	int ret = wait_until(control, &control->nr_announced, model->task);
+	int ret = wait_until(control, &control->nr_announced, model->task, 1);
 
 	if (ret)
 		return ret;
 	if (model->task >= options->announce)
-		return wait_until(control, &control->nr_announced, UINT32_MAX);
+		return wait_until(control, &control->nr_announced, UINT32_MAX, 1);
 	ret = send_all(sock, &pid, sizeof(pid));
 	if (!ret)
 		ret = send_descriptor(sock, uffd);
@@ -226,14 +232,14 @@ static int touch_withheld(struct control *control, struct model *model, const st
 static int finish(int sock, struct control *control, struct model *model, const struct options *options)
 {
 	const uint32_t word = RESTORE_FINISHED;
-	int ret = wait_until(control, &control->nr_registered, options->tree);
+	int ret = wait_until(control, &control->nr_registered, options->tree, 1);
 
 	if (!ret && options->withheld)
 		ret = touch_withheld(control, model, options);
 	if (ret)
 		return ret;
 	atomic_store(&control->restorer_state, RESTORER_REGISTERED);
-	ret = wait_until(control, &control->gate, GATE_FINISH);
+	ret = wait_until(control, &control->gate, GATE_FINISH, 1);
 	if (!ret && atomic_load(&control->gate) == GATE_ABANDON)
 		ret = EXIT_ABANDONED;
 	if (ret)
@@ -278,7 +284,7 @@ int restorer_run(int sock, struct control *control, struct model *model, const s
 		if (!ret)
 			atomic_store(&control->restorer_state, RESTORER_FINISHED);
 	} else if (!ret) {
-		ret = wait_until(control, &control->restorer_state, RESTORER_FINISHED);
+		ret = wait_until(control, &control->restorer_state, RESTORER_FINISHED, options->tree);
 		/* states beyond "finished" are the ways not to finish */
 		if (!ret && atomic_load(&control->restorer_state) != RESTORER_FINISHED)
 			ret = EXIT_ABANDONED;
