@@ -181,7 +181,9 @@ class Restore:
     """A pager in a restore, with the test in the place of criu."""
 
     def __init__(self, **config: Any) -> None:
-        self.pager = Pager(**{"link_timeout": 3600.0, "nr_buffers": 4, "request_pages": 16, **config})
+        self.pager = Pager(
+            **{"link_timeout": 3600.0, "nr_buffers": 4, "request_pages": 16, "nr_copiers": 1, **config}
+        )
         self.criu, self._theirs = socket.socketpair()
         self.notices: list[Notice] = []
 

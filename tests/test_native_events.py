@@ -335,7 +335,7 @@ def local_image(addr: int, path: Path, extents: list[tuple[int, int, int]]) -> I
         array("Q", [nr for _, nr, _ in extents]),
         array("Q", [data for _, _, data in extents]),
     )
-    image.map(path)
+    image.attach(path)
     return image
 
 
@@ -389,7 +389,7 @@ def test_a_pages_file_that_shrinks_means_no_zeros(tmp_path: Path) -> None:
         assert target.call("read", addr, PAGE) == file_data(0, 1)
         os.truncate(path, 16 * PAGE)
         touch = target.start("write_to_pipe", addr + 40 * PAGE, PAGE)
-        assert restore.until(lambda stats: stats.error != 0).error == errno.EFAULT
+        assert restore.until(lambda stats: stats.error != 0).error == errno.ENODATA
         assert not touch.done()
         restore.finish()
         restore.until(lambda stats: stats.phase == Phase.RUNNING)

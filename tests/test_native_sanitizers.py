@@ -33,6 +33,7 @@ CORE = [
     "link",
     "pager",
     "pager_api",
+    "pager_copier",
     "pager_end",
     "pager_fetch",
     "pager_install",

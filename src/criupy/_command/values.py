@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 _LONGEST = 7 * 86400.0  # seconds; TCP_USER_TIMEOUT ends at 24 days
+_LONGEST_US = 10_000
 
 
 def number(word: str, low: int, high: int, what: str) -> int:
@@ -57,6 +58,15 @@ def seconds(word: str) -> float:
     raise argparse.ArgumentTypeError(
         f"'{show(word)}' is not a time between 1ms and 7 days, such as 30, 2.5, 200ms or 5m"
     )
+
+
+def microseconds(word: str) -> float:
+    """Take a number of microseconds, at most 10 ms; return seconds."""
+    if re.fullmatch(r"[0-9]{1,5}", word) is None or int(word) > _LONGEST_US:
+        raise argparse.ArgumentTypeError(
+            f"'{show(word)}' is not a number of microseconds up to {_LONGEST_US}"
+        )
+    return int(word) / 1e6
 
 
 def text(word: str) -> str:

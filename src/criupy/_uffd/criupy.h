@@ -39,8 +39,8 @@ struct criupy_image;
 int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t *starts,
 			const uint64_t *nr_pages, const uint64_t *data_pages,
 			const uint8_t *flags, size_t nr_extents);
-/* Serve from this pages file: it is mapped, the descriptor is not kept. */
-int criupy_image_map(struct criupy_image *image, int fd);
+/* Serve from this pages file, of which a duplicate is kept. */
+int criupy_image_attach(struct criupy_image *image, int fd);
 void criupy_image_destroy(struct criupy_image *image);
 uint64_t criupy_image_nr_pages(const struct criupy_image *image);
 /* Record that [page, page + nr) was asked for, or no longer is. */
@@ -186,6 +186,9 @@ struct criupy_pager_config {
 	uint32_t nr_buffers;		/* staging buffers of 256 KiB each, 2 or more */
 	uint32_t request_pages;		/* the longest request */
 	uint32_t window_pages;		/* background pages outstanding at most, 0: by measurement */
+	uint32_t nr_copiers;		/* threads that copy beside the pager's */
+	uint64_t busy_poll_ns;		/* so long it looks for more before it sleeps, while a thread waits for
+					 * a page or has just got one; not where a round trip takes longer */
 };
 
 /* The life of a pager. It only moves down this list. */

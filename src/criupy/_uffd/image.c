@@ -10,18 +10,11 @@
  * every address space that came from this task by fork, also one that was
  * forked after the request went out. */
 
-#include <sys/mman.h>
+#include <fcntl.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "internal.h"
-
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22	/* Linux 5.14 */
-#endif
-
-/* The largest folio that the kernel maps along with a page it has in its cache
- * anyway. All of it counts as ours. */
-#define MAP_WINDOW (UINT64_C(2) << 20)
 
 static bool extents_are_sane(const uint64_t *starts, const uint64_t *nr_pages, size_t nr)
 {
@@ -52,6 +45,7 @@ int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t
 	if (!img)
 		return -ENOMEM;
 	img->id = id;
+	img->file = -1;
 	img->nr_extents = nr_extents;
 	img->has_data = data_pages != NULL;
 	img->extents = malloc((nr_extents + 1) * sizeof(*img->extents));
@@ -88,20 +82,19 @@ void criupy_image_destroy(struct criupy_image *image)
 {
 	if (!image)
 		return;
-	if (image->map)
-		munmap(image->map, image->map_length);
+	if (image->file >= 0)
+		close(image->file);
 	free(image->extents);
 	free(image->flags);
 	free(image->requested);
 	free(image);
 }
 
-int criupy_image_map(struct criupy_image *image, int fd)
+int criupy_image_attach(struct criupy_image *image, int fd)
 {
 	struct stat st;
-	void *map;
 
-	if (image->map || !image->has_data)
+	if (image->file >= 0 || !image->has_data)
 		return -EINVAL;
 	if (fstat(fd, &st) < 0)
 		return -errno;
@@ -112,37 +105,50 @@ int criupy_image_map(struct criupy_image *image, int fd)
 		if (e->data > pages_in_file || e->nr_pages > pages_in_file - e->data)
 			return -ENODATA;
 	}
-	if (!st.st_size)
-		return 0;
-	map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
-	if (map == MAP_FAILED)
-		return -errno;
-	image->map = map;
-	image->map_length = (uint64_t)st.st_size;
+	image->file = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	return image->file < 0 ? -errno : 0;
+}
+
+static uint64_t file_page(const struct criupy_image *image, uint64_t page)
+{
+	const struct extent *e = image_extent_of(image, page);
+
+	return e->data + page - e->first;
+}
+
+static int read_whole(int fd, uint8_t *into, size_t length, uint64_t offset)
+{
+	while (length) {
+		ssize_t got = pread(fd, into, length, (off_t)offset);
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got < 0)
+			return -errno;
+		if (!got)
+			return -ENODATA;
+		into += got;
+		length -= (size_t)got;
+		offset += (uint64_t)got;
+	}
 	return 0;
 }
 
-const uint8_t *image_data(struct criupy_image *image, uint64_t page, uint64_t nr)
+int image_read(const struct criupy_image *image, const struct run *runs, uint32_t nr_runs, uint8_t *into)
 {
-	const struct extent *e = image_extent_of(image, page);
-	uint64_t offset = (e->data + page - e->first) << PAGE_SHIFT, length = nr << PAGE_SHIFT;
-	uint8_t *data = image->map + offset;
+	uint32_t i = 0;
+	int ret = 0;
 
-	/* What is behind us is given back before something new is mapped. */
-	if (offset < image->window_start || offset + length > image->window_end) {
-		if (image->window_end)
-			(void)madvise(image->map + image->window_start,
-				      image->window_end - image->window_start, MADV_DONTNEED);
-		image->window_start = offset & ~(MAP_WINDOW - 1);
-		image->window_end = min_u64((offset + length + MAP_WINDOW - 1) & ~(MAP_WINDOW - 1),
-					    image->map_length);
+	while (i < nr_runs && !ret) {
+		uint64_t first = file_page(image, runs[i].page), nr = runs[i].nr_pages;
+
+		/* Extents lie in the file as they do in memory, without the gaps. */
+		for (i++; i < nr_runs && file_page(image, runs[i].page) == first + nr; i++)
+			nr += runs[i].nr_pages;
+		ret = read_whole(image->file, into, nr << PAGE_SHIFT, first << PAGE_SHIFT);
+		into += nr << PAGE_SHIFT;
 	}
-	/* A source that is not resident makes the kernel take the slow way,
-	 * outside the target's lock. A file that has shrunk says EFAULT here;
-	 * before Linux 5.14 (EINVAL) the copy itself will. */
-	if (madvise(data, length, MADV_POPULATE_READ) < 0 && errno != EINVAL)
-		return NULL;
-	return data;
+	return ret;
 }
 
 uint64_t criupy_image_nr_pages(const struct criupy_image *image)

@@ -73,10 +73,10 @@ class Image:
         """Lazy pages in all extents."""
         return int(lib.criupy_image_nr_pages(self._image))
 
-    def map(self, path: Path) -> None:
+    def attach(self, path: Path) -> None:
         """Serve from this pages file."""
         with path.open("rb") as file:
-            check("map the pages file", lib.criupy_image_map(self._image, file.fileno()))
+            check("open the pages file", lib.criupy_image_attach(self._image, file.fileno()))
 
     def _to_give(self) -> Any:
         if self._image == ffi.NULL:

@@ -41,6 +41,12 @@ struct extent {
 	uint64_t data;		/* its first page's number in the pages file */
 };
 
+/* Of one extent, by numbers in the image. */
+struct run {
+	uint64_t page;
+	uint64_t nr_pages;
+};
+
 struct criupy_image {
 	uint64_t id;
 	size_t nr_extents;
@@ -49,10 +55,8 @@ struct criupy_image {
 	uint64_t nr_pages;
 	uint8_t *requested;	/* per page, REQUESTED_*: asked for, not here yet */
 	bool has_data;		/* extents[].data is meaningful */
-	uint8_t *map;		/* the pages file, NULL for a remote source */
-	uint64_t map_length;
-	uint64_t window_start;	/* the part of the map that may be resident */
-	uint64_t window_end;
+	int file;		/* the pages file, -1 for a remote source */
+	struct task *tasks;	/* the pager's address spaces that came from this task */
 	struct criupy_image *next;	/* in the pager's list */
 };
 
@@ -67,9 +71,8 @@ void image_unmark(struct criupy_image *image, uint64_t page, uint64_t nr, uint8_
 const struct extent *image_extent_of(const struct criupy_image *image, uint64_t page);
 /* The first extent that ends after a dump-time address; nr_extents if none. */
 size_t image_extent_after(const struct criupy_image *image, uint64_t addr);
-/* The page's bytes in the mapped file, made resident; NULL with errno set when
- * the file does not have them. nr pages must lie inside one extent. */
-const uint8_t *image_data(struct criupy_image *image, uint64_t page, uint64_t nr);
+/* Read runs out of the pages file. -ENODATA when it has become shorter. */
+int image_read(const struct criupy_image *image, const struct run *runs, uint32_t nr_runs, uint8_t *into);
 
 static inline uint64_t image_address(const struct extent *extent, uint64_t page)
 {

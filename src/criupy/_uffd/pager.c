@@ -13,6 +13,7 @@
  * through a snapshot of the counters, a ring of notices and another eventfd. */
 
 #include <linux/time_types.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -224,7 +225,7 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 		return p->now_ns - p->no_memory_ns < TICK_NS ? NO_MEMORY_NS : BUSY_NS;
 	if (bulk->farewell_ns)
 		return TICK_NS / 10;
-	for (struct task *t = p->tasks; t; t = t->next)
+	for (struct task *t = p->attended; t; t = t->next_attended)
 		if (t->nr_zero_again || t->unserved)
 			return BUSY_NS;
 		else if (t->retry_read_ns)
@@ -238,12 +239,28 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 	return UINT64_MAX;
 }
 
+void busy_poll(struct criupy_pager *p)
+{
+	if (p->window.rtt_ns < p->config.busy_poll_ns)
+		p->busy_until_ns = monotonic_ns() + p->config.busy_poll_ns;
+}
+
 static int wait_events(struct criupy_pager *p, struct epoll_event *events, uint64_t ns)
 {
 	struct __kernel_timespec ts = { (long long)(ns / 1000000000u), (long long)(ns % 1000000000u) };
-	int nr = (int)syscall(SYS_epoll_pwait2, p->epoll, events, NR_EVENTS,
-			      ns == UINT64_MAX ? NULL : &ts, NULL, 0);
+	int nr = 0;
 
+	/* To be woken takes longer than what is waited for. Others may have the
+	 * core meanwhile: the source, if it is on this machine, or who waits. */
+	for (; ns && p->busy_until_ns; sched_yield()) {
+		nr = epoll_wait(p->epoll, events, NR_EVENTS, 0);
+		if (nr)
+			return nr;
+		if (monotonic_ns() >= p->busy_until_ns)
+			p->busy_until_ns = 0;
+	}
+	nr = (int)syscall(SYS_epoll_pwait2, p->epoll, events, NR_EVENTS,
+			  ns == UINT64_MAX ? NULL : &ts, NULL, 0);
 	if (nr < 0 && errno == ENOSYS) {
 		int ms = ns == UINT64_MAX ? -1 : (int)((ns + 999999) / 1000000);
 
@@ -262,7 +279,8 @@ static void turn(struct criupy_pager *p, bool *more)
 {
 	struct epoll_event events[NR_EVENTS];
 	bool control = false, restore = false, heard[NR_LANES] = { false };
-	int nr = wait_events(p, events, sleep_ns(p, *more));
+	uint64_t ns = sleep_ns(p, *more);
+	int nr = wait_events(p, events, ns && copiers_may_sleep(p) ? ns : 0);
 
 	p->now_ns = monotonic_ns();
 	if (nr < 0 && errno != EINTR) {
@@ -284,6 +302,9 @@ static void turn(struct criupy_pager *p, bool *more)
 		case WATCH_LANE:
 			heard[(struct lane *)(void *)watched - p->lanes] = true;
 			break;
+		case WATCH_COPIERS:
+			copiers_woke_us(p);
+			break;
 		case WATCH_TASK:
 			task_read(p, (struct task *)(void *)watched);
 			break;
@@ -304,15 +325,10 @@ static void turn(struct criupy_pager *p, bool *more)
 	for (int i = NR_LANES - 1; i >= 0; i--)
 		if (heard[i] || lane_pending(&p->lanes[i]))
 			lane_read(p, &p->lanes[i]);
+	copiers_collect(p);
 	if (p->busy)
 		install_parked(p);
-	for (struct task *t = p->tasks; t; t = t->next) {
-		task_read_again(p, t);
-		if (t->nr_zero_again)
-			task_drain(p, t);
-		if (t->nr_zero_again || t->unserved)
-			task_serve_waits(p, t);
-	}
+	tasks_attend(p);
 	fetch_held_back(p);
 	*more = fetch_background(p);
 	lanes_flush(p);

@@ -82,7 +82,7 @@ void window_received(struct window *w, uint64_t bytes);
 
 /* ---- what is being waited for --------------------------------------------------- */
 
-enum watched { WATCH_CONTROL, WATCH_RESTORE, WATCH_LANE, WATCH_TASK };
+enum watched { WATCH_CONTROL, WATCH_RESTORE, WATCH_LANE, WATCH_TASK, WATCH_COPIERS };
 
 /* A fault that was read and is not answered yet. */
 struct wait {
@@ -106,16 +106,13 @@ struct task {
 	size_t nr_zero_again, room_zero_again;
 	bool busy;			/* the kernel could not take a page last time */
 	uint64_t retry_read_ns;		/* the descriptor could not be read: not before */
+	bool attended;			/* it is in that list */
+	struct task *next_attended;
 	struct task *next;
+	struct task *next_of_image;
 };
 
 /* ---- lanes: the connections to the source ----------------------------------------- */
-
-/* Of one extent, by numbers in the image. */
-struct run {
-	uint64_t page;
-	uint64_t nr_pages;
-};
 
 /* A GET or a GETV that is not answered yet, or not whole. */
 struct request {
@@ -132,14 +129,32 @@ struct request {
  * processor's cache still, and for a fault not to wait long behind them. */
 #define PIECE_PAGES 64
 
+/* One UFFDIO_COPY, or several in steps. */
+struct copy {
+	uint64_t page;
+	uint64_t nr_pages;
+	uint64_t addr;
+	const uint8_t *data;
+	uint64_t nr_done;
+};
+
 struct buffer {
 	uint8_t *data;			/* PIECE_PAGES */
-	/* The piece of a reply in it. */
+	/* The piece of a reply, or of a pages file, in it. */
 	struct criupy_image *image;
 	struct run *runs;		/* room for PIECE_PAGES */
 	uint32_t nr_runs;
+	uint64_t nr_pages;		/* of all of them */
 	bool demand;
+	bool unread;			/* of a pages file, and not here yet */
 	struct buffer *next;
+	/* While a copier has it. */
+	struct task *task;
+	int uffd;
+	struct copy *copies;		/* room for PIECE_PAGES */
+	uint32_t nr_copies;
+	int error;			/* of reading it */
+	atomic_bool cut;		/* stop after this step */
 };
 
 struct receiver {
@@ -225,6 +240,10 @@ struct criupy_pager {
 	uint64_t now_ns;		/* read once per turn of the loop */
 	struct criupy_image *images;
 	struct task *tasks;
+	/* With many tasks a turn must not look at all of them. */
+	struct task *attended;		/* those to look at again though nothing was heard */
+	bool some_may_be_done;		/* some may miss nothing any more */
+	bool some_are_released;
 	struct task *scan;		/* the address space that background requests come from */
 
 	int restore;			/* restore socket, -1 before and after */
@@ -234,12 +253,16 @@ struct criupy_pager {
 	struct lane lanes[NR_LANES];
 	struct window window;
 	struct run runs[CRIUPY_MAX_RUNS];	/* of the request that is being made */
+	struct copiers *copiers;	/* NULL: none */
+	uint64_t busy_until_ns;
 
 	uint8_t *staging;
 	size_t staging_length;
 	struct buffer *buffers;
 	struct run *staging_runs;
+	struct copy *staging_copies;
 	struct buffer *free_buffers;
+	uint32_t nr_free_buffers;
 	struct buffer *parked, **parked_tail;
 	uint32_t final_outcome;		/* what ENDED will say once CLOSING is over */
 };
@@ -260,11 +283,17 @@ void pager_fail(struct criupy_pager *p, int error);
 
 /* ---- pager_task.c ------------------------------------------------------------------ */
 
+/* A thread waits for a page, or has just got it: something comes soon. */
+void busy_poll(struct criupy_pager *p);
 int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space *space, bool forked);
+/* Look at it again in the next turn. */
+void task_attend(struct criupy_pager *p, struct task *t);
+/* There may be something to ask for. */
+void task_serve_later(struct criupy_pager *p, struct task *t);
 /* Read what the kernel has to say, once. */
 void task_read(struct criupy_pager *p, struct task *t);
-/* Try a descriptor again that could not be read for want of resources. */
-void task_read_again(struct criupy_pager *p, struct task *t);
+/* Look at those again that are to be. */
+void tasks_attend(struct criupy_pager *p);
 /* Read until nothing is left; true if an event changed the lazy space. */
 bool task_drain(struct criupy_pager *p, struct task *t);
 /* The kernel had no page for a task: tell of it now and then, and slow down. */
@@ -282,13 +311,36 @@ void tasks_sweep(struct criupy_pager *p);
  * them could not take it yet: try the same again later. */
 int install_run(struct criupy_pager *p, struct criupy_image *image, uint64_t page,
 		uint64_t nr_pages, const uint8_t *data, bool demand);
-/* The same with all runs of the piece in a buffer, which is free or parked then. */
+/* Put the piece in a buffer in place, or have a copier do it. The buffer is taken
+ * care of. */
 void install_piece(struct criupy_pager *p, struct buffer *b);
+/* Pages of an address space are there. */
+void installed(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr, bool demand);
 /* Try again what a busy task could not take. */
 void install_parked(struct criupy_pager *p);
 void buffer_free(struct criupy_pager *p, struct buffer *b);
+/* Keep a piece until it can be installed. */
+void buffer_park(struct criupy_pager *p, struct buffer *b);
+/* Mark the pages in it as parked, or no longer. */
+void buffer_mark(struct buffer *b);
+void buffer_unmark(struct buffer *b);
 /* Never fails: the piece that was parked first is given up for it if need be. */
 struct buffer *buffer_take(struct criupy_pager *p);
+
+/* ---- pager_copier.c: threads that copy beside the pager's -------------------------------- */
+
+int copiers_start(struct criupy_pager *p, uint32_t nr);
+void copiers_stop(struct criupy_pager *p);
+bool copiers_have_room(const struct criupy_pager *p);
+/* Hand a piece over; false if it is not for them. */
+bool copiers_take(struct criupy_pager *p, struct buffer *b);
+/* Take back what is done. */
+void copiers_collect(struct criupy_pager *p);
+/* Take back all that is of an address space: before its descriptor is read, or closed. */
+void copiers_settle(struct criupy_pager *p, struct task *t);
+/* Whether nothing is done; if so they wake the pager when something is. */
+bool copiers_may_sleep(struct criupy_pager *p);
+void copiers_woke_us(struct criupy_pager *p);
 
 /* ---- pager_fetch.c ------------------------------------------------------------------- */
 

@@ -41,7 +41,8 @@ static int make_staging(struct criupy_pager *p)
 	p->staging_length = each * p->config.nr_buffers;
 	p->buffers = calloc(p->config.nr_buffers, sizeof(*p->buffers));
 	p->staging_runs = calloc((size_t)p->config.nr_buffers * PIECE_PAGES, sizeof(*p->staging_runs));
-	if (!p->buffers || !p->staging_runs)
+	p->staging_copies = calloc((size_t)p->config.nr_buffers * PIECE_PAGES, sizeof(*p->staging_copies));
+	if (!p->buffers || !p->staging_runs || !p->staging_copies)
 		return -ENOMEM;
 	memory = mmap(NULL, p->staging_length, PROT_READ | PROT_WRITE,
 		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
@@ -55,6 +56,7 @@ static int make_staging(struct criupy_pager *p)
 	for (uint32_t i = 0; i < p->config.nr_buffers; i++) {
 		p->buffers[i].data = p->staging + i * each;
 		p->buffers[i].runs = p->staging_runs + i * PIECE_PAGES;
+		p->buffers[i].copies = p->staging_copies + i * PIECE_PAGES;
 		buffer_free(p, &p->buffers[i]);
 	}
 	return 0;
@@ -68,6 +70,7 @@ static void release(struct criupy_pager *p)
 	for (struct task *t = p->tasks; t; t = t->next)
 		task_release(p, t);
 	tasks_sweep(p);
+	copiers_stop(p);
 	for (c = p->commands; c; c = next_command) {
 		/* Told, but the thread had stopped: still ours to release. */
 		next_command = c->next;
@@ -86,6 +89,7 @@ static void release(struct criupy_pager *p)
 		munmap(p->staging, p->staging_length);
 	free(p->buffers);
 	free(p->staging_runs);
+	free(p->staging_copies);
 	if (p->restore >= 0)
 		close(p->restore);
 	lanes_free(p);
@@ -138,7 +142,9 @@ int criupy_pager_create(struct criupy_pager **pager, const struct criupy_pager_c
 		/* Signals are for the interpreter's main thread. */
 		sigfillset(&all);
 		pthread_sigmask(SIG_SETMASK, &all, &before);
-		ret = -pthread_create(&p->thread, NULL, pager_run, p);
+		ret = copiers_start(p, p->config.nr_copiers);
+		if (!ret)
+			ret = -pthread_create(&p->thread, NULL, pager_run, p);
 		pthread_sigmask(SIG_SETMASK, &before, NULL);
 	}
 	if (ret) {

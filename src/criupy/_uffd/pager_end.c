@@ -92,6 +92,7 @@ static void finished(struct criupy_pager *p)
 {
 	close_restore(p);
 	p->stats.finished_ns = p->now_ns;
+	p->some_may_be_done = true;
 	pager_set_phase(p, CRIUPY_PHASE_RUNNING);
 	lane_send_finished(p, bulk_lane(p));
 }
@@ -289,13 +290,14 @@ void check_done(struct criupy_pager *p)
 
 	/* After a failure of our own there may be a process that is in no list. */
 	if (p->stats.phase == CRIUPY_PHASE_RUNNING && !p->given_up && !p->stats.error) {
-		for (struct task *t = p->tasks; t; t = t->next) {
+		for (struct task *t = p->some_may_be_done ? p->tasks : NULL; t; t = t->next) {
 			if (t->uffd < 0 || t->space->nr_missing)
 				continue;
 			if (!t->forked)
 				pager_notice(p, CRIUPY_NOTICE_TASK_DONE, 0, (uint64_t)t->pid, 0);
 			task_release(p, t);
 		}
+		p->some_may_be_done = false;
 		if (!p->stats.nr_live) {
 			p->stats.drained_ns = monotonic_ns();
 			p->final_outcome = CRIUPY_OUTCOME_COMPLETE;

@@ -7,23 +7,21 @@
 
 #include "pager.h"
 
-/* From local images a copy is a system call, and faults are looked for between
- * two of them. */
-#define LOCAL_RUN_PAGES 128
-
-static void install_local(struct criupy_pager *p, struct criupy_image *image, uint64_t page,
-			  uint64_t nr_pages, bool demand)
+static void fetch_local(struct criupy_pager *p, struct criupy_image *image, const struct run *runs,
+			uint32_t nr_runs, bool demand)
 {
-	const uint8_t *data = image_data(image, page, nr_pages);
+	struct buffer *b = buffer_take(p);
 
-	if (!data) {
-		pager_fail(p, errno);
-		return;
+	b->image = image;
+	b->demand = demand;
+	b->unread = true;
+	b->nr_runs = nr_runs;
+	b->nr_pages = 0;
+	for (uint32_t i = 0; i < nr_runs; i++) {
+		b->runs[i] = runs[i];
+		b->nr_pages += runs[i].nr_pages;
 	}
-	p->stats.pages_received += nr_pages;
-	/* A busy task is served when the kernel is ready: the pages are still
-	 * missing, and nothing is remembered of this try. */
-	(void)install_run(p, image, page, nr_pages, data, demand);
+	install_piece(p, b);
 }
 
 static bool can_request(const struct criupy_pager *p, const struct lane *l)
@@ -87,7 +85,7 @@ void fetch_demand(struct criupy_pager *p, struct task *t, uint64_t page, uint64_
 {
 	struct lane *l = can_request(p, urgent_lane(p)) ? urgent_lane(p) : bulk_lane(p);
 	struct criupy_image *image = t->space->image;
-	uint64_t end = page + nr_pages;
+	uint64_t end = page + nr_pages, most = image->file >= 0 ? PIECE_PAGES : p->config.request_pages;
 
 	if (p->given_up || p->stats.error)
 		return;
@@ -95,10 +93,10 @@ void fetch_demand(struct criupy_pager *p, struct task *t, uint64_t page, uint64_
 	p->scan = t;
 	while (page < end) {
 		const struct extent *e = image_extent_of(image, page);
-		uint64_t nr = min_u64(min_u64(end, e->first + e->nr_pages) - page, p->config.request_pages);
+		uint64_t nr = min_u64(min_u64(end, e->first + e->nr_pages) - page, most);
 
-		if (image->map)
-			install_local(p, image, page, nr, true);
+		if (image->file >= 0)
+			fetch_local(p, image, &(struct run){ page, nr }, 1, true);
 		else if (can_request(p, l))
 			lane_request(p, l, image, &(struct run){ page, nr }, 1, true);
 		page += nr;
@@ -132,9 +130,8 @@ static struct task *next_run(struct criupy_pager *p, uint64_t *page, uint64_t *n
 }
 
 /* As many runs as one request may have, from the space that faulted last on:
- * several only where the source knows GETV, and of one image. */
-static uint32_t next_runs(struct criupy_pager *p, const struct lane *l, uint64_t left,
-			  struct criupy_image **image)
+ * several only where there is GETV for them or they are in a file, and of one image. */
+static uint32_t next_runs(struct criupy_pager *p, bool several, uint64_t left, struct criupy_image **image)
 {
 	struct run *runs = p->runs;
 	struct task *t = next_run(p, &runs->page, &runs->nr_pages, left);
@@ -143,7 +140,7 @@ static uint32_t next_runs(struct criupy_pager *p, const struct lane *l, uint64_t
 	if (!t)
 		return 0;
 	*image = t->space->image;
-	if (!l->extended || left > CRIUPY_MAX_RUN_PAGES)
+	if (!several || left > CRIUPY_MAX_RUN_PAGES)
 		return 1;
 	for (left -= runs->nr_pages; left && nr < CRIUPY_MAX_RUNS; left -= runs[nr++].nr_pages) {
 		runs[nr].page = t->cursor;
@@ -159,21 +156,25 @@ bool fetch_background(struct criupy_pager *p)
 {
 	struct lane *bulk = bulk_lane(p);
 	struct criupy_image *image;
-	uint64_t page, nr;
+	bool full;
 	uint32_t nr_runs;
-	struct task *t;
+	uint64_t nr;
 
 	if (p->stats.phase != CRIUPY_PHASE_RUNNING || p->given_up || p->stats.error)
 		return false;
 	if (!can_request(p, bulk)) {
-		t = next_run(p, &page, &nr, LOCAL_RUN_PAGES);
-		if (!t || !t->space->image->map)
-			return false;
-		install_local(p, t->space->image, page, nr, false);
+		/* A copy is a system call, and faults are looked for between two. */
+		do {
+			nr_runs = next_runs(p, true, PIECE_PAGES, &image);
+			if (!nr_runs || image->file < 0)
+				return false;
+			full = !copiers_have_room(p);
+			fetch_local(p, image, p->runs, nr_runs, false);
+		} while (!full);
 		return true;
 	}
 	while ((nr = window_room(&p->window, bulk->nr_outstanding))) {
-		nr_runs = next_runs(p, bulk, nr, &image);
+		nr_runs = next_runs(p, bulk->extended, nr, &image);
 		if (!nr_runs || lane_request(p, bulk, image, p->runs, nr_runs, false))
 			break;
 	}

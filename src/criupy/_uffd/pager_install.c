@@ -50,11 +50,14 @@ static void answered(struct criupy_pager *p, struct task *t, uint64_t page, uint
 		p->stats.latency_max_ns = max_u64(p->stats.latency_max_ns, ns);
 	}
 	t->nr_waits = kept;
+	if (now)
+		busy_poll(p);
 }
 
-static void installed(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr, bool demand)
+void installed(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr, bool demand)
 {
 	criupy_space_set(t->space, page, nr, CRIUPY_PAGE_PRESENT);
+	p->some_may_be_done |= !t->space->nr_missing;
 	if (demand)
 		p->stats.pages_demand += nr;
 	else
@@ -152,14 +155,16 @@ int install_run(struct criupy_pager *p, struct criupy_image *image, uint64_t pag
 {
 	int ret = 0;
 
-	for (struct task *t = p->tasks; t; t = t->next) {
-		if (t->space->image != image || t->uffd < 0 || t->poisoned)
+	for (struct task *t = image->tasks; t; t = t->next_of_image) {
+		if (t->uffd < 0 || t->poisoned)
 			continue;
 		if (install_into(p, t, page, nr_pages, data, demand)) {
 			t->busy = true;
+			task_attend(p, t);
 			p->busy = true;
 			ret = -EAGAIN;
 		}
+		p->some_may_be_done |= !t->space->nr_missing;
 	}
 	return ret;
 }
@@ -181,36 +186,58 @@ static int install_runs(struct criupy_pager *p, const struct buffer *b)
 	return ret;
 }
 
+static void install_now(struct criupy_pager *p, struct buffer *b)
+{
+	if (b->unread) {
+		int ret = image_read(b->image, b->runs, b->nr_runs, b->data);
+
+		if (ret) {
+			pager_fail(p, -ret);
+			buffer_free(p, b);
+			return;
+		}
+		b->unread = false;
+		p->stats.pages_received += b->nr_pages;
+	}
+	if (install_runs(p, b))
+		buffer_park(p, b);
+	else
+		buffer_free(p, b);
+}
+
+void install_piece(struct criupy_pager *p, struct buffer *b)
+{
+	if (!copiers_take(p, b))
+		install_now(p, b);
+}
+
 /* ---- staging buffers, and pieces that wait in them ----------------------------- */
 
 void buffer_free(struct criupy_pager *p, struct buffer *b)
 {
 	b->next = p->free_buffers;
 	p->free_buffers = b;
+	p->nr_free_buffers++;
 }
 
-/* Keep a piece until it can be installed; its pages are marked as parked. */
-static void park(struct criupy_pager *p, struct buffer *b)
+void buffer_mark(struct buffer *b)
 {
 	for (uint32_t i = 0; i < b->nr_runs; i++)
 		image_mark(b->image, b->runs[i].page, b->runs[i].nr_pages, REQUESTED_PARKED);
-	b->next = NULL;
-	*p->parked_tail = b;
-	p->parked_tail = &b->next;
 }
 
-void install_piece(struct criupy_pager *p, struct buffer *b)
-{
-	if (install_runs(p, b))
-		park(p, b);
-	else
-		buffer_free(p, b);
-}
-
-static void unmark_parked(struct buffer *b)
+void buffer_unmark(struct buffer *b)
 {
 	for (uint32_t i = 0; i < b->nr_runs; i++)
 		image_unmark(b->image, b->runs[i].page, b->runs[i].nr_pages, REQUESTED_PARKED);
+}
+
+void buffer_park(struct criupy_pager *p, struct buffer *b)
+{
+	buffer_mark(b);
+	b->next = NULL;
+	*p->parked_tail = b;
+	p->parked_tail = &b->next;
 }
 
 static struct buffer *unpark_first(struct criupy_pager *p)
@@ -220,7 +247,7 @@ static struct buffer *unpark_first(struct criupy_pager *p)
 	p->parked = b->next;
 	if (!p->parked)
 		p->parked_tail = &p->parked;
-	unmark_parked(b);
+	buffer_unmark(b);
 	return b;
 }
 
@@ -230,11 +257,15 @@ struct buffer *buffer_take(struct criupy_pager *p)
 
 	if (b) {
 		p->free_buffers = b->next;
+		p->nr_free_buffers--;
 		return b;
 	}
 	/* Each lane receives into one at most. Nothing is lost: the pages are
 	 * still missing and are asked for again. */
-	return unpark_first(p);
+	b = unpark_first(p);
+	for (struct task *t = b->image->tasks; t; t = t->next_of_image)
+		task_serve_later(p, t);
+	return b;
 }
 
 void install_parked(struct criupy_pager *p)
@@ -244,15 +275,16 @@ void install_parked(struct criupy_pager *p)
 	p->busy = false;
 	p->parked = NULL;
 	p->parked_tail = &p->parked;
-	for (struct task *t = p->tasks; t; t = t->next)
+	for (struct task *t = p->attended; t; t = t->next_attended)
 		t->busy = false;
 	while (b) {
 		struct buffer *next = b->next;
 
-		unmark_parked(b);
-		install_piece(p, b);
+		buffer_unmark(b);
+		install_now(p, b);
 		b = next;
 	}
-	for (struct task *t = p->tasks; t; t = t->next)
-		task_serve_waits(p, t);
+	/* What could not be taken from local images was not asked for otherwise. */
+	for (struct task *t = p->attended; t; t = t->next_attended)
+		t->unserved = true;
 }

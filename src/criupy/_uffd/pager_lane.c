@@ -108,7 +108,7 @@ void lane_lost(struct criupy_pager *p, struct lane *l, int error)
 	/* What waits for its pages may have them over the other. */
 	if (bulk_lane(p)->state == CRIUPY_LINK_OPEN || urgent_lane(p)->state == CRIUPY_LINK_OPEN)
 		for (struct task *t = p->tasks; t; t = t->next)
-			t->unserved = true;
+			task_serve_later(p, t);
 	pager_publish(p);
 }
 

@@ -91,9 +91,11 @@ class Pager:
     """The thread that serves every task of one restore.
 
     ``link_timeout`` (seconds): how long the source may be silent while a
-    request is outstanding. ``nr_buffers`` staging buffers of
-    ``request_pages`` pages each are kept locked in memory. ``window_pages``
-    fixes the background window; 0 lets it follow the link.
+    request is outstanding. ``nr_buffers`` staging buffers of 256 KiB each are
+    kept locked in memory. ``request_pages`` is the longest request, ``window_pages``
+    fixes the background window; 0 lets it follow the link. ``nr_copiers`` threads
+    copy beside the pager's. While a thread waits for a page, or has just got one, the pager
+    looks for more for ``busy_poll`` seconds before it sleeps.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class Pager:
         nr_buffers: int = 16,
         request_pages: int = 128,
         window_pages: int = 0,
+        nr_copiers: int = 0,
+        busy_poll: float = 0.0,
     ) -> None:
         config = ffi.new(
             "struct criupy_pager_config *",
@@ -111,6 +115,8 @@ class Pager:
                 "nr_buffers": nr_buffers,
                 "request_pages": request_pages,
                 "window_pages": window_pages,
+                "nr_copiers": nr_copiers,
+                "busy_poll_ns": int(busy_poll * 1e9),
             },
         )
         out = ffi.new("struct criupy_pager **")

@@ -112,6 +112,8 @@ int lane_request(struct criupy_pager *p, struct lane *l, struct criupy_image *im
 	p->stats.nr_outstanding += nr_pages;
 	p->stats.nr_requests++;
 	p->stats.nr_demand_requests += demand;
+	if (demand)
+		busy_poll(p);
 	return 0;
 }
 
@@ -122,6 +124,8 @@ void lane_request_came(struct criupy_pager *p, struct lane *l, uint64_t nr_pages
 
 	b->image = r->image;
 	b->demand = r->demand;
+	b->unread = false;
+	b->nr_pages = nr_pages;
 	b->nr_runs = 0;
 	for (uint32_t i = 0; left; i++) {
 		const struct run *run = lane_run(l, i);

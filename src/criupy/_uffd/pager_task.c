@@ -26,7 +26,7 @@
 
 int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space *space, bool forked)
 {
-	struct task **tail = &p->tasks, *t = calloc(1, sizeof(*t));
+	struct task **tail = &p->tasks, **of_image = &space->image->tasks, *t = calloc(1, sizeof(*t));
 	struct epoll_event watch = { .events = EPOLLIN, .data.ptr = t };
 	int flags = fcntl(uffd, F_GETFL);
 
@@ -45,13 +45,32 @@ int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space 
 	t->pid = pid;
 	t->forked = forked;
 	t->space = space;
+	p->some_may_be_done = true;
 	/* At the end: whoever walks the list while an event arrives meets the
 	 * child, too. */
 	while (*tail)
 		tail = &(*tail)->next;
 	*tail = t;
+	while (*of_image)
+		of_image = &(*of_image)->next_of_image;
+	*of_image = t;
 	p->stats.nr_live++;
 	return 0;
+}
+
+void task_attend(struct criupy_pager *p, struct task *t)
+{
+	if (t->attended)
+		return;
+	t->attended = true;
+	t->next_attended = p->attended;
+	p->attended = t;
+}
+
+void task_serve_later(struct criupy_pager *p, struct task *t)
+{
+	t->unserved = true;
+	task_attend(p, t);
 }
 
 static void *grow(void *items, size_t *room, size_t nr, size_t size)
@@ -83,7 +102,7 @@ static void remember_wait(struct criupy_pager *p, struct task *t, uint64_t page)
 	waits[t->nr_waits++] = (struct wait){ page, p->now_ns };
 	/* Copies that meet EAGAIN read the descriptor, too; nothing will become
 	 * readable for what they found. */
-	t->unserved = true;
+	task_serve_later(p, t);
 }
 
 static void forget_unwanted_waits(struct task *t)
@@ -124,6 +143,7 @@ static void serve_zero(struct criupy_pager *p, struct task *t, uint64_t addr)
 		}
 		t->zero_again = again;
 		again[t->nr_zero_again++] = addr;
+		task_attend(p, t);
 		return;
 	case -ESRCH:
 	case -ENOSPC:
@@ -212,6 +232,7 @@ static bool handle_event(struct criupy_pager *p, struct task *t, const struct uf
 	default:
 		return false;
 	}
+	p->some_may_be_done = true;
 	forget_unwanted_waits(t);
 	(void)criupy_uffd_wake(t->uffd, start, length);
 	return true;
@@ -230,8 +251,10 @@ static int read_messages(struct criupy_pager *p, struct task *t, bool *changed)
 	struct uffd_msg messages[NR_MESSAGES];
 	uint64_t faults[NR_MESSAGES];
 	size_t nr_faults = 0;
-	ssize_t got = read(t->uffd, messages, sizeof(messages));
+	ssize_t got;
 
+	copiers_settle(p, t);
+	got = read(t->uffd, messages, sizeof(messages));
 	if (got < 0) {
 		if (errno == EMFILE || errno == ENFILE || errno == ENOMEM) {
 			/* A fork needs a descriptor. The event stays queued and
@@ -240,6 +263,7 @@ static int read_messages(struct criupy_pager *p, struct task *t, bool *changed)
 
 			pager_notice(p, CRIUPY_NOTICE_NO_DESCRIPTOR, errno, (uint64_t)t->pid, 0);
 			t->retry_read_ns = p->now_ns + RETRY_READ_NS;
+			task_attend(p, t);
 			(void)epoll_ctl(p->epoll, EPOLL_CTL_MOD, t->uffd, &off);
 		} else if (errno != EAGAIN && errno != EINTR) {
 			pager_fail(p, errno);
@@ -267,7 +291,8 @@ void task_read(struct criupy_pager *p, struct task *t)
 	read_messages(p, t, &changed);
 }
 
-void task_read_again(struct criupy_pager *p, struct task *t)
+/* Try a descriptor again that could not be read for want of resources. */
+static void read_again(struct criupy_pager *p, struct task *t)
 {
 	struct epoll_event on = { .events = EPOLLIN, .data.ptr = t };
 
@@ -326,10 +351,32 @@ void task_serve_waits(struct criupy_pager *p, struct task *t)
 	}
 }
 
+void tasks_attend(struct criupy_pager *p)
+{
+	struct task *list = p->attended;
+
+	/* Whoever is to be looked at once more comes into a new list. */
+	p->attended = NULL;
+	while (list) {
+		struct task *t = list;
+
+		list = t->next_attended;
+		t->attended = false;
+		read_again(p, t);
+		if (t->nr_zero_again)
+			task_drain(p, t);
+		if (t->nr_zero_again || t->unserved)
+			task_serve_waits(p, t);
+		if (t->nr_zero_again || t->unserved || t->retry_read_ns || t->busy)
+			task_attend(p, t);
+	}
+}
+
 void task_gone(struct criupy_pager *p, struct task *t)
 {
 	if (t->uffd < 0)
 		return;
+	copiers_settle(p, t);
 	if (t->space->nr_missing) {
 		p->stats.nr_gone++;
 		if (!t->forked)
@@ -344,23 +391,37 @@ void task_release(struct criupy_pager *p, struct task *t)
 {
 	if (t->uffd < 0)
 		return;
+	copiers_settle(p, t);
 	unwatch(p, t->uffd);
 	close(t->uffd);
 	t->uffd = -1;
 	t->nr_waits = 0;
 	p->stats.nr_live--;
+	p->some_are_released = true;
 }
 
 void tasks_sweep(struct criupy_pager *p)
 {
+	if (!p->some_are_released)
+		return;
+	p->some_are_released = false;
+	for (struct task **link = &p->attended; *link;)
+		if ((*link)->uffd < 0)
+			*link = (*link)->next_attended;
+		else
+			link = &(*link)->next_attended;
 	for (struct task **link = &p->tasks; *link;) {
-		struct task *t = *link;
+		struct task *t = *link, **of_image;
 
 		if (t->uffd >= 0) {
 			link = &t->next;
 			continue;
 		}
 		*link = t->next;
+		of_image = &t->space->image->tasks;
+		while (*of_image != t)
+			of_image = &(*of_image)->next_of_image;
+		*of_image = t->next_of_image;
 		if (p->scan == t)
 			p->scan = NULL;
 		criupy_space_destroy(t->space);

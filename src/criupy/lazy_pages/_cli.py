@@ -81,6 +81,7 @@ def _run(options: LazyPagesOptions) -> int:
         reconnect=options.reconnect,
         extended=options.extended,
         lanes=options.lanes,
+        busy_poll=options.busy_poll,
         tls=options.tls,
         source_name=options.source_name,
     )

@@ -22,7 +22,9 @@ class Config:
     again; only criupy's can be, one that serves full images or a relay. ``extended``
     says whether the page server is criupy's; None: it is if the images
     have the marker of a relay. With such a one ``lanes`` connections are used, of which
-    the second is for what threads wait for. With ``tls`` the source's
+    the second is for what threads wait for. While one waits, or has just got a page, the
+    pager looks for more for ``busy_poll`` seconds before it sleeps (None: 100 us where
+    there is more than one core). With ``tls`` the source's
     certificate must be for ``source_name``, which is the host of
     ``page_server`` unless given.
     """
@@ -38,6 +40,7 @@ class Config:
     reconnect: float | None = None
     extended: bool | None = None
     lanes: Literal[1, 2] = 2
+    busy_poll: float | None = None
     tls: TlsFiles | None = None
     source_name: str | None = None
 

@@ -55,6 +55,10 @@ log = logging.getLogger("criupy.lazy_pages")
 # After SIGKILL an address space goes within milliseconds, unless its tasks hang in the kernel.
 _KILL_PATIENCE = 10.0
 _PROBE_INTERVAL = 0.02
+# Beside the pager's own thread. More would wait for the locks of the address space.
+_MOST_COPIERS = 2
+# A round trip on one machine or to the next one, and what a thread takes from one fault to another.
+_BUSY_POLL = 100e-6
 
 
 def _is_userfaultfd(fd: int) -> bool:
@@ -123,9 +127,20 @@ class LazyPages:
 
     # ---- the whole life --------------------------------------------------------
 
+    def _new_pager(self) -> Pager:
+        other_cores = len(os.sched_getaffinity(0)) - 1
+        busy_poll = self.config.busy_poll
+        if busy_poll is None:
+            busy_poll = _BUSY_POLL if other_cores else 0.0
+        return Pager(
+            link_timeout=self.config.link_timeout,
+            nr_copiers=min(other_cores, _MOST_COPIERS),
+            busy_poll=busy_poll,
+        )
+
     async def _run(self) -> None:
         try:
-            with Pager(link_timeout=self.config.link_timeout) as pager:
+            with self._new_pager() as pager:
                 self._pager = pager
                 try:
                     await self._serve(pager)
@@ -287,7 +302,7 @@ class LazyPages:
         )
         if known.pages is not None:
             try:
-                image.map(known.pages)
+                image.attach(known.pages)
             except OSError as error:
                 raise LazyPagesError(f"{known.pages}: {error.strerror}") from error
         pager.add_task(task.pid, task.uffd.fileno(), image)

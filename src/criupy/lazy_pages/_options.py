@@ -50,6 +50,7 @@ class LazyPagesOptions:
     reconnect: float | None = None
     extended: bool | None = None
     lanes: Literal[1, 2] = 2
+    busy_poll: float | None = None
     frame_size: Literal[24, 32] | None = None
     on_failure: Literal["poison", "kill"] = "poison"
     tls: TlsFiles | None = None
@@ -92,6 +93,7 @@ def _understand(given: argparse.Namespace, environ: Mapping[str, str]) -> LazyPa
         reconnect=given.reconnect,
         extended=given.extended,
         lanes=2 if given.lanes == "2" else 1,
+        busy_poll=given.busy_poll,
         frame_size={"auto": None, "24": 24, "32": 32}[given.frame],
         on_failure=given.on_failure,
         tls=tls,

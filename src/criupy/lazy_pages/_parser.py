@@ -33,6 +33,7 @@ OWN_OPTIONS = (
             "stop-timeout",
             "reconnect",
             "lanes",
+            "busy-poll",
             "frame",
             "on-failure",
         )
@@ -112,6 +113,13 @@ def _add_source(group: Group) -> None:
         "2,1",
         "connections to a criupy-page-server; on the second go the pages that a thread waits for, past all "
         "others",
+    )
+    group.value(
+        "--busy-poll",
+        "USEC",
+        "look for more for so many microseconds before sleeping, while a thread waits for a page or has just "
+        "got one; never where a round trip takes longer, 0: do not (default: 100, but 0 on a single core)",
+        type=values.microseconds,
     )
 
 

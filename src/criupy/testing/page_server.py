@@ -51,14 +51,16 @@ class Behaviour:
 
     `delay` seconds pass between a request's arrival and its answer, however many are in flight.
     Answers have at most `max_pages`; with `short` a random number of them, from that seed. After
-    `silent_after` bytes nothing more is sent; after `cut_after` bytes the connection is `cut_with` a FIN or a
-    reset. The answer with number `wrong_at` has a `wrong` header field.
+    `silent_after` bytes nothing more is sent, with `silent_at_close` nothing to CLOSE; after `cut_after`
+    bytes the connection is `cut_with` a FIN or a reset. The answer with number `wrong_at` has a `wrong`
+    header field.
     """
 
     delay: float = 0.0
     max_pages: int = 1024
     short: int | None = None
     silent_after: int | None = None
+    silent_at_close: bool = False
     cut_after: int | None = None
     cut_with: Literal["fin", "reset"] = "fin"
     wrong: Wrong | None = None
@@ -202,6 +204,9 @@ class PageServer:
             await self._answer(connection, frame.dst_id, frame.address, frame.nr_pages)
         elif frame.command in {Command.CLOSE, Command.FORCE_CLOSE}:
             self.closed_by = "CLOSE" if frame.command is Command.CLOSE else "FORCE_CLOSE"
+            if self.behaviour.silent_at_close:
+                await self._peer_gone.wait()
+                raise _Ended(self._peer_end or End.FIN)
             await self._send(connection, STATUS.pack(0))
             self._closed = True
         else:
