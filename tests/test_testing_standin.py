@@ -14,7 +14,7 @@ from typing import Literal
 import pytest
 import trio
 
-from criupy.testing.control_linux import STALL_NS, Order, RestorerState, Touch, WorkloadError
+from criupy.testing.control_linux import Order, RestorerState, WorkloadError
 from criupy.testing.criu_linux import (
     Criu,
     CriuJob,
@@ -276,23 +276,6 @@ async def test_nobody_listens(room: Path) -> None:
     with pytest.raises(WorkloadError, match=r"socket: No such file"):
         async with start_standin(WorkloadSpec(), room / "socket", room) as standin:
             await standin.finish()
-
-
-@pytest.mark.criu
-async def test_faults_are_told_from_other_touches(criu: Criu, room: Path) -> None:
-    spec = WorkloadSpec(size=2 * MIB, samples=1 << 12)
-    images = write_images(room / "images", spec, count=count_style(criu))
-    server = PageServer(images)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(server.run)
-        async with migration(criu, images, room, server) as (daemon, standin):
-            worker = standin.worker()
-            worker.start_touching(Order.RANDOM, count=3 * spec.main_pages, flags=Touch.SAMPLE_FAULTS)
-            await standin.finish()
-            assert (await worker.wait()).touches == 3 * spec.main_pages
-            assert 0 < len(worker.samples) <= spec.main_pages
-            assert min(worker.samples) > STALL_NS
-            await daemon.succeed()
 
 
 @pytest.mark.criu

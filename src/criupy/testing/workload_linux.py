@@ -213,9 +213,9 @@ async def start_standin(
     first `announce` tasks do. Memory is registered `register_delay_us` after the descriptor was sent; then
     `early` pages of each task are touched. Nothing runs before `finish`.
 
-    With `withheld` each thread of the first task touches so many pages once all memory is registered and before
-    `finish`, at random and with pauses of `withheld_pause_us`; what that took is in the samples of its workers
-    (`wait_registered` waits for the last one).
+    With `withheld` each thread of the first task touches so many pages once all memory is registered and
+    before `finish`, at random and with pauses of `withheld_pause_us`; what that took is in the samples of its
+    workers (`wait_registered` waits for the last one).
     """
     program = program or find_workload()
     path = directory / "standin.control"

@@ -214,8 +214,10 @@ static int touch_withheld(struct control *control, struct model *model, const st
 			.arg = { ORDER_RANDOM, 0, 0, options->withheld, started + 1,
 				 options->withheld_pause_us * 1000ull },
 		};
-		if (started)
+		if (started) {
 			w->worker.slot->result = (struct result){ .first_bad = UINT64_MAX };
+			pause_us(options->withheld_pause_us / options->threads); /* not all at once, each time */
+		}
 		ret = -pthread_create(&w->thread, NULL, withheld_run, w);
 		if (ret)
 			break;
