@@ -1,5 +1,5 @@
 # Every target does its own set-up first: tools/setup finds out what is missing, quickly when nothing is.
-# ARGS is handed to pytest or the demo: make unit ARGS="-k codec"
+# ARGS is handed to pytest, the demo or one benchmark: make unit ARGS="-k codec"
 
 PATH := $(PATH):/usr/sbin:/sbin
 export PATH
@@ -7,12 +7,19 @@ export PATH
 PYTHON3 := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint format build docs clean
+.PHONY: help demo test unit bench lint format build docs clean
+
+# Each with the document that it refreshes.
+BENCHMARKS := "limits --readme docs/benchmarks.md" "lazy_pages --readme README.md" \
+	"scale --readme docs/scale.md --picture benchmarks/pictures/scale.svg" \
+	"links --readme README.md" "page_server --readme README.md" rpc
 
 help:
 	@echo "make demo    migrate a process and watch it happen"
 	@echo "make test    run every test"
 	@echo "make unit    run the quick tests, which need neither CRIU nor root"
+	@echo "make bench   measure everything and refresh the README's numbers, in half an hour"
+	@echo "             (ARGS=\"--case random --rounds 3\": some cases of lazy_pages only, and change no file)"
 	@echo "make lint    check style and types"
 	@echo "make format  let ruff format the sources"
 	@echo "make build   only set up .venv and build"
@@ -29,6 +36,17 @@ test:
 
 unit: build
 	@$(PYTHON3) -m pytest -m "not criu and not slow" $(ARGS)
+
+bench:
+	@tools/setup
+ifdef ARGS
+	@$(PYTHON3) benchmarks/lazy_pages.py $(ARGS)
+else
+	@for each in $(BENCHMARKS); do \
+		set -- $$each; name=$$1; shift; echo "bench: $$name"; \
+		$(PYTHON3) benchmarks/$$name.py --json benchmarks/$$name.json "$$@" || exit 1; \
+	done
+endif
 
 lint: build
 	@failed=; \

@@ -24,19 +24,31 @@ def publish(
     measure: Callable[[], Report],
     table: Callable[[Report], str],
     marks: tuple[str, str],
-) -> None:
-    """Measure, or take an earlier report, and do with it what the options say."""
-    report = json.loads(options.from_json.read_text()) if options.from_json else measure()
+) -> Report:
+    """Measure, or take an earlier report, do with it what the options say, and return it."""
+    report: Report = json.loads(options.from_json.read_text()) if options.from_json else measure()
     text = table(report)
     print(text)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        options.json.write_text(encode(report))
     if options.readme:
-        begin, end = map(re.escape, marks)
-        old = options.readme.read_text()
-        new, times = re.subn(
-            f"{begin}.*?{end}", lambda _: f"{marks[0]}\n{text}\n{marks[1]}", old, flags=re.DOTALL
-        )
-        if times != 1:
-            raise SystemExit(f"{options.readme}: the marks {marks[0]} and {marks[1]} are not there once")
-        options.readme.write_text(new)
+        put(options.readme, marks, text)
+    return report
+
+
+def encode(report: Report) -> str:
+    """Write a report as JSON, with each list of plain numbers on one line."""
+    text = json.dumps(report, indent=1) + "\n"
+    return re.sub(r"\[[^][{}\"]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
+
+
+def put(document: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace what is between two marks of a document."""
+    begin, end = map(re.escape, marks)
+    old = document.read_text()
+    new, times = re.subn(
+        f"{begin}.*?{end}", lambda _: f"{marks[0]}\n{text}\n{marks[1]}", old, flags=re.DOTALL
+    )
+    if times != 1:
+        raise SystemExit(f"{document}: the marks {marks[0]} and {marks[1]} are not there once")
+    document.write_text(new)

@@ -1,203 +1,171 @@
 """Compare criupy-lazy-pages with criu lazy-pages: same source, same process, in turn, in one run.
 
-    python benchmarks/lazy_pages.py [--rounds N] [--json FILE] [--readme README.md]
+    python benchmarks/lazy_pages.py [--case NAME ...] [--rounds N] [--json FILE] [--readme README.md]
 
-For each workload and round a real process is dumped with `criu dump --lazy-pages`,
-restored in a pid namespace of this machine, and served by one daemon, then by the
-other. What is measured does not ask either daemon for its own opinion:
-
-drain      from the first instruction of the restored process to its memory being
-           resident, all but the last 256 pages, by its RSS read every 2 ms
-faults     touches of the process that took longer than 5 us; latency and summed
-           stall are those, measured in the process around each touch
-CPU, peak  of the daemon, from its rusage when it ends
-
-Medians over the rounds are printed and written; the ratio is stock over ours.
+Each case of ``_cases.py`` is a real process that is dumped and restored in a pid namespace of this
+machine, and served by one daemon, then by the other, as often as the table says: fewer times where a
+case says so, or has taken long. ``_migrate.py`` says what is measured. Every byte is looked at in the
+end. Medians over the rounds are printed; with --readme its table, ``docs/comparison.md`` and
+``benchmarks/pictures`` beside it are refreshed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import os
 import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import trio
-from _report import add_report_options, publish
+from _cases import CASES, Case, Source, Way, link_name
+from _link import measure_link
+from _migrate import Origin, Taken, full_images, quantile, run
+from _plots import draw
+from _report import Report, add_report_options, publish, put
+from _tables import aims, full_table, readme_table
 
-from criupy.testing.control_linux import Control, Order, Touch
-from criupy.testing.criu_linux import (
-    Criu,
-    Restored,
-    find_criu,
-    lazy_dump,
-    lazy_pages_daemon,
-    our_command,
-    restore,
-    stock_command,
-)
-from criupy.testing.spec import WorkloadSpec
-from criupy.testing.workload_linux import start_workload
-
-MIB = 1 << 20
-PAGE = 4096
-SLACK_PAGES = 256
-FAULT_NS = 5000
-POLL = 0.002
-UNLIMITED = 1 << 40
+from criupy.testing.criu_linux import Criu, find_criu
+from criupy.testing.link_linux import Conditions
 
 MARK = ("<!-- benchmark: begin -->", "<!-- benchmark: end -->")
-COLUMNS = {
-    "drain_s": ("drain", "s", 3),
-    "faults": ("demand faults", "", 0),
-    "p50_us": ("fault p50", "us", 0),
-    "p99_us": ("fault p99", "us", 0),
-    "stall_s": ("summed stall", "s", 3),
-    "cpu_s": ("daemon CPU", "s", 2),
-    "peak_mb": ("daemon peak memory", "MB", 0),
-}
+FULL_MARK = ("<!-- every case: begin -->", "<!-- every case: end -->")
+AIMS_MARK = ("<!-- aims: begin -->", "<!-- aims: end -->")
+POINTS = 200
+ENOUGH = 45.0  # seconds: what takes so long is not measured again
+#: Dense where faults are rare.
+QUANTILES = [
+    *(n / 100 for n in range(90)),
+    *(0.9 + n / 1000 for n in range(90)),
+    *(0.99 + n / 10000 for n in range(90)),
+    *(0.999 + n / 10000 for n in range(11)),
+]
 
 
-def random_touches(control: Control) -> None:
-    control.worker().start_touching(Order.RANDOM, count=UNLIMITED, seed=7, flags=Touch.UNTIL_STOPPED)
+def brief(value: float) -> float:
+    """Keep what means something of a number."""
+    return float(f"{value:.6g}")
 
 
-def idle(control: Control) -> None:
-    """Leave the process to itself."""
-
-
-def cases(size: int) -> dict[str, tuple[WorkloadSpec, Callable[[Control], None]]]:
-    busy = WorkloadSpec(size=size, samples=8_000_000)
-    return {"random": (busy, random_touches), "idle": (WorkloadSpec(size=size), idle)}
-
-
-async def host_pid(restored: Restored, pid: int) -> int:
-    """Return the pid of a restored process as this script sees it."""
-    while True:
-        try:
-            return restored.job.kept.host_pid(pid)
-        except ProcessLookupError:  # missed while it gets another parent, as criu ends
-            await trio.sleep(POLL)
-
-
-async def resident(host_pid: int, pages: int) -> None:
-    """Wait until a process has this many pages."""
-    statm = Path(f"/proc/{host_pid}/statm")
-    while int(statm.read_text().split()[1]) < pages:
-        await trio.sleep(POLL)
-
-
-async def run(
-    criu: Criu, command: tuple[str, ...], spec: WorkloadSpec, orders: Callable[[Control], None], room: Path
-) -> dict[str, float]:
-    images, work = room / "images", room / "work"
-    work.mkdir()
-    async with start_workload(spec, room) as source, lazy_dump(criu, source.pid, images) as pages:
-        control = source.control.copy(room / "restored.control")
-        orders(control)
-        worker = control.worker()
-        async with (
-            lazy_pages_daemon(
-                command, images, work, source=(pages.address, pages.port), extra=["-v2"]
-            ) as daemon,
-            restore(
-                criu, images, work, source.pid, binds={source.control.path: control.path}, extra=["-v2"]
-            ) as restored,
-        ):
-            beat = worker.heartbeat
-            while worker.heartbeat == beat:
-                await trio.sleep(POLL / 4)
-            begin = trio.current_time()
-            await resident(await host_pid(restored, source.pid), spec.main_pages - SLACK_PAGES)
-            drain = trio.current_time() - begin
-            await restored.finished()
-            ended = await daemon.succeed()
-            if not worker.is_idle:
-                worker.stop()
-                await worker.wait()
-            faults = sorted(ns for ns in worker.samples if ns > FAULT_NS)
-            result = await worker.verify()
-            if not result.is_good:
-                raise SystemExit(f"{command[0]} delivered wrong pages: {result}")
-            await pages.job.succeed()
-        control.close()
+def summary(taken: Sequence[Taken]) -> dict[str, Any]:
+    """Return of the runs of a way: medians, every run, latencies of all together, the median run's growth."""
+    names = taken[0].metrics
+    waits = sorted(ns for one in taken for ns in one.waits)
+    middle = sorted(taken, key=lambda one: one.metrics.get("drain_s", 0))[len(taken) // 2].resident
+    step = max(1, -(-len(middle) // POINTS))
+    shown = middle[::step] + ([middle[-1]] if (len(middle) - 1) % step else [])
     return {
-        "drain_s": drain,
-        "faults": len(faults),
-        "p50_us": faults[len(faults) // 2] / 1e3 if faults else 0.0,
-        "p99_us": faults[len(faults) * 99 // 100] / 1e3 if faults else 0.0,
-        "stall_s": sum(faults) / 1e9,
-        "cpu_s": ended.user_seconds + ended.system_seconds,
-        "peak_mb": ended.max_rss / 1e6,
+        "rounds": len(taken),
+        "median": {name: brief(statistics.median(one.metrics[name] for one in taken)) for name in names},
+        "runs": [{name: brief(value) for name, value in one.metrics.items()} for one in taken],
+        "latency_us": [brief(quantile(waits, part) / 1e3) for part in QUANTILES] if waits else [],
+        "resident_s": [brief(seconds) for seconds, _ in shown],
+        "resident_mib": [brief(pages / 256) for _, pages in shown],
     }
 
 
-async def compare(rounds: int, size: int) -> dict[str, Any]:
+async def measured(criu: Criu, case: Case, way: Way, full: Origin | None) -> Taken:
+    """Run once, in a room of its own."""
+    with tempfile.TemporaryDirectory(prefix="criupy-bench-") as room:
+        return await run(criu, case, way, full, Path(room))
+
+
+async def compare_case(criu: Criu, case: Case, most: int) -> dict[str, Any]:
+    """Measure every way of a case, in turn; exit with what failed, and where."""
+    runs: dict[str, list[Taken]] = {way.name: [] for way in case.ways}
+    took = dict.fromkeys(runs, 0.0)
+    where = "its images"
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            full = None
+            if any(way.source is not Source.DUMP for way in case.ways):
+                room = stack.enter_context(tempfile.TemporaryDirectory(prefix="criupy-bench-"))
+                full = await stack.enter_async_context(full_images(criu, case, Path(room)))
+            for number, way in itertools.product(range(most), case.ways):
+                if number >= case.rounds_of(way, most) or took[way.name] >= ENOUGH:
+                    continue
+                where = f"{way.name}, round {number + 1}"
+                begin = time.monotonic()
+                taken = await measured(criu, case, way, full)
+                took[way.name] += time.monotonic() - begin
+                runs[way.name].append(taken)
+                shown = " ".join(f"{name}={value:.4g}" for name, value in taken.metrics.items())
+                print(f"{case.name}, {where}: {shown}", file=sys.stderr)
+    except Exception as error:
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        raise SystemExit(f"case {case.name}, {where}: {type(error).__name__}: {error}") from error
+    ways = {name: summary(taken) for name, taken in runs.items()}
+    return {"size_mib": case.spec.populated_pages * case.spec.tree / 256, "ways": ways}
+
+
+async def measure_links(cases: Iterable[Case]) -> dict[str, dict[str, float]]:
+    """Measure each link that a case is run over, and loopback."""
+    links: dict[str, dict[str, float]] = {}
+    wanted: dict[str, Conditions | None] = {"loopback": None}
+    wanted |= {link_name(case.link): case.link for case in cases if case.link is not None}
+    for name, conditions in wanted.items():
+        links[name] = {key: brief(value) for key, value in (await measure_link(conditions)).items()}
+        print(f"link {name}: {links[name]}", file=sys.stderr)
+    return links
+
+
+async def compare(cases: Sequence[Case], rounds: int) -> Report:
+    """Measure the cases."""
     found, reasons = find_criu()
     if not found:
         raise SystemExit(f"no CRIU to compare with: {'; '.join(reasons)}")
     criu = found[0]
-    daemons = {"stock": stock_command(criu), "ours": our_command()}
-    report: dict[str, Any] = {
+    begin = time.monotonic()
+    report: Report = {
         "criu": ".".join(map(str, criu.version)),
         "kernel": platform.release().split("-")[0],
         "cores": os.cpu_count(),
         "rounds": rounds,
-        "size_mib": size // MIB,
-        "cases": {},
+        "quantiles": [brief(part) for part in QUANTILES],
+        "links": await measure_links(cases),
+        "cases": {case.name: await compare_case(criu, case, rounds) for case in cases},
     }
-    for name, (spec, orders) in cases(size).items():
-        runs: dict[str, list[dict[str, float]]] = {who: [] for who in daemons}
-        for number in range(rounds):
-            for who, command in daemons.items():
-                with tempfile.TemporaryDirectory(prefix="criupy-bench-") as room:
-                    measured = await run(criu, command, spec, orders, Path(room))
-                runs[who].append(measured)
-                print(f"{name} {number + 1}/{rounds} {who}: {measured['drain_s']:.3f} s", file=sys.stderr)
-        medians = {
-            who: {key: statistics.median(run[key] for run in taken) for key in COLUMNS}
-            for who, taken in runs.items()
-        }
-        report["cases"][name] = {"median": medians, "runs": runs}
+    report["minutes"] = round((time.monotonic() - begin) / 60, 1)
     return report
 
 
-def table(report: dict[str, Any]) -> str:
-    """Make a Markdown table of medians and ratios."""
-    lines = [
-        (
-            f"{report['size_mib']} MiB process, criu {report['criu']} at the source, "
-            f"Linux {report['kernel']}, {report['cores']} cores, loopback; "
-            f"medians of {report['rounds']} rounds, in turn, in one run."
-        ),
-        "",
-        "| process | | `criu lazy-pages` | `criupy-lazy-pages` | stock / ours |",
-        "|---|---|---|---|---|",
-    ]
-    titles = {"random": "touches random pages without pause", "idle": "idle"}
-    for name, case in report["cases"].items():
-        stock, ours = case["median"]["stock"], case["median"]["ours"]
-        for key, (title, unit, digits) in COLUMNS.items():
-            if not stock[key] and not ours[key]:
-                continue
-            ratio = f"{stock[key] / ours[key]:.1f}" if ours[key] else ""
-            cells = [f"{side[key]:,.{digits}f} {unit}".strip() for side in (stock, ours)]
-            lines.append(f"| {titles[name]} | {title} | {cells[0]} | {cells[1]} | {ratio} |")
-    return "\n".join(lines)
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; ``cases`` are those that were picked."""
+    parser = argparse.ArgumentParser(description="Compare criupy-lazy-pages with criu lazy-pages.")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="at most so many of each (5)")
+    parser.add_argument(
+        "--case", action="append", choices=CASES, metavar="NAME", help="only this; repeatable"
+    )
+    parser.add_argument("--list", action="store_true", help="name the cases")
+    add_report_options(parser)
+    options = parser.parse_args(words)
+    if options.case and options.readme:
+        parser.error("--readme wants every case, of one run")
+    options.cases = [case for name, case in CASES.items() if not options.case or name in options.case]
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare criupy-lazy-pages with criu lazy-pages.")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--size", type=int, default=512, metavar="MIB")
-    add_report_options(parser)
-    options = parser.parse_args()
-    publish(options, lambda: trio.run(compare, options.rounds, options.size * MIB), table, MARK)
+    options = parse()
+    if options.list:
+        print("\n".join(f"{name:20} {case.title}" for name, case in CASES.items()))
+        return
+    report = publish(options, lambda: trio.run(compare, options.cases, options.rounds), readme_table, MARK)
+    for text in (full_table(report), aims(report)):
+        print(f"\n{text}")
+    if options.readme:
+        root = options.readme.parent
+        put(root / "docs" / "comparison.md", FULL_MARK, full_table(report))
+        put(root / "docs" / "comparison.md", AIMS_MARK, aims(report))
+        draw(report, root / "benchmarks" / "pictures")
 
 
 if __name__ == "__main__":

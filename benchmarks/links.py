@@ -26,14 +26,14 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import trio
+from _page_server import page_server
 from _report import add_report_options, publish
 
 from criupy.testing.control_linux import Control, Order, Touch
@@ -61,23 +61,6 @@ STOCK_SIZE = 32 * MIB
 LINKS = {"125 MB/s": 125e6, "1.25 GB/s": 1.25e9}
 MARK = ("<!-- links: begin -->", "<!-- links: end -->")
 WAYS = ("alone", "stock", "one lane", "two lanes")
-
-
-@contextlib.contextmanager
-def page_server(work: Path, *words: str) -> Iterator[tuple[str, int]]:
-    """Run criupy-page-server; yield where it listens."""
-    work.mkdir()
-    reader, writer = os.pipe()
-    full = [sys.executable, "-m", "criupy.page_server", "--address", "127.0.0.1", "-W", str(work)]
-    full += ["-o", "log", "--port-file", "port", "--status-fd", str(writer), *words]
-    with open(reader, "rb") as status, subprocess.Popen(full, pass_fds=[writer]) as process:  # noqa: PTH123
-        os.close(writer)
-        try:
-            if status.read() != b"\0":
-                raise SystemExit(f"criupy-page-server did not start, see {work / 'log'}")
-            yield "127.0.0.1", int((work / "port").read_text())
-        finally:
-            process.kill()
 
 
 def start_touching(control: Control) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import trio
 
+from criupy.testing._timer_linux import Timer
 from criupy.testing.link_linux import Conditions, Cut, Event, Link, Loss, Stall, open_link, random_cuts
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -91,6 +92,24 @@ async def test_many_connections_at_once() -> None:
                 nursery.start_soon(one, link)
         assert results == [(DATA, "FIN")] * 20
         assert link.down == 20 * len(DATA)
+
+
+async def test_a_short_delay_is_exact() -> None:
+    timer = Timer()
+    with contextlib.closing(timer):
+        late = []
+        for _ in range(50):
+            due = trio.current_time() + 0.0003
+            await timer.sleep_until(due)
+            late.append(trio.current_time() - due)
+        assert min(late) > -1e-6
+        assert sorted(late)[5] < 0.0005  # trio's own clock would be late by that at least
+        await timer.sleep_until(0)  # long past
+        with trio.move_on_after(0.01):
+            await timer.sleep_until(trio.current_time() + 60)
+        due = trio.current_time() + 0.02
+        await timer.sleep_until(due)  # what was cancelled rings no more
+        assert trio.current_time() >= due
 
 
 async def test_a_delay_is_there_each_way() -> None:

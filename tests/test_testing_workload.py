@@ -163,6 +163,25 @@ async def test_histogram_buckets_are_where_the_docstring_says(tmp_path: Path) ->
         assert counted == list(worker.histogram)
 
 
+async def test_nine_of_ten_hot_touches_are_in_a_tenth(tmp_path: Path) -> None:
+    async with start_workload(WorkloadSpec(size=1000 * PAGE), tmp_path) as workload:
+        worker = workload.worker()
+        await worker.discard(0, 1000)
+        worker.start_touching(Order.HOT, count=400, flags=Touch.EVERY_PAGE)
+        await worker.wait()
+        hot = await worker.resident(500, 100)
+        assert 85 <= hot <= 100  # of 360 touches
+        assert 15 <= await worker.resident() - hot <= 40
+
+
+async def test_touches_without_a_fault_are_no_samples_of_faults(tmp_path: Path) -> None:
+    async with start_workload(WorkloadSpec(size=64 * PAGE, samples=1 << 16), tmp_path) as workload:
+        worker = workload.worker()
+        worker.start_touching(count=1 << 15, flags=Touch.SAMPLE_FAULTS)
+        assert (await worker.wait()).touches == 1 << 15
+        assert len(worker.samples) == 0
+
+
 async def test_touching_stops_when_told(tmp_path: Path) -> None:
     async with start_workload(WorkloadSpec(), tmp_path) as workload:
         worker = workload.worker()

@@ -105,7 +105,10 @@ class Command(enum.IntEnum):
 
 
 class Order(enum.IntEnum):
-    """The order in which pages are touched; HOT repeats random pages of the range."""
+    """The order in which pages are touched.
+
+    HOT repeats random pages: nine of ten touches are in the tenth that begins in the middle of the range.
+    """
 
     SEQUENTIAL = 0
     RANDOM = 1
@@ -113,11 +116,15 @@ class Order(enum.IntEnum):
 
 
 class Touch(enum.IntFlag):
-    """How pages are touched."""
+    """How pages are touched.
+
+    SAMPLE_FAULTS keeps samples only of touches that lasted longer than STALL_NS and met a page fault.
+    """
 
     WHOLE_PAGE = 1
     EVERY_PAGE = 2
     UNTIL_STOPPED = 4
+    SAMPLE_FAULTS = 8
 
 
 class Gate(enum.IntEnum):

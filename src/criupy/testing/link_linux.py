@@ -30,6 +30,8 @@ from typing import Final
 
 import trio
 
+from criupy.testing._timer_linux import Timer
+
 __all__ = ["Conditions", "Cut", "Event", "Link", "Loss", "Stall", "open_link", "random_cuts"]
 
 _CHUNK: Final = 1 << 20
@@ -175,6 +177,7 @@ class _Way:
     near: trio.socket.SocketType
     far: trio.socket.SocketType
     is_down: bool
+    timer: Timer
     queue: deque[_Parcel] = field(default_factory=deque)
     queued: int = 0
     changed: trio.Event = field(default_factory=trio.Event)
@@ -231,7 +234,7 @@ class _Way:
             while not self.queue:
                 await self.changed.wait()
             parcel = self.queue[0]
-            await trio.sleep_until(parcel.due)
+            await self.timer.sleep_until(parcel.due)
             await self.link.flowing()
             if isinstance(parcel.data, _End):
                 return parcel.data
@@ -400,14 +403,20 @@ class Link:
     async def _pass(self, near: trio.socket.SocketType, far: trio.socket.SocketType) -> None:
         for sock in (near, far):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        ways = _Way(self, far, near, is_down=True), _Way(self, near, far, is_down=False)
+        with contextlib.closing(Timer()) as down, contextlib.closing(Timer()) as up:
+            await self._pass_both(
+                _Way(self, far, near, is_down=True, timer=down),
+                _Way(self, near, far, is_down=False, timer=up),
+            )
+
+    async def _pass_both(self, *ways: _Way) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 for way in ways:
                     nursery.start_soon(way.take)
                     nursery.start_soon(self._pass_one_way, way, nursery)
-            near.close()
-            far.close()
+            for way in ways:
+                way.near.close()
         finally:
             for way in ways:
                 for parcel in way.queue:

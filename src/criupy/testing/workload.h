@@ -68,6 +68,7 @@ enum order { ORDER_SEQUENTIAL, ORDER_RANDOM, ORDER_HOT };
 #define TOUCH_WHOLE_PAGE 1u /* check every byte, not the first word only */
 #define TOUCH_EVERY_PAGE 2u /* also pages that were never populated */
 #define TOUCH_UNTIL_STOPPED 4u
+#define TOUCH_SAMPLE_FAULTS 8u /* keep samples of stalls with a page fault only, not of those by the scheduler */
 
 /* What a command found; written by the worker, read by Python. */
 struct result {

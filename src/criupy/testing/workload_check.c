@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/resource.h>
 
 /* Where the current thread goes on after a fault; a signal handler has no other way to know. */
 static _Thread_local sigjmp_buf *guard;
@@ -156,6 +157,14 @@ static uint64_t scatter(uint64_t x)
 	return x ^ x >> 32;
 }
 
+/* Nine of ten in the tenth of the range that begins in its middle, the others anywhere. */
+static uint64_t hot_place(uint64_t chance, uint64_t nr)
+{
+	uint64_t tenth = nr / 10 ? nr / 10 : 1;
+
+	return chance % 10 ? nr / 2 + chance / 10 % tenth : chance / 10 % nr;
+}
+
 static uint32_t bucket(uint64_t ns)
 {
 	uint32_t log2 = 63 - (uint32_t)__builtin_clzll(ns | 1);
@@ -164,7 +173,17 @@ static uint32_t bucket(uint64_t ns)
 	return log2 < 2 ? (uint32_t)ns : log2 * 4 + (ns >> (log2 - 2) & 3);
 }
 
-static void record(struct worker *worker, uint64_t ns)
+/* Page faults of this thread so far. One that waits for a userfaultfd counts as major or minor, as the kernel goes. */
+static uint64_t count_faults(void)
+{
+	struct rusage usage;
+
+	getrusage(RUSAGE_THREAD, &usage);
+	return (uint64_t)usage.ru_minflt + (uint64_t)usage.ru_majflt;
+}
+
+/* `faults`, where given, has the faults before this touch: its time is a sample only if there are more now. */
+static void record(struct worker *worker, uint64_t ns, uint64_t *faults)
 {
 	struct result *result = &worker->slot->result;
 
@@ -177,6 +196,15 @@ static void record(struct worker *worker, uint64_t ns)
 	if (ns > result->max_ns)
 		result->max_ns = ns;
 	worker->slot->histogram[bucket(ns)]++;
+	if (faults) {
+		uint64_t before = *faults;
+
+		if (ns <= STALL_NS)
+			return;
+		*faults = count_faults();
+		if (*faults == before)
+			return;
+	}
 	if (worker->slot->nr_samples < worker->control->nr_samples)
 		worker->samples[worker->slot->nr_samples++] = ns > UINT32_MAX ? UINT32_MAX : (uint32_t)ns;
 }
@@ -191,6 +219,7 @@ int touch_range(struct worker *worker, const uint64_t arg[8])
 	uint64_t first = arg[1], nr = arg[2] ? arg[2] : worker->model->nr_pages - arg[1];
 	uint64_t flags = arg[6], start = now_ns();
 	uint64_t touches = arg[3] ? arg[3] : nr;
+	uint64_t faults = count_faults();
 	uint32_t bits = 0;
 
 	if (arg[0] > ORDER_HOT || first > worker->model->nr_pages || !nr)
@@ -212,14 +241,14 @@ int touch_range(struct worker *worker, const uint64_t arg[8])
 			if (place >= nr)
 				continue;
 		} else if (arg[0] == ORDER_HOT) {
-			place = scatter(arg[4] + turn) % nr;
+			place = hot_place(scatter(arg[4] + turn), nr);
 		} else {
 			place = turn % nr;
 		}
 		made++;
 		if (!look(worker->model, first + place, (uint32_t)flags, &slot->result, &ns))
 			continue;
-		record(worker, ns);
+		record(worker, ns, flags & TOUCH_SAMPLE_FAULTS ? &faults : NULL);
 		atomic_fetch_add_explicit(&slot->heartbeat, 1, memory_order_relaxed);
 		if (arg[5])
 			pause_us((uint32_t)(arg[5] / 1000));
