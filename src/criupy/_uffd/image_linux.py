@@ -78,8 +78,9 @@ class Image:
     def close(self) -> None:
         """Release it and its pages file, unless it was handed over."""
         if self._image != ffi.NULL:
-            ffi.release(self._image)
-            self._image = ffi.NULL
+            image = self._image
+            self._given()
+            lib.criupy_image_destroy(image)
 
     def attach(self, path: Path) -> None:
         """Serve from this pages file, which stays open."""
