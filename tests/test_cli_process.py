@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from criupy._command.process_linux import (
 )
 from criupy.errors import CommandError, LazyPagesError
 from criupy.lazy_pages._options import LazyPagesOptions, parse
-from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_socket
+from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_socket, let_in
 from criupy.lazy_pages._sock_diag_linux import find_listener
 
 NOBODY = 65534
@@ -89,6 +90,20 @@ def test_a_restore_can_connect_and_its_messages_name_their_sender(tmp_path: Path
         for _, kind, value in ancillary:
             if kind == 4:
                 os.close(struct.unpack("=i", value)[0])
+
+
+def test_a_restore_that_connects_to_a_held_socket_waits_to_be_let_in(tmp_path: Path) -> None:
+    with bind_restore_socket(tmp_path, held=True) as listener:
+        with socket.socket(socket.AF_UNIX) as hasty, there(tmp_path):
+            hasty.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                hasty.connect(SOCKET_NAME)
+        with ThreadPoolExecutor(1) as pool:
+            connecting = pool.submit(connect_as_criu_does, tmp_path)
+            let_in(listener)
+            with connecting.result() as client, listener.accept()[0] as served:
+                client.send(b"here")
+                assert served.recv(4) == b"here"
 
 
 def test_second_bind_in_the_same_dir_waits_for_the_first_to_end(tmp_path: Path) -> None:

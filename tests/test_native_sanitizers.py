@@ -136,6 +136,17 @@ def test_bulk_leaves_the_queue_of_a_link_nearly_empty(
         assert most < {10000: 1.4, 50000: 1.5, 1000: 2}[round_trip] + (0.5 if what == "noisy" else 0), printed
 
 
+@pytest.mark.parametrize("what", ["calm", "longer", "slower"])
+def test_bulk_leaves_little_in_the_queue_of_a_short_link(build: Build, what: str) -> None:
+    """On a fast one the window is fixed, on a slow one measured: a fault waits about half a millisecond."""
+    program = build("window_sim", ["pager_window"], "")
+    for seed in range(1, 6):
+        printed = run(program, "1250", "100", str(seed), what)
+        used, median, *_ = map(float, printed.split())
+        assert used > 0.9, printed
+        assert median < 7, printed
+
+
 @pytest.mark.skipif(bool(usable()), reason=usable())
 @pytest.mark.parametrize(
     "how",

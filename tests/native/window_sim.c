@@ -26,7 +26,6 @@
 
 struct reply {
 	uint64_t sent_ns, header_ns, end_ns, nr_pages;
-	bool alone;
 };
 
 static uint64_t seed, free_ns, round_trip_ns;
@@ -88,9 +87,9 @@ int main(int argc, char **argv)
 			else if (!strcmp(argv[4], "faster"))
 				bytes_per_ns *= 4;
 		}
-		while (nr < MAX_REQUESTS && (room = window_room(&window, outstanding))) {
+		while (nr < MAX_REQUESTS && (room = window_room(&window, CLOCK(now), outstanding))) {
 			r = &replies[(first + nr) % MAX_REQUESTS];
-			*r = (struct reply){ .sent_ns = now, .nr_pages = room, .alone = !nr };
+			*r = (struct reply){ .sent_ns = now, .nr_pages = room };
 			ask(now, room, &r->header_ns, &r->end_ns);
 			outstanding += room;
 			nr++;
@@ -100,6 +99,7 @@ int main(int argc, char **argv)
 		if (next_fault < due) {
 			uint64_t header, end;
 
+			window_demand(&window, CLOCK(now));
 			ask(next_fault, 1, &header, &end);
 			if (next_fault > COUNTED)
 				waits[nr_waits++] = end - next_fault;
@@ -114,7 +114,7 @@ int main(int argc, char **argv)
 					now += (uint64_t)(10000000 * (is_first ? 0.8 : random_unit()));
 				is_first = false;
 			}
-			window_reply_begins(&window, CLOCK(now), CLOCK(r->sent_ns), r->alone, true);
+			window_reply_begins(&window, CLOCK(now), CLOCK(r->sent_ns), true);
 			header_seen = true;
 			continue;
 		}

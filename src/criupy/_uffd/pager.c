@@ -322,6 +322,8 @@ static void turn(struct criupy_pager *p, bool *more)
 	if (restore)
 		restore_read(p);
 	/* What is urgent first. */
+	for (int i = NR_LANES - 1; i >= 0 && p->nr_waits; i--)
+		lane_install(p, &p->lanes[i]);
 	for (int i = NR_LANES - 1; i >= 0; i--)
 		if (heard[i] || lane_pending(&p->lanes[i]))
 			lane_read(p, &p->lanes[i]);

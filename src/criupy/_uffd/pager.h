@@ -54,6 +54,8 @@ struct window {
 	uint64_t request_pages;		/* the longest request */
 	bool is_fixed;
 	uint64_t rtt_ns;		/* the shortest that was seen, 0: none */
+	uint64_t demand_ns;		/* when a fault last asked for a page */
+	bool is_slow;			/* a short link of little bandwidth */
 	uint64_t limit;			/* how much of the window may be outstanding by now */
 	bool starting;			/* no queue was seen yet */
 	bool probing;			/* the queue runs empty */
@@ -73,10 +75,12 @@ struct window {
 void window_init(struct window *w, uint32_t fixed_pages, uint32_t request_pages);
 /* From now on there is another connection. */
 void window_begin(struct window *w, uint64_t now_ns);
+/* A fault asks for a page. */
+void window_demand(struct window *w, uint64_t now_ns);
 /* How many pages the next request may have, 0: none now. */
-uint64_t window_room(struct window *w, uint64_t outstanding);
+uint64_t window_room(struct window *w, uint64_t now_ns, uint64_t outstanding);
 /* A reply to a request begins. */
-void window_reply_begins(struct window *w, uint64_t now_ns, uint64_t sent_ns, bool alone, bool bulk);
+void window_reply_begins(struct window *w, uint64_t now_ns, uint64_t sent_ns, bool bulk);
 /* So many bytes of one in bulk were received. */
 void window_received(struct window *w, uint64_t bytes);
 
@@ -122,7 +126,6 @@ struct request {
 	uint32_t nr_runs;		/* 1: a GET, and the answer may be shorter */
 	uint64_t sent_ns;
 	bool demand;
-	bool alone;			/* nothing was outstanding when it was sent */
 };
 
 /* How much of a reply is installed at once: few enough pages to be in the
@@ -242,6 +245,7 @@ struct criupy_pager {
 	struct task *tasks;
 	/* With many tasks a turn must not look at all of them. */
 	struct task *attended;		/* those to look at again though nothing was heard */
+	size_t nr_waits;		/* of all of them */
 	bool some_may_be_done;		/* some may miss nothing any more */
 	bool some_are_released;
 	struct task *scan;		/* the address space that background requests come from */
@@ -286,6 +290,8 @@ void pager_fail(struct criupy_pager *p, int error);
 /* A thread waits for a page, or has just got it: something comes soon. */
 void busy_poll(struct criupy_pager *p);
 int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space *space, bool forked);
+/* So many of its faults are not answered. */
+void task_set_nr_waits(struct criupy_pager *p, struct task *t, size_t nr);
 /* Look at it again in the next turn. */
 void task_attend(struct criupy_pager *p, struct task *t);
 /* There may be something to ask for. */
@@ -411,6 +417,8 @@ void lane_requests_cancel(struct criupy_pager *p, struct lane *l);
 
 /* Take in what is there, up to about a piece. */
 void lane_read(struct criupy_pager *p, struct lane *l);
+/* Install what has come of a piece that is not full. */
+void lane_install(struct criupy_pager *p, struct lane *l);
 
 /* ---- pager_end.c ----------------------------------------------------------------------- */
 

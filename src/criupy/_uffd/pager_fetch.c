@@ -173,7 +173,7 @@ bool fetch_background(struct criupy_pager *p)
 		} while (!full);
 		return true;
 	}
-	while ((nr = window_room(&p->window, bulk->nr_outstanding))) {
+	while ((nr = window_room(&p->window, p->now_ns, bulk->nr_outstanding))) {
 		nr_runs = next_runs(p, bulk->extended, nr, &image);
 		if (!nr_runs || lane_request(p, bulk, image, p->runs, nr_runs, false))
 			break;

@@ -49,7 +49,7 @@ static void answered(struct criupy_pager *p, struct task *t, uint64_t page, uint
 		p->stats.latency_sum_ns += ns;
 		p->stats.latency_max_ns = max_u64(p->stats.latency_max_ns, ns);
 	}
-	t->nr_waits = kept;
+	task_set_nr_waits(p, t, kept);
 	if (now)
 		busy_poll(p);
 }

@@ -90,6 +90,7 @@ void lane_lost(struct criupy_pager *p, struct lane *l, int error)
 {
 	if (l->state != CRIUPY_LINK_OPEN)
 		return;
+	lane_install(p, l); /* it has come */
 	l->state = CRIUPY_LINK_LOST;
 	l->error = error;
 	if (l->link.transport)

@@ -6,8 +6,8 @@
  * for again like any missing page. A GETV is answered whole.
  *
  * A reply goes from the socket into a staging buffer and from there to every
- * address space that wants it, piece by piece while it arrives: a piece is what
- * the socket had, up to the size of a buffer. The read that takes the reply's last
+ * address space that wants it, piece by piece while it arrives: a piece is a full
+ * buffer, or, while any thread waits, what the socket had. The read that takes the reply's last
  * byte takes the next header along. */
 
 #include "pager.h"
@@ -76,7 +76,7 @@ static void begin_reply(struct criupy_pager *p, struct lane *l)
 		bad_reply(p, l, &reply, fault);
 		return;
 	}
-	window_reply_begins(&p->window, p->now_ns, r->sent_ns, r->alone, l == bulk_lane(p));
+	window_reply_begins(&p->window, p->now_ns, r->sent_ns, l == bulk_lane(p));
 	l->rx.buffer = buffer_take(p);
 	l->rx.buffer_have = 0;
 	l->rx.payload_left = reply.nr_pages << PAGE_SHIFT;
@@ -107,6 +107,12 @@ static void end_piece(struct criupy_pager *p, struct lane *l)
 		return;
 	rx->buffer = buffer_take(p);
 	memcpy(rx->buffer->data, part, rest);
+}
+
+void lane_install(struct criupy_pager *p, struct lane *l)
+{
+	if (l->state == CRIUPY_LINK_OPEN && l->rx.state == RX_PAYLOAD)
+		end_piece(p, l);
 }
 
 static void end_reply(struct criupy_pager *p, struct lane *l)
@@ -165,7 +171,7 @@ static void take_in_payload(struct criupy_pager *p, struct lane *l, uint64_t got
 	rx->buffer_have += length;
 	rx->payload_left -= length;
 	rx->header_have = got - length;
-	if (!rx->payload_left || !more || rx->buffer_have == PIECE_PAGES << PAGE_SHIFT)
+	if (!rx->payload_left || (!more && p->nr_waits) || rx->buffer_have == PIECE_PAGES << PAGE_SHIFT)
 		end_piece(p, l);
 	if (l->state == CRIUPY_LINK_OPEN && !rx->payload_left)
 		end_reply(p, l);

@@ -99,7 +99,6 @@ int lane_request(struct criupy_pager *p, struct lane *l, struct criupy_image *im
 		.nr_runs = nr_runs,
 		.sent_ns = p->now_ns,
 		.demand = demand,
-		.alone = !l->requests.nr,
 	};
 	l->requests.nr++;
 	ours = l->runs.items;
@@ -112,8 +111,10 @@ int lane_request(struct criupy_pager *p, struct lane *l, struct criupy_image *im
 	p->stats.nr_outstanding += nr_pages;
 	p->stats.nr_requests++;
 	p->stats.nr_demand_requests += demand;
-	if (demand)
+	if (demand) {
 		busy_poll(p);
+		window_demand(&p->window, p->now_ns);
+	}
 	return 0;
 }
 

@@ -58,6 +58,12 @@ int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space 
 	return 0;
 }
 
+void task_set_nr_waits(struct criupy_pager *p, struct task *t, size_t nr)
+{
+	p->nr_waits = p->nr_waits - t->nr_waits + nr;
+	t->nr_waits = nr;
+}
+
 void task_attend(struct criupy_pager *p, struct task *t)
 {
 	if (t->attended)
@@ -99,20 +105,21 @@ static void remember_wait(struct criupy_pager *p, struct task *t, uint64_t page)
 		return;
 	}
 	t->waits = waits;
-	waits[t->nr_waits++] = (struct wait){ page, p->now_ns };
+	waits[t->nr_waits] = (struct wait){ page, p->now_ns };
+	task_set_nr_waits(p, t, t->nr_waits + 1);
 	/* Copies that meet EAGAIN read the descriptor, too; nothing will become
 	 * readable for what they found. */
 	task_serve_later(p, t);
 }
 
-static void forget_unwanted_waits(struct task *t)
+static void forget_unwanted_waits(struct criupy_pager *p, struct task *t)
 {
 	size_t kept = 0;
 
 	for (size_t i = 0; i < t->nr_waits; i++)
 		if (t->space->state[t->waits[i].page] == CRIUPY_PAGE_MISSING)
 			t->waits[kept++] = t->waits[i];
-	t->nr_waits = kept;
+	task_set_nr_waits(p, t, kept);
 }
 
 void no_memory(struct criupy_pager *p, const struct task *t, uint64_t addr)
@@ -233,7 +240,7 @@ static bool handle_event(struct criupy_pager *p, struct task *t, const struct uf
 		return false;
 	}
 	p->some_may_be_done = true;
-	forget_unwanted_waits(t);
+	forget_unwanted_waits(p, t);
 	(void)criupy_uffd_wake(t->uffd, start, length);
 	return true;
 }
@@ -395,7 +402,7 @@ void task_release(struct criupy_pager *p, struct task *t)
 	unwatch(p, t->uffd);
 	close(t->uffd);
 	t->uffd = -1;
-	t->nr_waits = 0;
+	task_set_nr_waits(p, t, 0);
 	p->stats.nr_live--;
 	p->some_are_released = true;
 }

@@ -22,13 +22,23 @@
  * round would look as if there were a queue. And it must be found out again,
  * since it may have been measured over a queue, and paths change: now and then half
  * a round trip's worth is outstanding for a round, which lets the queue run empty.
- * And where the window shrinks and replies take no less, the queue is not ours. */
+ * And where the window shrinks and replies take no less, the queue is not ours.
+ *
+ * On one machine or in one rack what a reply takes is mostly who has the processor,
+ * and no queue can be told from that. There the window is what a source delivers
+ * at full speed with, and a multiple of it, in long requests, which cost less, while
+ * nobody waits. */
 
 #include "pager.h"
 
 #define MAX_WINDOW_PAGES (64u << 8)	/* 64 MiB */
 #define SLACK_SHIFT 3			/* an eighth of the round trip, */
-#define LEAST_SLACK_NS 300000		/* but what a thread's turn may take is no queue */
+#define LEAST_SLACK_NS 300000		/* but what a thread's turn may take is no queue, */
+#define SHORT_NS 500000			/* round trips in one rack */
+#define SHORT_PAGES 128
+#define SHORT_CALM_PAGES 256
+#define SHORT_MOST_NS 700000		/* they take less, or the link is a slow one */
+#define CALM_NS 20000000
 #define REQUEST_SHIFT 4			/* a request is a sixteenth of the window, since a fault */
 #define LEAST_REQUEST_PAGES 8		/* may queue behind one, but no less than arrives in a turn */
 #define MOST_SHRINK 0.8		/* by one round: it may have been a hiccup */
@@ -50,6 +60,7 @@ static void begin_round(struct window *w, uint64_t now_ns)
 
 void window_begin(struct window *w, uint64_t now_ns)
 {
+	w->is_slow = false;
 	w->starting = true;
 	w->probing = false;
 	w->probed = false;
@@ -65,7 +76,12 @@ void window_init(struct window *w, uint32_t fixed_pages, uint32_t request_pages)
 {
 	w->is_fixed = fixed_pages;
 	w->request_pages = request_pages;
-	w->pages = fixed_pages ? fixed_pages : 2 * request_pages;
+	w->pages = fixed_pages ? fixed_pages : SHORT_CALM_PAGES;
+}
+
+static bool is_short(const struct window *w)
+{
+	return w->rtt_ns < SHORT_NS && !w->is_slow;
 }
 
 static uint64_t slack(const struct window *w)
@@ -73,19 +89,31 @@ static uint64_t slack(const struct window *w)
 	return max_u64(w->empty_ns >> SLACK_SHIFT, LEAST_SLACK_NS);
 }
 
-uint64_t window_room(struct window *w, uint64_t outstanding)
+void window_demand(struct window *w, uint64_t now_ns)
+{
+	w->demand_ns = now_ns;
+}
+
+static uint64_t short_room(struct window *w, uint64_t now_ns, uint64_t outstanding)
+{
+	w->pages = now_ns - w->demand_ns > CALM_NS ? SHORT_CALM_PAGES : SHORT_PAGES;
+	/* The next one is on its way while one is answered. */
+	return outstanding <= w->pages / 2 ? min_u64(w->pages / 2, w->request_pages) : 0;
+}
+
+uint64_t window_room(struct window *w, uint64_t now_ns, uint64_t outstanding)
 {
 	uint64_t pages;
 
 	if (w->is_fixed)
 		return outstanding < w->pages ? w->request_pages : 0;
+	if (is_short(w))
+		return short_room(w, now_ns, outstanding);
 	if (outstanding >= w->limit) {
 		w->was_full = w->limit == w->pages;
 		return 0;
 	}
 	pages = max_u64(w->pages >> REQUEST_SHIFT, w->pages * LEAST_SLACK_NS / (w->empty_ns + slack(w)));
-	/* The next one is on its way while one is answered. */
-	pages = min_u64(pages, w->pages / 2);
 	return min_u64(max_u64(pages, LEAST_REQUEST_PAGES), w->request_pages);
 }
 
@@ -131,7 +159,11 @@ static void end_round(struct window *w, uint64_t now_ns)
 	bool was_starting = w->starting;
 	uint64_t half;
 
-	if (w->probing) {
+	if (is_short(w)) {
+		w->is_slow = w->quickest_ns > SHORT_MOST_NS;
+		w->starting = false;
+		w->limit = w->pages;
+	} else if (w->probing) {
 		w->starting = w->quickest_ns > w->empty_ns + slack(w);
 		w->empty_ns = w->quickest_ns;
 		w->probing = false;
@@ -155,12 +187,11 @@ static void end_round(struct window *w, uint64_t now_ns)
 	begin_round(w, now_ns);
 }
 
-void window_reply_begins(struct window *w, uint64_t now_ns, uint64_t sent_ns, bool alone, bool bulk)
+void window_reply_begins(struct window *w, uint64_t now_ns, uint64_t sent_ns, bool bulk)
 {
 	uint64_t took = max_u64(now_ns - sent_ns, 1);	/* it is divided by */
 
-	if (alone)
-		w->rtt_ns = w->rtt_ns ? min_u64(w->rtt_ns, took) : took;
+	w->rtt_ns = w->rtt_ns ? min_u64(w->rtt_ns, took) : took;
 	if (!w->empty_ns)
 		w->empty_ns = w->rtt_ns;
 	if (!bulk)

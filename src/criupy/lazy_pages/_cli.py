@@ -83,7 +83,7 @@ def _run(options: LazyPagesOptions) -> int:
         from criupy.lazy_pages._extension import extension_for
 
         extension_for(config, dumped)  # what cannot be done with this page server is told now
-    listener = bind_restore_socket(options.work_dir)
+    listener = bind_restore_socket(options.work_dir, held=True)
     if options.daemon:
         child = daemonize()
         if child:

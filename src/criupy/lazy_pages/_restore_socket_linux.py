@@ -12,7 +12,7 @@ from typing import Final
 from criupy.errors import LazyPagesError
 from criupy.lazy_pages._sock_diag_linux import find_listener
 
-__all__ = ["SOCKET_NAME", "bind_restore_socket"]
+__all__ = ["SOCKET_NAME", "bind_restore_socket", "let_in"]
 
 #: LAZY_PAGES_SOCK_NAME in criu/uffd.c; criu restore looks for it in its work dir.
 SOCKET_NAME: Final = "lazy-pages.socket"
@@ -21,8 +21,11 @@ SOCKET_NAME: Final = "lazy-pages.socket"
 _SO_PASSPIDFD: Final = 76
 
 
-def bind_restore_socket(work_dir: str | os.PathLike[str]) -> socket.socket:
+def bind_restore_socket(work_dir: str | os.PathLike[str], *, held: bool = False) -> socket.socket:
     """Listen on ``lazy-pages.socket`` in a directory, for one criu restore; not blocking.
+
+    With ``held`` its connect waits until let_in is called. criu waits for nothing else:
+    once it is connected the tasks may run, and then nobody would serve them.
 
     A stale socket is replaced, as CRIU does. Raise LazyPagesError, in one
     line, for a directory that cannot be written, for anything there that is no
@@ -48,7 +51,9 @@ def bind_restore_socket(work_dir: str | os.PathLike[str]) -> socket.socket:
             with contextlib.suppress(OSError):  # before Linux 6.5
                 listener.setsockopt(socket.SOL_SOCKET, _SO_PASSPIDFD, 1)
             listener.bind(os.fspath(path))
-            listener.listen(1)
+            listener.listen(0 if held else 1)
+            if held:
+                _fill(path)
         except BaseException:
             listener.close()
             raise
@@ -59,6 +64,18 @@ def bind_restore_socket(work_dir: str | os.PathLike[str]) -> socket.socket:
     finally:
         os.close(directory)
     return listener
+
+
+def _fill(path: Path) -> None:
+    """Take the one place in the queue of a socket; it stays taken when this end is closed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first:
+        first.connect(os.fspath(path))
+
+
+def let_in(listener: socket.socket) -> None:
+    """Let whoever connects to a held socket go on."""
+    first, _ = listener.accept()
+    first.close()
 
 
 def _remove_stale(path: Path, where: Path) -> None:

@@ -19,6 +19,7 @@ from criupy.lazy_pages._daemon_linux import LazyPages, open_lazy_pages
 from criupy.lazy_pages._images_linux import DumpedTask
 from criupy.lazy_pages._options import LazyPagesOptions
 from criupy.lazy_pages._progress import Progress, make_progress, summary
+from criupy.lazy_pages._restore_socket_linux import let_in
 from criupy.lazy_pages._statistics import Statistics
 
 __all__ = ["serve"]
@@ -35,6 +36,7 @@ def serve(
     handler: LogHandler,
 ) -> int:
     """Serve one restore and return the exit status."""
+    let_in(listener)
     progress = make_progress(options.progress, sys.stderr, background=options.daemon)
     if options.log_file is None:
         handler.divert(progress.print_above)
