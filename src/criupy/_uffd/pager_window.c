@@ -34,6 +34,7 @@
 #define MAX_WINDOW_PAGES (64u << 8)	/* 64 MiB */
 #define SLACK_SHIFT 3			/* an eighth of the round trip, */
 #define LEAST_SLACK_NS 300000		/* but what a thread's turn may take is no queue, */
+#define FIRST_PAGES 320			/* until a round trip was seen */
 #define SHORT_NS 500000			/* round trips in one rack */
 #define SHORT_PAGES 128
 #define SHORT_CALM_PAGES 256
@@ -76,7 +77,7 @@ void window_init(struct window *w, uint32_t fixed_pages, uint32_t request_pages)
 {
 	w->is_fixed = fixed_pages;
 	w->request_pages = request_pages;
-	w->pages = fixed_pages ? fixed_pages : SHORT_CALM_PAGES;
+	w->pages = fixed_pages ? fixed_pages : FIRST_PAGES;
 }
 
 static bool is_short(const struct window *w)
@@ -96,7 +97,9 @@ void window_demand(struct window *w, uint64_t now_ns)
 
 static uint64_t short_room(struct window *w, uint64_t now_ns, uint64_t outstanding)
 {
-	w->pages = now_ns - w->demand_ns > CALM_NS ? SHORT_CALM_PAGES : SHORT_PAGES;
+	bool is_calm = now_ns - w->demand_ns > CALM_NS;
+
+	w->pages = w->limit = !w->rtt_ns ? FIRST_PAGES : is_calm ? SHORT_CALM_PAGES : SHORT_PAGES;
 	/* The next one is on its way while one is answered. */
 	return outstanding <= w->pages / 2 ? min_u64(w->pages / 2, w->request_pages) : 0;
 }
@@ -162,7 +165,6 @@ static void end_round(struct window *w, uint64_t now_ns)
 	if (is_short(w)) {
 		w->is_slow = w->quickest_ns > SHORT_MOST_NS;
 		w->starting = false;
-		w->limit = w->pages;
 	} else if (w->probing) {
 		w->starting = w->quickest_ns > w->empty_ns + slack(w);
 		w->empty_ns = w->quickest_ns;
