@@ -181,9 +181,8 @@ class Restore:
     """A pager in a restore, with the test in the place of criu."""
 
     def __init__(self, **config: Any) -> None:
-        self.pager = Pager(
-            **{"link_timeout": 3600.0, "nr_buffers": 4, "request_pages": 16, "nr_copiers": 1, **config}
-        )
+        small = {"nr_buffers": 4, "request_pages": 16, "fault_around_pages": 1, "nr_copiers": 1}
+        self.pager = Pager(**{"link_timeout": 3600.0, **small, **config})
         self.criu, self._theirs = socket.socketpair()
         self.notices: list[Notice] = []
 

@@ -14,7 +14,7 @@ import pytest
 
 from criupy._uffd.image_linux import Image
 from criupy._uffd.pager_linux import Link, NoticeKind, Outcome, Phase, ReplyFault
-from native_peer import FORCE_CLOSE, Restore, Source, content, open_files, remote_image
+from native_peer import ADD_F_PRESENT, FORCE_CLOSE, Restore, Source, content, open_files, remote_image
 from native_target import PAGE, Target
 from test_native_uffd import usable
 
@@ -118,6 +118,63 @@ def test_a_fault_overtakes_the_background(target: Target, source: Source) -> Non
         assert source.close() == "FIN"
         restore.until(lambda stats: stats.phase == Phase.ENDED)
         assert target.call("read", addr, 8 * PAGE) == content(77, addr, 8)
+
+
+def test_a_fault_asks_for_pages_behind_its_own(target: Target, source: Source) -> None:
+    """As many as are missing, were not asked for and lie in the extent; none before the tasks run."""
+    with Restore(window_pages=1, request_pages=8, fault_around_pages=4) as restore:
+        addr, uffd = target.lazy(32)
+        restore.pager.add_task(77, uffd, remote_image(77, [(addr, 8), (addr + 8 * PAGE, 24)]))
+        restore.link(source)
+        early = target.start("read", addr + 20 * PAGE, PAGE)
+        assert source.answer() == (1, addr + 20 * PAGE, 77)
+        early.result()
+        restore.finish()
+        asked = [source.get()]
+        assert asked[0] == (8, addr + 21 * PAGE, 77)
+        orders = []
+        # Up to the end of the extent, a page that is there, as many as there may be, what was asked for.
+        for page, nr in ((6, 2), (18, 2), (10, 4), (8, 2)):
+            orders.append(target.start("read", addr + page * PAGE, PAGE))
+            asked.append(source.get())
+            assert asked[-1] == (nr, addr + page * PAGE, 77)
+        for request in asked:
+            source.reply(request)
+        source.serve()
+        for order in orders:
+            order.result()
+        restore.until(lambda stats: stats.phase == Phase.ENDED)
+        assert target.call("read", addr, 32 * PAGE) == content(77, addr, 32)
+
+
+def test_a_page_is_there_before_the_rest_of_its_reply(target: Target, source: Source) -> None:
+    with Restore(request_pages=64) as restore:
+        addr = one_task(restore, target, source, nr_pages=64)
+        restore.finish()
+        request = source.get()
+        assert request == (64, addr, 77)
+        data = source.header(ADD_F_PRESENT, *request) + content(77, addr, 64)
+        order = target.start("read", addr + 2 * PAGE, PAGE)
+        restore.until(lambda stats: stats.nr_faults == 1)
+        source.sock.sendall(data[: 32 + 3 * PAGE + 100])
+        assert order.result() == content(77, addr + 2 * PAGE)
+        stats = restore.until(lambda stats: stats.pages_received >= 3)
+        assert (stats.pages_received, stats.nr_outstanding) == (3, 61)
+        source.sock.sendall(data[32 + 3 * PAGE + 100 :])
+        assert source.close() == "FIN"
+        restore.until(lambda stats: stats.phase == Phase.ENDED)
+        assert target.call("read", addr, 64 * PAGE) == content(77, addr, 64)
+
+
+@pytest.mark.parametrize("nr_copiers", [0, 1, 3])
+def test_much_in_bulk_with_and_without_copiers(target: Target, source: Source, nr_copiers: int) -> None:
+    with Restore(nr_copiers=nr_copiers, nr_buffers=8, request_pages=300) as restore:
+        addr = one_task(restore, target, source, nr_pages=2000)
+        source.serve()
+        restore.finish()
+        stats = restore.until(lambda stats: stats.phase == Phase.ENDED)
+        assert (stats.outcome, stats.pages_background) == (Outcome.COMPLETE, 2000)
+        assert target.call("read", addr, 2000 * PAGE) == content(77, addr, 2000)
 
 
 def test_neighbouring_extents_and_two_tasks(restore: Restore, source: Source) -> None:

@@ -185,6 +185,7 @@ struct criupy_pager_config {
 	uint64_t link_timeout_ns;	/* silence with something outstanding: lost */
 	uint32_t nr_buffers;		/* staging buffers of 256 KiB each, 2 or more */
 	uint32_t request_pages;		/* the longest request */
+	uint32_t fault_around_pages;	/* what a fault asks for at most once the tasks run, from its page on */
 	uint32_t window_pages;		/* background pages outstanding at most, 0: by measurement */
 	uint32_t nr_copiers;		/* threads that copy beside the pager's */
 	uint64_t busy_poll_ns;		/* so long it looks for more before it sleeps, while a thread waits for

@@ -68,7 +68,8 @@ void installed(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t n
 static int install_into(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr_pages,
 			const uint8_t *data, bool demand)
 {
-	uint64_t end = page + nr_pages, done = page, limit = MAX_COPY_PAGES;
+	/* What is waited for comes first, and wakes who waits. */
+	uint64_t end = page + nr_pages, done = page, limit = demand ? 1 : MAX_COPY_PAGES;
 	int again = 0, drains = 0;
 
 	while (done < end && t->uffd >= 0) {

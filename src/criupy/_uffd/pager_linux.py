@@ -90,12 +90,13 @@ class Notice:
 class Pager:
     """The thread that serves every task of one restore.
 
-    ``link_timeout`` (seconds): how long the source may be silent while a
-    request is outstanding. ``nr_buffers`` staging buffers of 256 KiB each are
-    kept locked in memory. ``request_pages`` is the longest request, ``window_pages``
-    fixes the background window; 0 lets it follow the link. ``nr_copiers`` threads
-    copy beside the pager's. While a thread waits for a page, or has just got one, the pager
-    looks for more for ``busy_poll`` seconds before it sleeps.
+    ``link_timeout`` (seconds): how long the source may be silent while a request is
+    outstanding. ``nr_buffers`` staging buffers of 256 KiB each are kept locked in memory.
+    ``request_pages`` is the longest request, ``fault_around_pages`` what a fault asks for at
+    most once the tasks run, its own page first. ``window_pages`` fixes the background
+    window; 0 lets it follow the link. ``nr_copiers`` threads copy beside the pager's. While
+    a thread waits for a page, or has just got one, the pager looks for more for
+    ``busy_poll`` seconds before it sleeps.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Pager:
         link_timeout: float,
         nr_buffers: int = 16,
         request_pages: int = 128,
+        fault_around_pages: int = 16,
         window_pages: int = 0,
         nr_copiers: int = 0,
         busy_poll: float = 0.0,
@@ -114,6 +116,7 @@ class Pager:
                 "link_timeout_ns": int(link_timeout * 1e9),
                 "nr_buffers": nr_buffers,
                 "request_pages": request_pages,
+                "fault_around_pages": fault_around_pages,
                 "window_pages": window_pages,
                 "nr_copiers": nr_copiers,
                 "busy_poll_ns": int(busy_poll * 1e9),

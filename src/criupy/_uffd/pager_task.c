@@ -321,6 +321,21 @@ bool task_drain(struct criupy_pager *p, struct task *t)
 	return changed;
 }
 
+/* How many pages from one on a fault asks for. All are needed once the tasks run, the
+ * one that is waited for comes first, and to a source a few cost what one does. */
+static uint64_t pages_around(const struct criupy_pager *p, const struct criupy_image *image,
+			     const uint8_t *state, uint64_t page)
+{
+	const struct extent *e = image_extent_of(image, page);
+	uint64_t nr = 1, most = min_u64(p->config.fault_around_pages, e->first + e->nr_pages - page);
+
+	if (p->stats.phase != CRIUPY_PHASE_RUNNING || image->file >= 0)
+		return 1;
+	while (nr < most && state[page + nr] == CRIUPY_PAGE_MISSING && !image->requested[page + nr])
+		nr++;
+	return nr;
+}
+
 void task_serve_waits(struct criupy_pager *p, struct task *t)
 {
 	const struct criupy_image *image = t->space->image;
@@ -352,7 +367,7 @@ void task_serve_waits(struct criupy_pager *p, struct task *t)
 		while (!requested[page] && i + nr < t->nr_waits && t->waits[i + nr].page == page + nr &&
 		       !requested[page + nr])
 			nr++;
-		fetch_demand(p, t, page, nr);
+		fetch_demand(p, t, page, requested[page] ? 1 : max_u64(nr, pages_around(p, image, state, page)));
 		if (t->nr_waits == before)
 			i += nr;
 	}
