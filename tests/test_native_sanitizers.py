@@ -166,6 +166,12 @@ def test_pager_under_load(build: Build, sanitizer: str, lanes: str, how: str) ->
         run(program, target, str(seed), "1000", lanes, how)
 
 
+@pytest.mark.skipif(bool(usable()), reason=usable())
+@pytest.mark.parametrize("sanitizer", ["", *RUNTIMES])
+def test_every_restore_ends(build: Build, sanitizer: str) -> None:
+    run(build("pager_ends", CORE, sanitizer), "50" if sanitizer else "300")
+
+
 @pytest.mark.parametrize("sanitizer", ["", *RUNTIMES])
 def test_page_server_under_load(build: Build, sanitizer: str) -> None:
     program = build("server_stress", SERVER, sanitizer)
