@@ -143,7 +143,7 @@ static bool is_waited_for(const struct task *t, const struct buffer *b)
 	return false;
 }
 
-bool copiers_have_room(const struct criupy_pager *p)
+static bool have_room(const struct criupy_pager *p)
 {
 	const struct copiers *c = p->copiers;
 
@@ -156,8 +156,9 @@ bool copiers_take(struct criupy_pager *p, struct buffer *b)
 	struct copiers *c = p->copiers;
 	struct task *t = b->image->tasks;
 
-	if (b->demand || b->nr_pages < LEAST_PAGES || !copiers_have_room(p) || !t || t->next_of_image || t->uffd < 0 || t->poisoned ||
-	    t->busy || is_waited_for(t, b) || !plan(t, b))
+	if (b->demand || b->nr_pages < LEAST_PAGES || !have_room(p))
+		return false;
+	if (!t || t->next_of_image || t->uffd < 0 || t->poisoned || t->busy || is_waited_for(t, b) || !plan(t, b))
 		return false;
 	b->task = t;
 	b->uffd = t->uffd;
