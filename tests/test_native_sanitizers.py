@@ -168,6 +168,16 @@ def test_pager_under_load(build: Build, sanitizer: str, lanes: str, how: str) ->
 
 
 @pytest.mark.skipif(bool(usable()), reason=usable())
+@pytest.mark.parametrize("how", ["finish", "early", pytest.param("destroy", marks=needs_poison)])
+@pytest.mark.parametrize("sanitizer", ["", *RUNTIMES])
+def test_pager_under_load_from_a_pages_file(build: Build, sanitizer: str, how: str) -> None:
+    target = build("stress_target", ["uffd"], "")
+    program = build("pager_stress", CORE, sanitizer)
+    for seed in range(1, 3):
+        run(program, target, str(seed), "600", "0", how)
+
+
+@pytest.mark.skipif(bool(usable()), reason=usable())
 @pytest.mark.parametrize("sanitizer", ["", *RUNTIMES])
 def test_every_restore_ends(build: Build, sanitizer: str) -> None:
     run(build("pager_ends", CORE, sanitizer), "50" if sanitizer else "300")
