@@ -178,6 +178,12 @@ def test_pager_under_load_from_a_pages_file(build: Build, sanitizer: str, how: s
 
 
 @pytest.mark.skipif(bool(usable()), reason=usable())
+def test_a_fault_does_not_wait_for_what_copiers_read(build: Build) -> None:
+    """It may wait for one read by the pager, and for none behind it."""
+    assert float(run(build("pager_slow_file", CORE, ""))) < 1.5
+
+
+@pytest.mark.skipif(bool(usable()), reason=usable())
 @pytest.mark.parametrize("sanitizer", ["", *RUNTIMES])
 def test_every_restore_ends(build: Build, sanitizer: str) -> None:
     run(build("pager_ends", CORE, sanitizer), "50" if sanitizer else "300")

@@ -341,7 +341,7 @@ void copiers_stop(struct criupy_pager *p);
 bool copiers_take(struct criupy_pager *p, struct buffer *b);
 /* Take back what is done. */
 void copiers_collect(struct criupy_pager *p);
-/* Take back all that is of an address space: before its descriptor is read, or closed. */
+/* Have nothing more copied into an address space: before its descriptor is read, or closed. */
 void copiers_settle(struct criupy_pager *p, struct task *t);
 /* Whether nothing is done; if so they wake the pager when something is. */
 bool copiers_may_sleep(struct criupy_pager *p);
