@@ -407,6 +407,13 @@ def test_local_images_of_a_forked_task_keep_nothing_waiting(tmp_path: Path) -> N
         assert len(seen - {0}) > 2, seen
 
 
+def test_an_image_that_is_gone_still_tells_its_size(tmp_path: Path) -> None:
+    image = local_image(0x10000, pages_file(tmp_path / "pages-1.img", 5), [(0, 5, 0)])
+    image.close()
+    image.close()
+    assert (image.nr_pages, image.nr_extents) == (5, 1)
+
+
 def test_a_pages_file_too_short_for_its_pagemap(tmp_path: Path) -> None:
     path = pages_file(tmp_path / "pages-1.img", 4)
     with pytest.raises(UffdError) as caught:
