@@ -373,6 +373,47 @@ def test_local_images_forked_and_moved(tmp_path: Path) -> None:
         assert target.call("read", addr, 64 * PAGE) == bytes(16 * PAGE) + file_data(16, 48)
 
 
+@needs_poison
+def test_a_pages_file_that_shrinks_under_a_copier(tmp_path: Path) -> None:
+    path = pages_file(tmp_path / "pages-1.img", 64)
+    with Target.spawn() as target, Restore() as restore:
+        addr, uffd = target.lazy(64)
+        restore.pager.add_task(77, uffd, local_image(addr, path, [(0, 64, 0)]))
+        os.truncate(path, 16 * PAGE)
+        restore.finish()
+        assert restore.until(lambda stats: stats.error != 0).error == errno.ENODATA
+        restore.pager.poison()
+        assert restore.obeyed().pages_poisoned == 64
+        restore.pager.end(reset=False)
+        restore.until(lambda stats: stats.phase == Phase.ENDED)
+
+
+def test_local_images_of_a_forked_task_keep_nothing_waiting(tmp_path: Path) -> None:
+    """What no copier takes is installed by the pager, and it looks up between two pieces."""
+    path = tmp_path / "pages-1.img"
+    path.touch()
+    os.truncate(path, 4096 * PAGE)
+    with Target.spawn() as target, Restore() as restore:
+        addr, uffd = target.lazy(4096)
+        restore.pager.add_task(77, uffd, local_image(addr, path, [(0, 4096, 0)]))
+        restore.watch()
+        target.fork()
+        restore.criu.sendall(b"FTSR")
+        seen = set()
+        while (stats := restore.obeyed()).phase != Phase.ENDED:
+            seen.add(stats.pages_missing)
+            restore.pager.probe()
+        # More than that of all, and that of none.
+        assert len(seen - {0}) > 2, seen
+
+
+def test_an_image_that_is_gone_still_tells_its_size(tmp_path: Path) -> None:
+    image = local_image(0x10000, pages_file(tmp_path / "pages-1.img", 5), [(0, 5, 0)])
+    image.close()
+    image.close()
+    assert (image.nr_pages, image.nr_extents) == (5, 1)
+
+
 def test_a_pages_file_too_short_for_its_pagemap(tmp_path: Path) -> None:
     path = pages_file(tmp_path / "pages-1.img", 4)
     with pytest.raises(UffdError) as caught:

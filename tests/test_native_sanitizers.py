@@ -125,12 +125,13 @@ def test_pure_parts(build: Build, sanitizer: str) -> None:
 def test_bulk_leaves_the_queue_of_a_link_nearly_empty(
     build: Build, bandwidth: int, round_trip: int, what: str
 ) -> None:
-    """A fault sees little more than the bare round trip, and background has nearly all of the link."""
+    """A fault sees little more than the bare round trip, and background has nearly all of the link, soon."""
     program = build("window_sim", ["pager_window"], "")
     for seed in range(1, 6):
         printed = run(program, str(bandwidth), str(round_trip), str(seed), what)
-        used, median, most, _ = map(float, printed.split())
+        used, median, most, _, soon = map(float, printed.split())
         assert used > 0.9, printed
+        assert soon > 0.8, printed
         # A request, and a little queue, take 0.3 ms at least.
         assert median < (1.25 if round_trip >= 10000 else 1.6), printed
         assert most < {10000: 1.4, 50000: 1.5, 1000: 2}[round_trip] + (0.5 if what == "noisy" else 0), printed
@@ -164,6 +165,28 @@ def test_pager_under_load(build: Build, sanitizer: str, lanes: str, how: str) ->
     program = build("pager_stress", CORE, sanitizer)
     for seed in range(1, 4):
         run(program, target, str(seed), "1000", lanes, how)
+
+
+@pytest.mark.skipif(bool(usable()), reason=usable())
+@pytest.mark.parametrize("how", ["finish", "early", pytest.param("destroy", marks=needs_poison)])
+@pytest.mark.parametrize("sanitizer", ["", *RUNTIMES])
+def test_pager_under_load_from_a_pages_file(build: Build, sanitizer: str, how: str) -> None:
+    target = build("stress_target", ["uffd"], "")
+    program = build("pager_stress", CORE, sanitizer)
+    for seed in range(1, 3):
+        run(program, target, str(seed), "600", "0", how)
+
+
+@pytest.mark.skipif(bool(usable()), reason=usable())
+def test_a_fault_does_not_wait_for_what_copiers_read(build: Build) -> None:
+    """It may wait for one read by the pager, and for none behind it."""
+    assert float(run(build("pager_slow_file", CORE, ""))) < 1.5
+
+
+@pytest.mark.skipif(bool(usable()), reason=usable())
+@pytest.mark.parametrize("sanitizer", ["", *RUNTIMES])
+def test_every_restore_ends(build: Build, sanitizer: str) -> None:
+    run(build("pager_ends", CORE, sanitizer), "50" if sanitizer else "300")
 
 
 @pytest.mark.parametrize("sanitizer", ["", *RUNTIMES])

@@ -4,10 +4,10 @@
  *
  * pager_stress TARGET SEED ROUNDS LANES HOW. LANES is 1 for a stock source, 2 for
  * one with a lane for what is urgent, either of which is lost now and then and
- * made again. HOW is one of
+ * made again, 0 for pages files. HOW is one of
  *   finish   restore-finished after a while; everything arrives
  *   early    restore-finished only once the targets are done: no background
- *   poison   the source closes midway; what is missing is poisoned
+ *   poison   the source closes midway; what is missing is poisoned (not with 0)
  *   destroy  the pager is destroyed midway */
 
 #include <arpa/inet.h>
@@ -15,6 +15,7 @@
 #include <netinet/tcp.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -75,23 +76,44 @@ static uint32_t random_below(uint64_t *seed, uint32_t limit)
 	return (uint32_t)(*seed >> 11) % limit;
 }
 
-/* Give the pages of a run, all words of each being its number. */
+#define PAGE_WORDS (CRIUPY_PAGE_SIZE / sizeof(uint64_t))
+
+/* All words of a page are its number. */
+static void fill(uint64_t *pages, uint64_t address, uint64_t nr)
+{
+	for (uint64_t i = 0; i < nr * PAGE_WORDS; i++)
+		pages[i] = address / CRIUPY_PAGE_SIZE + i / PAGE_WORDS + 1;
+}
+
 static bool send_run(struct source *source, uint64_t address, uint64_t nr_pages)
 {
-	const size_t words = CRIUPY_PAGE_SIZE / sizeof(uint64_t);
-	uint64_t pages[16 * words];
+	uint64_t pages[16 * PAGE_WORDS];
 
 	while (nr_pages) {
 		uint64_t nr = min_u64(nr_pages, 16);
 
-		for (uint64_t i = 0; i < nr * words; i++)
-			pages[i] = address / CRIUPY_PAGE_SIZE + i / words + 1;
+		fill(pages, address, nr);
 		if (!send_all(source->fd, pages, nr << PAGE_SHIFT))
 			return false;
 		address += nr << PAGE_SHIFT;
 		nr_pages -= nr;
 	}
 	return true;
+}
+
+static void attach_file(struct criupy_image *image, uint64_t address, uint64_t nr_pages)
+{
+	int file = memfd_create("pages", MFD_CLOEXEC);
+
+	CHECK(file >= 0);
+	for (uint64_t i = 0; i < nr_pages; i++) {
+		uint64_t page[PAGE_WORDS];
+
+		fill(page, address + (i << PAGE_SHIFT), 1);
+		CHECK(write(file, page, sizeof(page)) == sizeof(page));
+	}
+	CHECK(!criupy_image_attach(image, file));
+	close(file);
 }
 
 static bool answer_get(struct source *source, struct criupy_frame *frame)
@@ -263,7 +285,7 @@ int main(int argc, char **argv)
 	const struct criupy_pager_config config = {
 		.link_timeout_ns = UINT64_MAX, .nr_buffers = 5, .request_pages = 32, .fault_around_pages = 4, .nr_copiers = 2,
 	};
-	const uint64_t nr_pages = NR_SLICES * SLICE_PAGES;
+	const uint64_t nr_pages = NR_SLICES * SLICE_PAGES, first_page = 0;
 	struct target targets[NR_TARGETS];
 	struct source sources[2] = { 0 };
 	struct criupy_pager *pager;
@@ -290,7 +312,10 @@ int main(int argc, char **argv)
 		uint64_t address;
 		int uffd = start_target(&targets[i], argv[1], argv[2], argv[3], &address);
 
-		CHECK(!criupy_image_create(&image, (uint64_t)targets[i].pid, &address, &nr_pages, NULL, NULL, 1));
+		CHECK(!criupy_image_create(&image, (uint64_t)targets[i].pid, &address, &nr_pages,
+					   nr_lanes ? NULL : &first_page, NULL, 1));
+		if (!nr_lanes)
+			attach_file(image, address, nr_pages);
 		CHECK(!criupy_pager_add_task(pager, targets[i].pid, uffd, image));
 	}
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, restore));
@@ -346,7 +371,7 @@ int main(int argc, char **argv)
 	for (int i = 0; i < nr_lanes; i++)
 		pthread_join(sources[i].thread, NULL);
 	/* An extended lane may be lost when all is there; then nobody is told here. */
-	CHECK(sources[0].told || nr_lanes > 1 || poison || destroy);
+	CHECK(sources[0].told || nr_lanes != 1 || poison || destroy);
 	close(restore[1]);
 	for (int i = 0; i < NR_TARGETS; i++)
 		close(targets[i].orders);

@@ -10,7 +10,8 @@
  *   faster   midway the bandwidth becomes four times as much
  *
  * Prints, of the last quarter, which part of the bandwidth background had, and how
- * many round trips a fault waited: in the median, at the 99th percentile, at most. */
+ * many round trips a fault waited: in the median, at the 99th percentile, at most;
+ * then which part background had in the third second. */
 
 #include <stdio.h>
 
@@ -21,6 +22,7 @@
 /* As a machine's clock that has run for some time. */
 #define CLOCK(ns) ((ns) + 1000 * SECOND)
 #define COUNTED (LENGTH * 3 / 4)
+#define SOON (2 * SECOND)
 #define FAULT_EVERY (7 * SECOND / 1000)
 #define MAX_REQUESTS (1u << 16)
 
@@ -64,6 +66,7 @@ int main(int argc, char **argv)
 	uint64_t outstanding = 0, received = 0, next_fault = FAULT_EVERY, now = 0, counted_ns = 0;
 	bool noisy, is_first = true, changed = false, header_seen = false;
 	size_t nr_waits = 0;
+	double soon = 0;
 	struct window window = { 0 };
 
 	if (argc != 5)
@@ -121,6 +124,8 @@ int main(int argc, char **argv)
 		window_received(&window, r->nr_pages << PAGE_SHIFT);
 		header_seen = false;
 		outstanding -= r->nr_pages;
+		if (now > SOON && now <= SOON + SECOND)
+			soon += (double)(r->nr_pages << PAGE_SHIFT) / bytes_per_ns;
 		if (counted_ns)
 			received += r->nr_pages << PAGE_SHIFT;
 		else if (now > COUNTED)
@@ -129,9 +134,9 @@ int main(int argc, char **argv)
 		nr--;
 	}
 	qsort(waits, nr_waits, sizeof(waits[0]), by_size);
-	printf("%.4f %.3f %.3f %.3f\n", (double)received / (double)(now - counted_ns) / bytes_per_ns,
+	printf("%.4f %.3f %.3f %.3f %.4f\n", (double)received / (double)(now - counted_ns) / bytes_per_ns,
 	       (double)waits[nr_waits / 2] / (double)round_trip_ns,
 	       (double)waits[nr_waits * 99 / 100] / (double)round_trip_ns,
-	       (double)waits[nr_waits - 1] / (double)round_trip_ns);
+	       (double)waits[nr_waits - 1] / (double)round_trip_ns, soon / (double)SECOND);
 	return 0;
 }

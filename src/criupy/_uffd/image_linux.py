@@ -69,11 +69,8 @@ class Image:
         self._image: Any = ffi.gc(out[0], lib.criupy_image_destroy)
         #: How many extents it has.
         self.nr_extents = len(starts)
-
-    @property
-    def nr_pages(self) -> int:
-        """Lazy pages in all extents."""
-        return int(lib.criupy_image_nr_pages(self._image))
+        #: Lazy pages in all extents; known also when it was handed over.
+        self.nr_pages = int(lib.criupy_image_nr_pages(self._image))
 
     def close(self) -> None:
         """Release it and its pages file, unless it was handed over."""

@@ -1,8 +1,8 @@
 /* The pager: one thread that owns every descriptor a page's life touches.
  *
- * It serves all tasks of a restore, so that a fault never waits for a lock, for
- * the interpreter or for another thread to be scheduled. Each turn of its loop
- * does little of everything, faults first:
+ * It serves all tasks of a restore, so that a fault does not wait for the interpreter
+ * or for another thread to be scheduled; only for a copier to end the step that it is
+ * in (pager_copier.c). Each turn of its loop does little of everything, faults first:
  *
  *   commands, faults and events of every readable task, requests for them,
  *   what the source sent (at most a quarter of a megabyte), copies the kernel

@@ -318,8 +318,8 @@ void tasks_sweep(struct criupy_pager *p);
 int install_run(struct criupy_pager *p, struct criupy_image *image, uint64_t page,
 		uint64_t nr_pages, const uint8_t *data, bool demand);
 /* Put the piece in a buffer in place, or have a copier do it. The buffer is taken
- * care of. */
-void install_piece(struct criupy_pager *p, struct buffer *b);
+ * care of; true if a copier has it. */
+bool install_piece(struct criupy_pager *p, struct buffer *b);
 /* Pages of an address space are there. */
 void installed(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr, bool demand);
 /* Try again what a busy task could not take. */
@@ -337,12 +337,11 @@ struct buffer *buffer_take(struct criupy_pager *p);
 
 int copiers_start(struct criupy_pager *p, uint32_t nr);
 void copiers_stop(struct criupy_pager *p);
-bool copiers_have_room(const struct criupy_pager *p);
 /* Hand a piece over; false if it is not for them. */
 bool copiers_take(struct criupy_pager *p, struct buffer *b);
 /* Take back what is done. */
 void copiers_collect(struct criupy_pager *p);
-/* Take back all that is of an address space: before its descriptor is read, or closed. */
+/* Have nothing more copied into an address space: before its descriptor is read, or closed. */
 void copiers_settle(struct criupy_pager *p, struct task *t);
 /* Whether nothing is done; if so they wake the pager when something is. */
 bool copiers_may_sleep(struct criupy_pager *p);

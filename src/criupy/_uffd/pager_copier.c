@@ -10,8 +10,10 @@
  *
  * An address is good only until the next event of that address space has been
  * read: the thread that raised it goes on then, and may map something else there.
- * So nothing of an address space is with a copier while its descriptor is read.
- * To have it back soon a copier copies in steps, and looks before each. */
+ * So nothing is copied into an address space while its descriptor is read, and what
+ * a copier has of it then is not copied there any more. To be done with it soon a
+ * copier copies in steps, and looks before each; for one that still reads a piece
+ * out of a pages file, which may take as long as a disk does, nobody waits. */
 
 #include <pthread.h>
 #include <signal.h>
@@ -27,7 +29,8 @@
 struct copier {
 	struct criupy_pager *pager;
 	pthread_t thread;
-	struct buffer *piece;		/* under the lock */
+	struct buffer *piece;		/* under the lock, as is the next */
+	bool copying;			/* it */
 };
 
 struct copiers {
@@ -58,14 +61,16 @@ static int copy_step(const struct buffer *b, struct copy *c)
 	return progress ? 0 : ret;
 }
 
+static void read_piece(struct buffer *b)
+{
+	if (!b->unread)
+		return;
+	b->error = image_read(b->image, b->runs, b->nr_runs, b->data);
+	b->unread = b->error;
+}
+
 static void copy_piece(struct buffer *b)
 {
-	if (b->unread) {
-		b->error = image_read(b->image, b->runs, b->nr_runs, b->data);
-		if (b->error)
-			return;
-		b->unread = false;
-	}
 	for (uint32_t i = 0; i < b->nr_copies; i++)
 		while (b->copies[i].nr_done < b->copies[i].nr_pages)
 			if (atomic_load(&b->cut) || copy_step(b, &b->copies[i]))
@@ -89,8 +94,14 @@ static void *copier_run(void *arg)
 		if (!c->queued)
 			c->queued_tail = &c->queued;
 		pthread_mutex_unlock(&c->lock);
-		copy_piece(me->piece);
+		read_piece(me->piece);
 		pthread_mutex_lock(&c->lock);
+		me->copying = !me->piece->error && !atomic_load(&me->piece->cut);
+		pthread_mutex_unlock(&c->lock);
+		if (me->copying)
+			copy_piece(me->piece);
+		pthread_mutex_lock(&c->lock);
+		me->copying = false;
 		me->piece->next = c->done;
 		c->done = me->piece;
 		me->piece = NULL;
@@ -143,7 +154,7 @@ static bool is_waited_for(const struct task *t, const struct buffer *b)
 	return false;
 }
 
-bool copiers_have_room(const struct criupy_pager *p)
+static bool have_room(const struct criupy_pager *p)
 {
 	const struct copiers *c = p->copiers;
 
@@ -156,8 +167,9 @@ bool copiers_take(struct criupy_pager *p, struct buffer *b)
 	struct copiers *c = p->copiers;
 	struct task *t = b->image->tasks;
 
-	if (b->demand || b->nr_pages < LEAST_PAGES || !copiers_have_room(p) || !t || t->next_of_image || t->uffd < 0 || t->poisoned ||
-	    t->busy || is_waited_for(t, b) || !plan(t, b))
+	if (b->demand || b->nr_pages < LEAST_PAGES || !have_room(p))
+		return false;
+	if (!t || t->next_of_image || t->uffd < 0 || t->poisoned || t->busy || is_waited_for(t, b) || !plan(t, b))
 		return false;
 	b->task = t;
 	b->uffd = t->uffd;
@@ -220,10 +232,10 @@ void copiers_collect(struct criupy_pager *p)
 	}
 }
 
-static bool has_some_of(const struct copiers *c, const struct task *t)
+static bool is_copied_to(const struct copiers *c, const struct task *t)
 {
 	for (uint32_t i = 0; i < c->nr; i++)
-		if (c->copiers[i].piece && c->copiers[i].piece->task == t)
+		if (c->copiers[i].copying && c->copiers[i].piece->task == t)
 			return true;
 	return false;
 }
@@ -251,7 +263,7 @@ void copiers_settle(struct criupy_pager *p, struct task *t)
 	for (uint32_t i = 0; i < c->nr; i++)
 		if (c->copiers[i].piece && c->copiers[i].piece->task == t)
 			atomic_store(&c->copiers[i].piece->cut, true);
-	while (has_some_of(c, t))
+	while (is_copied_to(c, t))
 		pthread_cond_wait(&c->idle, &c->lock);
 	pthread_mutex_unlock(&c->lock);
 	copiers_collect(p);

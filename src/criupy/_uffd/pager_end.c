@@ -284,20 +284,28 @@ static bool close_lost_lane(struct criupy_pager *p, struct lane *l)
 	return true;
 }
 
+static void release_done(struct criupy_pager *p)
+{
+	for (struct task *t = p->tasks; t; t = t->next) {
+		if (t->uffd < 0 || t->space->nr_missing)
+			continue;
+		if (!t->forked)
+			pager_notice(p, CRIUPY_NOTICE_TASK_DONE, 0, (uint64_t)t->pid, 0);
+		task_release(p, t);
+	}
+}
+
 void check_done(struct criupy_pager *p)
 {
 	struct lane *bulk = bulk_lane(p), *urgent = urgent_lane(p);
 
 	/* After a failure of our own there may be a process that is in no list. */
 	if (p->stats.phase == CRIUPY_PHASE_RUNNING && !p->given_up && !p->stats.error) {
-		for (struct task *t = p->some_may_be_done ? p->tasks : NULL; t; t = t->next) {
-			if (t->uffd < 0 || t->space->nr_missing)
-				continue;
-			if (!t->forked)
-				pager_notice(p, CRIUPY_NOTICE_TASK_DONE, 0, (uint64_t)t->pid, 0);
-			task_release(p, t);
+		/* To let go of one may take back from a copier what another missed. */
+		while (p->some_may_be_done) {
+			p->some_may_be_done = false;
+			release_done(p);
 		}
-		p->some_may_be_done = false;
 		if (!p->stats.nr_live) {
 			p->stats.drained_ns = monotonic_ns();
 			p->final_outcome = CRIUPY_OUTCOME_COMPLETE;

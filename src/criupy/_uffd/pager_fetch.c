@@ -7,7 +7,8 @@
 
 #include "pager.h"
 
-static void fetch_local(struct criupy_pager *p, struct criupy_image *image, const struct run *runs,
+/* True if a copier has it. */
+static bool fetch_local(struct criupy_pager *p, struct criupy_image *image, const struct run *runs,
 			uint32_t nr_runs, bool demand)
 {
 	struct buffer *b = buffer_take(p);
@@ -21,7 +22,7 @@ static void fetch_local(struct criupy_pager *p, struct criupy_image *image, cons
 		b->runs[i] = runs[i];
 		b->nr_pages += runs[i].nr_pages;
 	}
-	install_piece(p, b);
+	return install_piece(p, b);
 }
 
 static bool can_request(const struct criupy_pager *p, const struct lane *l)
@@ -156,7 +157,6 @@ bool fetch_background(struct criupy_pager *p)
 {
 	struct lane *bulk = bulk_lane(p);
 	struct criupy_image *image;
-	bool full;
 	uint32_t nr_runs;
 	uint64_t nr;
 
@@ -168,9 +168,7 @@ bool fetch_background(struct criupy_pager *p)
 			nr_runs = next_runs(p, true, PIECE_PAGES, &image);
 			if (!nr_runs || image->file < 0)
 				return false;
-			full = !copiers_have_room(p);
-			fetch_local(p, image, p->runs, nr_runs, false);
-		} while (!full);
+		} while (fetch_local(p, image, p->runs, nr_runs, false));
 		return true;
 	}
 	while ((nr = window_room(&p->window, p->now_ns, bulk->nr_outstanding))) {

@@ -206,10 +206,12 @@ static void install_now(struct criupy_pager *p, struct buffer *b)
 		buffer_free(p, b);
 }
 
-void install_piece(struct criupy_pager *p, struct buffer *b)
+bool install_piece(struct criupy_pager *p, struct buffer *b)
 {
-	if (!copiers_take(p, b))
-		install_now(p, b);
+	if (copiers_take(p, b))
+		return true;
+	install_now(p, b);
+	return false;
 }
 
 /* ---- staging buffers, and pieces that wait in them ----------------------------- */

@@ -14,8 +14,6 @@
 
 #define SHORT_READ (64u << 10)
 
-#define SHORT_READ (64u << 10)
-
 /* An alert or a handshake, where a source that wants TLS begins. */
 static bool looks_like_tls(const struct lane *l)
 {
@@ -207,10 +205,6 @@ void lane_read(struct criupy_pager *p, struct lane *l)
 		rx->header_have = 0;
 	if (rx->state == RX_PAYLOAD) {
 		uint64_t room = (PIECE_PAGES << PAGE_SHIFT) - rx->buffer_have;
-
-		/* What somebody waits for may come on the other lane meanwhile. */
-		if (p->nr_waits && l == bulk_lane(p) && urgent_lane(p)->state == CRIUPY_LINK_OPEN)
-			room = min_u64(room, SHORT_READ);
 
 		/* What somebody waits for may come on the other lane meanwhile. */
 		if (p->nr_waits && l == bulk_lane(p) && urgent_lane(p)->state == CRIUPY_LINK_OPEN)

@@ -297,10 +297,9 @@ class LazyPages:
             raise LazyPagesError(
                 f"what came as the userfaultfd of pid {task.pid} is none: is it criu that connected?"
             )
-        nr_pages = known.image.nr_pages
         pager.add_task(task.pid, task.uffd.fileno(), known.image)
         task.uffd.detach()
-        log.info("%d: %d lazy pages in %d extents", task.pid, nr_pages, known.image.nr_extents)
+        log.info("%d: %d lazy pages in %d extents", task.pid, known.image.nr_pages, known.image.nr_extents)
         if task.pidfd is not None and nursery is not None:
             nursery.start_soon(self._watch_exit, pager, task.pidfd.fileno())
 

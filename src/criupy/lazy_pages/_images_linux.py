@@ -69,5 +69,5 @@ def _load(images_dir: str | os.PathLike[str], pid: int, *, local: bool) -> Dumpe
     try:
         image.attach(pages)
     except OSError as error:
-        raise ImageError(pages, None, f"expected a file that can be mapped: {error.strerror}") from error
+        raise ImageError(pages, None, f"expected a file that can be read: {error.strerror}") from error
     return DumpedTask(pid, image)
