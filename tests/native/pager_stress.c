@@ -266,7 +266,7 @@ static void look(struct criupy_pager *pager, struct criupy_stats *stats)
 	struct criupy_notice notice;
 
 	while (criupy_pager_next_notice(pager, &notice))
-		CHECK(notice.kind >= 1 && notice.kind <= CRIUPY_NOTICE_NOT_LOCKED);
+		CHECK(notice.kind >= 1 && notice.kind <= CRIUPY_NOTICE_FEW_COPIERS);
 	criupy_pager_snapshot(pager, stats);
 	CHECK(!stats->error);
 }

@@ -187,7 +187,7 @@ struct criupy_pager_config {
 	uint32_t request_pages;		/* the longest request */
 	uint32_t fault_around_pages;	/* what a fault asks for at most once the tasks run, from its page on */
 	uint32_t window_pages;		/* background pages outstanding at most, 0: by measurement */
-	uint32_t nr_copiers;		/* threads that copy beside the pager's */
+	uint32_t nr_copiers;		/* threads that copy beside the pager's, at most 16 */
 	uint64_t busy_poll_ns;		/* so long it looks for more before it sleeps, while a thread waits for
 					 * a page or has just got one; not where a round trip takes longer */
 };
@@ -273,6 +273,7 @@ struct criupy_stats {
 #define CRIUPY_NOTICE_NO_MEMORY 3	/* a: pid, b: address */
 #define CRIUPY_NOTICE_NO_DESCRIPTOR 4	/* a: pid */
 #define CRIUPY_NOTICE_NOT_LOCKED 5	/* the staging buffers could not be locked; error */
+#define CRIUPY_NOTICE_FEW_COPIERS 6	/* a: copiers that could be started; error */
 
 struct criupy_notice {
 	uint32_t kind;

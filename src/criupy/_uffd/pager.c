@@ -228,8 +228,8 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 	for (struct task *t = p->attended; t; t = t->next_attended)
 		if (t->nr_zero_again || t->unserved)
 			return BUSY_NS;
-		else if (t->retry_read_ns)
-			return TICK_NS / 5;
+	if (p->attended)
+		return TICK_NS / 5; /* a descriptor to be read again */
 	if (p->held_back)
 		return STANDS_STILL_NS;
 	if (p->dirty)
@@ -252,7 +252,7 @@ static int wait_events(struct criupy_pager *p, struct epoll_event *events, uint6
 
 	/* To be woken takes longer than what is waited for. Others may have the
 	 * core meanwhile: the source, if it is on this machine, or who waits. */
-	for (; ns && p->busy_until_ns; sched_yield()) {
+	for (; ns > BUSY_NS && p->busy_until_ns; sched_yield()) {
 		nr = epoll_wait(p->epoll, events, NR_EVENTS, 0);
 		if (nr)
 			return nr;

@@ -111,7 +111,7 @@ int criupy_pager_create(struct criupy_pager **pager, const struct criupy_pager_c
 	int ret;
 
 	if (config->nr_buffers < 2 || !config->request_pages || config->request_pages > 4096 ||
-	    !config->fault_around_pages || !config->link_timeout_ns)
+	    !config->fault_around_pages || config->nr_copiers > 16 || !config->link_timeout_ns)
 		return -EINVAL;
 	p = calloc(1, sizeof(*p));
 	if (!p)

@@ -319,8 +319,11 @@ int copiers_start(struct criupy_pager *p, uint32_t nr)
 
 		c->copiers[c->nr].pager = p;
 		ret = pthread_create(&c->copiers[c->nr].thread, NULL, copier_run, &c->copiers[c->nr]);
-		if (ret)
-			return -ret;
+		if (ret) {
+			/* It goes more slowly without. */
+			pager_notice(p, CRIUPY_NOTICE_FEW_COPIERS, ret, c->nr, 0);
+			break;
+		}
 	}
 	return 0;
 }

@@ -75,6 +75,7 @@ class NoticeKind(enum.IntEnum):
     NO_MEMORY = lib.CRIUPY_NOTICE_NO_MEMORY
     NO_DESCRIPTOR = lib.CRIUPY_NOTICE_NO_DESCRIPTOR
     NOT_LOCKED = lib.CRIUPY_NOTICE_NOT_LOCKED
+    FEW_COPIERS = lib.CRIUPY_NOTICE_FEW_COPIERS
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: LazyPagesOptions) -> int:
     # The order is CRIU's: log, socket, background, status; so is what is relative to the work dir.
-    # Everything that can fail comes before readiness is told: criu waits for nothing once it has
-    # connected, and its tasks may run before we look. But the restore waits for readiness, so what
-    # is needed only to serve it (trio is half of the start-up) is loaded while criu starts.
+    # Whatever may be wrong with what we were given is told before readiness: criu waits for nothing
+    # once it has connected, and its tasks may run before we look. But the restore waits for
+    # readiness, so what is needed only to serve it (trio is half of the start-up) is loaded while
+    # criu starts; should it connect meanwhile, it is let in then.
     from criupy._command.process_linux import (
         check_inherited,
         daemonize,

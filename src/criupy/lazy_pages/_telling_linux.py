@@ -42,6 +42,12 @@ def log_notice(notice: Notice) -> None:
                 notice.a >> 10,
                 os.strerror(notice.errno),
             )
+        case NoticeKind.FEW_COPIERS:
+            log.warning(
+                "only %d threads that copy could be started (%s), it goes more slowly; see RLIMIT_NPROC",
+                notice.a,
+                os.strerror(notice.errno),
+            )
 
 
 def trouble_of(stats: Stats, link_timeout: float) -> str | None:
