@@ -315,6 +315,7 @@ async def test_a_second_destination_is_refused_and_the_first_unharmed(criu: Criu
         pid = r.source.pid
         async with r.destination(criu) as (daemon, restored, control):
             await restored.finished()
+            await r.link.reached(1)  # the first has come; the link is ours and stands still while we block
             good, bad = bytes.fromhex(key), bytes(32)
             for hello, reason in [
                 (Hello(b"o" * 16, Lane.BULK, 1).encode(good), Refusal.TAKEN),

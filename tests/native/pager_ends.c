@@ -42,7 +42,7 @@ static void *add_task(struct criupy_pager *pager, int32_t pid, int file)
 int main(int argc, char **argv)
 {
 	const struct criupy_pager_config config = {
-		.link_timeout_ns = UINT64_MAX, .nr_buffers = 16, .request_pages = 128, .nr_copiers = 2,
+		.link_timeout_ns = UINT64_MAX, .nr_buffers = 16, .request_pages = 128, .fault_around_pages = 1, .nr_copiers = 2,
 	};
 	int file = memfd_create("pages", MFD_CLOEXEC);
 

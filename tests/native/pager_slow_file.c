@@ -43,7 +43,7 @@ static double seconds(void)
 int main(void)
 {
 	const struct criupy_pager_config config = {
-		.link_timeout_ns = UINT64_MAX, .nr_buffers = 16, .request_pages = 128, .nr_copiers = 2,
+		.link_timeout_ns = UINT64_MAX, .nr_buffers = 16, .request_pages = 128, .fault_around_pages = 1, .nr_copiers = 2,
 	};
 	void *memory = mmap(NULL, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	const uint64_t address = (uintptr_t)memory, nr_pages = NR_PAGES, data = 0;

@@ -68,9 +68,9 @@ class Image:
         )
         self._image: Any = ffi.gc(out[0], lib.criupy_image_destroy)
         #: How many extents it has.
-        self.nr_extents = len(starts)
+        self.nr_extents: int = len(starts)
         #: Lazy pages in all extents; known also when it was handed over.
-        self.nr_pages = int(lib.criupy_image_nr_pages(self._image))
+        self.nr_pages: int = int(lib.criupy_image_nr_pages(self._image))
 
     def close(self) -> None:
         """Release it and its pages file, unless it was handed over."""
