@@ -29,12 +29,13 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import trio
+from _page_server import page_server
 from _report import add_report_options, publish
 
 from criupy.images import PageFlags, PagemapStyle, write_pagemap
@@ -148,23 +149,6 @@ def measure_start(room: Path, rounds: int) -> dict[str, Any]:
 # ---- faults ----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def page_server(images: Path, work: Path) -> Iterator[tuple[str, int]]:
-    """Run criupy-page-server on these images; yield where it listens."""
-    work.mkdir()
-    reader, writer = os.pipe()
-    full = [sys.executable, "-m", "criupy.page_server", "--lazy-pages", "-D", str(images), "-W", str(work)]
-    full += ["--address", "127.0.0.1", "-o", "log", "--port-file", "port", "--status-fd", str(writer)]
-    with open(reader, "rb") as status, subprocess.Popen(full, pass_fds=[writer]) as process:  # noqa: PTH123
-        os.close(writer)
-        try:
-            if status.read() != b"\0":
-                raise SystemExit(f"criupy-page-server did not start: {(work / 'log').read_text()}")
-            yield "127.0.0.1", int((work / "port").read_text())
-        finally:
-            process.kill()
-
-
 def percentile(values: Sequence[float], percent: float) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
@@ -181,7 +165,7 @@ async def faults(
     async with contextlib.AsyncExitStack() as stack:
         source, extra = None, ["-v1"]
         if way == "page server":
-            source = stack.enter_context(page_server(images, room / "server"))
+            source = stack.enter_context(page_server(room / "server", "--lazy-pages", "-D", str(images)))
             extra.append("--extended")
         command = stock_command(criu) if criu and way == STOCK else our_command()
         await stack.enter_async_context(lazy_pages_daemon(command, images, work, source=source, extra=extra))

@@ -9,19 +9,12 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "internal.h"
 
 #define NR_TASKS 12
 #define NR_PAGES 64
 #define LENGTH ((size_t)NR_PAGES * CRIUPY_PAGE_SIZE)
-#define CHECK(condition)                                                            \
-	do {                                                                        \
-		if (!(condition)) {                                                 \
-			fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__,      \
-				#condition, strerror(errno));                       \
-			_exit(1);                                                   \
-		}                                                                   \
-	} while (0)
 
 static void *add_task(struct criupy_pager *pager, int32_t pid, int file)
 {

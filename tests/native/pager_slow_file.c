@@ -9,20 +9,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "internal.h"
 
 #define NR_PAGES 8192
 #define NR_TOUCHES 12
 #define LENGTH ((size_t)NR_PAGES * CRIUPY_PAGE_SIZE)
 #define READ_US 60000
-#define CHECK(condition)                                                            \
-	do {                                                                        \
-		if (!(condition)) {                                                 \
-			fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__,      \
-				#condition, strerror(errno));                       \
-			_exit(1);                                                   \
-		}                                                                   \
-	} while (0)
 
 /* In the place of libc's: slow for whole pieces. */
 ssize_t pread(int fd, void *into, size_t length, off_t offset)

@@ -20,18 +20,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "internal.h"
 #include "stress.h"
 
 #define NR_TARGETS 2
-#define CHECK(condition)                                                            \
-	do {                                                                        \
-		if (!(condition)) {                                                 \
-			fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__,      \
-				#condition, strerror(errno));                       \
-			_exit(1);                                                   \
-		}                                                                   \
-	} while (0)
 
 #define CUT_AFTER 150	/* answers */
 

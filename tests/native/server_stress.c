@@ -12,20 +12,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "internal.h"
 
 #define NR_CLIENTS 6
 #define NR_EXTENTS 50
 #define ID 7
 #define BASE UINT64_C(0x7f0000000000)
-#define CHECK(condition)                                                            \
-	do {                                                                        \
-		if (!(condition)) {                                                 \
-			fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__,      \
-				#condition, strerror(errno));                       \
-			_exit(1);                                                   \
-		}                                                                   \
-	} while (0)
 
 static struct criupy_server *server;
 static uint64_t starts[NR_EXTENTS], nr_pages[NR_EXTENTS], data_pages[NR_EXTENTS];
