@@ -147,6 +147,26 @@ def test_a_fault_asks_for_pages_behind_its_own(target: Target, source: Source) -
         assert target.call("read", addr, 32 * PAGE) == content(77, addr, 32)
 
 
+def test_single_pages_do_not_queue_up_on_a_short_link(target: Target, source: Source) -> None:
+    """Each costs a source about as much as many in one request, so a fault waits behind few of them."""
+    with Restore(window_pages=0, request_pages=64) as restore:
+        addr, uffd = target.lazy(64)
+        extents = [(addr + n * PAGE, 1) for n in range(0, 64, 2)]
+        restore.pager.add_task(77, uffd, remote_image(77, extents))
+        restore.link(source)
+        restore.finish()
+        asked = [source.get() for _ in range(6)]
+        assert asked == [(1, address, 77) for address, _ in extents[:6]]
+        order = target.start("read", extents[20][0], PAGE)
+        assert source.get() == (1, extents[20][0], 77)
+        assert restore.until(lambda stats: stats.nr_faults == 1).nr_outstanding == 7
+        for request in [*asked, (1, extents[20][0], 77)]:
+            source.reply(request)
+        assert order.result() == content(77, extents[20][0])
+        source.serve()
+        assert restore.until(lambda stats: stats.phase == Phase.ENDED).pages_received == 32
+
+
 def test_a_page_is_there_before_the_rest_of_its_reply(target: Target, source: Source) -> None:
     with Restore(request_pages=64) as restore:
         addr = one_task(restore, target, source, nr_pages=64)

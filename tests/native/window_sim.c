@@ -90,7 +90,7 @@ int main(int argc, char **argv)
 			else if (!strcmp(argv[4], "faster"))
 				bytes_per_ns *= 4;
 		}
-		while (nr < MAX_REQUESTS && (room = window_room(&window, CLOCK(now), outstanding))) {
+		while (nr < MAX_REQUESTS && (room = window_room(&window, CLOCK(now), outstanding, nr))) {
 			r = &replies[(first + nr) % MAX_REQUESTS];
 			*r = (struct reply){ .sent_ns = now, .nr_pages = room };
 			ask(now, room, &r->header_ns, &r->end_ns);

@@ -78,7 +78,7 @@ void window_begin(struct window *w, uint64_t now_ns);
 /* A fault asks for a page. */
 void window_demand(struct window *w, uint64_t now_ns);
 /* How many pages the next request may have, 0: none now. */
-uint64_t window_room(struct window *w, uint64_t now_ns, uint64_t outstanding);
+uint64_t window_room(struct window *w, uint64_t now_ns, uint64_t outstanding, uint64_t nr_requests);
 /* A reply to a request begins. */
 void window_reply_begins(struct window *w, uint64_t now_ns, uint64_t sent_ns, bool bulk);
 /* So many bytes of one in bulk were received. */

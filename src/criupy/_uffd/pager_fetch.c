@@ -171,7 +171,7 @@ bool fetch_background(struct criupy_pager *p)
 		} while (fetch_local(p, image, p->runs, nr_runs, false));
 		return true;
 	}
-	while ((nr = window_room(&p->window, p->now_ns, bulk->nr_outstanding))) {
+	while ((nr = window_room(&p->window, p->now_ns, bulk->nr_outstanding, bulk->requests.nr))) {
 		nr_runs = next_runs(p, bulk->extended, nr, &image);
 		if (!nr_runs || lane_request(p, bulk, image, p->runs, nr_runs, false))
 			break;

@@ -38,6 +38,7 @@
 #define SHORT_NS 500000			/* round trips in one rack */
 #define SHORT_PAGES 128
 #define SHORT_CALM_PAGES 256
+#define SHORT_REQUESTS 6		/* a stock source takes 50 us for each, however small */
 #define SHORT_MOST_NS 700000		/* they take less, or the link is a slow one */
 #define CALM_NS 20000000
 #define REQUEST_SHIFT 4			/* a request is a sixteenth of the window, since a fault */
@@ -95,23 +96,25 @@ void window_demand(struct window *w, uint64_t now_ns)
 	w->demand_ns = now_ns;
 }
 
-static uint64_t short_room(struct window *w, uint64_t now_ns, uint64_t outstanding)
+static uint64_t short_room(struct window *w, uint64_t now_ns, uint64_t outstanding, uint64_t nr_requests)
 {
 	bool is_calm = now_ns - w->demand_ns > CALM_NS;
 
 	w->pages = w->limit = !w->rtt_ns ? FIRST_PAGES : is_calm ? SHORT_CALM_PAGES : SHORT_PAGES;
 	/* The next one is on its way while one is answered. */
-	return outstanding <= w->pages / 2 ? min_u64(w->pages / 2, w->request_pages) : 0;
+	if (nr_requests >= SHORT_REQUESTS || outstanding > w->pages / 2)
+		return 0;
+	return min_u64(w->pages / 2, w->request_pages);
 }
 
-uint64_t window_room(struct window *w, uint64_t now_ns, uint64_t outstanding)
+uint64_t window_room(struct window *w, uint64_t now_ns, uint64_t outstanding, uint64_t nr_requests)
 {
 	uint64_t pages;
 
 	if (w->is_fixed)
 		return outstanding < w->pages ? w->request_pages : 0;
 	if (is_short(w))
-		return short_room(w, now_ns, outstanding);
+		return short_room(w, now_ns, outstanding, nr_requests);
 	if (outstanding >= w->limit) {
 		w->was_full = w->limit == w->pages;
 		return 0;
