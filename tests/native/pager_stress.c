@@ -276,7 +276,7 @@ static void wait_until_poisoned(struct criupy_pager *pager, struct criupy_stats 
 int main(int argc, char **argv)
 {
 	const struct criupy_pager_config config = {
-		.link_timeout_ns = UINT64_MAX, .nr_buffers = 5, .request_pages = 32, .fault_around_pages = 4, .nr_copiers = 2,
+		.link_timeout_ns = UINT64_MAX, .nr_buffers = 5, .request_pages = 32, .fault_around_pages = 4, .nr_copiers = 3,
 	};
 	const uint64_t nr_pages = NR_SLICES * SLICE_PAGES, first_page = 0;
 	struct target targets[NR_TARGETS];

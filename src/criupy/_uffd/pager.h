@@ -77,6 +77,8 @@ void window_init(struct window *w, uint32_t fixed_pages, uint32_t request_pages)
 void window_begin(struct window *w, uint64_t now_ns);
 /* A fault asks for a page. */
 void window_demand(struct window *w, uint64_t now_ns);
+/* None did for a while. */
+bool window_is_calm(const struct window *w, uint64_t now_ns);
 /* How many pages the next request may have, 0: none now. */
 uint64_t window_room(struct window *w, uint64_t now_ns, uint64_t outstanding, uint64_t nr_requests);
 /* A reply to a request begins. */

@@ -154,12 +154,20 @@ static bool is_waited_for(const struct task *t, const struct buffer *b)
 	return false;
 }
 
-static bool have_room(const struct criupy_pager *p)
+/* A task that works needs a core more than its background does, where there is a
+ * source whose pages are on their way meanwhile. Out of a file all is there at once,
+ * and the sooner it is in place the fewer faults there are. */
+static uint32_t nr_to_use(const struct criupy_pager *p, const struct buffer *b)
 {
-	const struct copiers *c = p->copiers;
+	bool spare_one = b->image->file < 0 && !window_is_calm(&p->window, p->now_ns);
 
+	return p->copiers->nr - (spare_one && p->copiers->nr);
+}
+
+static bool have_room(const struct criupy_pager *p, const struct buffer *b)
+{
 	/* Each lane needs one to receive into. */
-	return c && c->nr_handed < 2 * c->nr && p->nr_free_buffers >= NR_LANES;
+	return p->copiers && p->copiers->nr_handed < 2 * nr_to_use(p, b) && p->nr_free_buffers >= NR_LANES;
 }
 
 bool copiers_take(struct criupy_pager *p, struct buffer *b)
@@ -167,7 +175,7 @@ bool copiers_take(struct criupy_pager *p, struct buffer *b)
 	struct copiers *c = p->copiers;
 	struct task *t = b->image->tasks;
 
-	if (b->demand || b->nr_pages < LEAST_PAGES || !have_room(p))
+	if (b->demand || b->nr_pages < LEAST_PAGES || !have_room(p, b))
 		return false;
 	if (!t || t->next_of_image || t->uffd < 0 || t->poisoned || t->busy || is_waited_for(t, b) || !plan(t, b))
 		return false;

@@ -96,11 +96,16 @@ void window_demand(struct window *w, uint64_t now_ns)
 	w->demand_ns = now_ns;
 }
 
+bool window_is_calm(const struct window *w, uint64_t now_ns)
+{
+	return now_ns - w->demand_ns > CALM_NS;
+}
+
 static uint64_t short_room(struct window *w, uint64_t now_ns, uint64_t outstanding, uint64_t nr_requests)
 {
-	bool is_calm = now_ns - w->demand_ns > CALM_NS;
+	uint64_t pages = window_is_calm(w, now_ns) ? SHORT_CALM_PAGES : SHORT_PAGES;
 
-	w->pages = w->limit = !w->rtt_ns ? FIRST_PAGES : is_calm ? SHORT_CALM_PAGES : SHORT_PAGES;
+	w->pages = w->limit = w->rtt_ns ? pages : FIRST_PAGES;
 	/* The next one is on its way while one is answered. */
 	if (nr_requests >= SHORT_REQUESTS || outstanding > w->pages / 2)
 		return 0;
