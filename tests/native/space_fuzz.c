@@ -331,6 +331,34 @@ static void check_local_pages(void)
 	close(fd);
 }
 
+/* The first and last page and the places around of each of so many extents. */
+static void check_lookups(size_t nr_extents)
+{
+	static uint64_t starts[1000], nr[1000];
+	uint64_t end = 0, first = 0;
+
+	for (size_t i = 0; i < nr_extents; i++) {
+		starts[i] = end + ((uint64_t)(random_below(3)) << PAGE_SHIFT);
+		nr[i] = 1 + random_below(3);
+		end = starts[i] + (nr[i] << PAGE_SHIFT);
+	}
+	CHECK(!criupy_image_create(&image, 1, starts, nr, NULL, NULL, nr_extents));
+	for (size_t i = 0; i < nr_extents; first += nr[i++]) {
+		uint64_t beyond = starts[i] + (nr[i] << PAGE_SHIFT);
+
+		CHECK(image_extent_of(image, first) == &image->extents[i]);
+		CHECK(image_extent_of(image, first + nr[i] - 1) == &image->extents[i]);
+		CHECK(image_extent_after(image, starts[i]) == i);
+		CHECK(image_extent_after(image, beyond - 1) == i);
+		CHECK(image_extent_after(image, beyond) == i + 1);
+		/* Nothing lies between two extents. */
+		CHECK(i + 1 == nr_extents || starts[i + 1] == beyond || image_extent_after(image, starts[i + 1] - 1) == i + 1);
+	}
+	CHECK(!nr_extents || image_extent_after(image, 0) == 0);
+	CHECK(image_extent_after(image, UINT64_MAX) == nr_extents);
+	criupy_image_destroy(image);
+}
+
 static void *push_notices(void *arg)
 {
 	struct notices *notices = arg;
@@ -373,6 +401,9 @@ int main(int argc, char **argv)
 		return 2;
 	seed = strtoull(argv[1], NULL, 0) * UINT64_C(0x9E3779B97F4A7C15) | 1;
 	check_local_pages();
+	/* Around each multiple of how many a landmark stands for. */
+	for (size_t nr_extents = 0; nr_extents <= 1000; nr_extents += 1 + nr_extents / 200)
+		check_lookups(nr_extents);
 	check_notices();
 	fuzz_codec(20000);
 	fuzz_space(atoi(argv[2]));

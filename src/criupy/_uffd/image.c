@@ -16,6 +16,8 @@
 
 #include "internal.h"
 
+#define LANDMARK_SHIFT 6
+
 static bool extents_are_sane(const uint64_t *starts, const uint64_t *nr_pages, size_t nr)
 {
 	uint64_t end = 0, total = 0;
@@ -30,6 +32,11 @@ static bool extents_are_sane(const uint64_t *starts, const uint64_t *nr_pages, s
 	}
 	/* One byte of state a page: 2^40 pages are 4 PiB, more than any machine. */
 	return total <= UINT64_C(1) << 40;
+}
+
+static size_t nr_landmarks(const struct criupy_image *image)
+{
+	return (image->nr_extents + (1u << LANDMARK_SHIFT) - 1) >> LANDMARK_SHIFT;
 }
 
 int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t *starts,
@@ -49,7 +56,8 @@ int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t
 	img->nr_extents = nr_extents;
 	img->has_data = data_pages != NULL;
 	img->extents = malloc((nr_extents + 1) * sizeof(*img->extents));
-	if (!img->extents)
+	img->landmarks = malloc((nr_landmarks(img) + 1) * sizeof(*img->landmarks));
+	if (!img->extents || !img->landmarks)
 		goto no_memory;
 	for (size_t i = 0; i < nr_extents; i++) {
 		img->extents[i] = (struct extent){
@@ -59,6 +67,11 @@ int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t
 			.data = data_pages ? data_pages[i] : 0,
 		};
 		first += nr_pages[i];
+	}
+	for (size_t i = 0; i < nr_landmarks(img); i++) {
+		const struct extent *e = &img->extents[i << LANDMARK_SHIFT];
+
+		img->landmarks[i] = (struct landmark){ .start = e->start, .first = e->first };
 	}
 	img->nr_pages = first;
 	img->requested = calloc(first + 1, 1);
@@ -85,6 +98,7 @@ void criupy_image_destroy(struct criupy_image *image)
 	if (image->file >= 0)
 		close(image->file);
 	free(image->extents);
+	free(image->landmarks);
 	free(image->flags);
 	free(image->requested);
 	free(image);
@@ -173,10 +187,26 @@ void image_unmark(struct criupy_image *image, uint64_t page, uint64_t nr, uint8_
 		image->requested[i] &= (uint8_t)~requested;
 }
 
+/* The extents from a landmark on, up to the next one or to the end. */
+static size_t extents_from(const struct criupy_image *image, size_t landmark, size_t *end)
+{
+	*end = min_u64((landmark + 1) << LANDMARK_SHIFT, image->nr_extents);
+	return landmark << LANDMARK_SHIFT;
+}
+
 const struct extent *image_extent_of(const struct criupy_image *image, uint64_t page)
 {
-	size_t low = 0, high = image->nr_extents;
+	size_t low = 0, high = nr_landmarks(image);
 
+	while (high - low > 1) {
+		size_t middle = low + (high - low) / 2;
+
+		if (image->landmarks[middle].first <= page)
+			low = middle;
+		else
+			high = middle;
+	}
+	low = extents_from(image, low, &high);
 	while (high - low > 1) {
 		size_t middle = low + (high - low) / 2;
 
@@ -190,8 +220,18 @@ const struct extent *image_extent_of(const struct criupy_image *image, uint64_t 
 
 size_t image_extent_after(const struct criupy_image *image, uint64_t addr)
 {
-	size_t low = 0, high = image->nr_extents;
+	size_t low = 0, high = nr_landmarks(image);
 
+	while (high > low + 1) {
+		size_t middle = low + (high - low) / 2;
+
+		if (image->landmarks[middle].start <= addr)
+			low = middle;
+		else
+			high = middle;
+	}
+	/* If it is none of these, it is the one where the next landmark is. */
+	low = extents_from(image, low, &high);
 	while (low < high) {
 		size_t middle = low + (high - low) / 2;
 		const struct extent *e = &image->extents[middle];
