@@ -40,7 +40,7 @@ from criupy.testing.workload_linux import Workload, start_workload
 MARK = ("<!-- limits: begin -->", "<!-- limits: end -->")
 WHO = ("stock", "ours")
 #: Pages by one request, and outstanding at most.
-WINDOWS = ((1, 16), (16, 64), (64, 64), (64, 128), (64, 256), (256, 512))
+WINDOWS = ((1, 1), (1, 16), (16, 64), (64, 64), (64, 128), (64, 256), (256, 512))
 SOURCE_SIZE = 128 * MIB
 EXTENTS = (1, 1024, 262_144, 1_000_000)
 CHUNKS = (4096, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 2 << 20)

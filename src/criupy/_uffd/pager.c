@@ -23,7 +23,7 @@
 
 #define NR_EVENTS 64
 #define PUBLISH_NS 20000000
-#define BUSY_NS 50000
+#define RETRY_NS 50000
 #define NO_MEMORY_NS 2000000
 #define TICK_NS 50000000
 
@@ -221,13 +221,13 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 
 	if (more || p->stopping || lane_pending(bulk) || lane_pending(urgent))
 		return 0;
-	if (p->busy)
-		return p->now_ns - p->no_memory_ns < TICK_NS ? NO_MEMORY_NS : BUSY_NS;
+	if (p->retry_parked)
+		return p->now_ns - p->no_memory_ns < TICK_NS ? NO_MEMORY_NS : RETRY_NS;
 	if (bulk->farewell_ns)
 		return TICK_NS / 10;
 	for (struct task *t = p->attended; t; t = t->next_attended)
 		if (t->nr_zero_again || t->unserved)
-			return BUSY_NS;
+			return RETRY_NS;
 	if (p->attended)
 		return TICK_NS / 5; /* a descriptor to be read again */
 	if (p->held_back)
@@ -242,7 +242,7 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 void busy_poll(struct criupy_pager *p)
 {
 	if (p->window.rtt_ns < p->config.busy_poll_ns)
-		p->busy_until_ns = monotonic_ns() + p->config.busy_poll_ns;
+		p->poll_until_ns = monotonic_ns() + p->config.busy_poll_ns;
 }
 
 static int wait_events(struct criupy_pager *p, struct epoll_event *events, uint64_t ns)
@@ -252,12 +252,12 @@ static int wait_events(struct criupy_pager *p, struct epoll_event *events, uint6
 
 	/* To be woken takes longer than what is waited for. Others may have the
 	 * core meanwhile: the source, if it is on this machine, or who waits. */
-	for (; ns > BUSY_NS && p->busy_until_ns; sched_yield()) {
+	for (; ns > RETRY_NS && p->poll_until_ns; sched_yield()) {
 		nr = epoll_wait(p->epoll, events, NR_EVENTS, 0);
 		if (nr)
 			return nr;
-		if (monotonic_ns() >= p->busy_until_ns)
-			p->busy_until_ns = 0;
+		if (monotonic_ns() >= p->poll_until_ns)
+			p->poll_until_ns = 0;
 	}
 	nr = (int)syscall(SYS_epoll_pwait2, p->epoll, events, NR_EVENTS,
 			  ns == UINT64_MAX ? NULL : &ts, NULL, 0);
@@ -328,7 +328,7 @@ static void turn(struct criupy_pager *p, bool *more)
 		if (heard[i] || lane_pending(&p->lanes[i]))
 			lane_read(p, &p->lanes[i]);
 	copiers_collect(p);
-	if (p->busy)
+	if (p->retry_parked)
 		install_parked(p);
 	tasks_attend(p);
 	fetch_held_back(p);

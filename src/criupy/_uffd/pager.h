@@ -110,7 +110,7 @@ struct task {
 	bool unserved;			/* a wait came while something else was done */
 	uint64_t *zero_again;		/* addresses whose zero page met EAGAIN */
 	size_t nr_zero_again, room_zero_again;
-	bool busy;			/* the kernel could not take a page last time */
+	bool cannot_take;		/* a page could not be copied to it last time */
 	uint64_t retry_read_ns;		/* the descriptor could not be read: not before */
 	bool attended;			/* it is in that list */
 	struct task *next_attended;
@@ -234,7 +234,7 @@ struct criupy_pager {
 	struct criupy_stats published;
 
 	bool stopping;
-	bool busy;			/* some task is: try again in a moment */
+	bool retry_parked;		/* in a moment */
 	bool dirty;			/* something happened since the last publication */
 	uint64_t no_memory_ns;		/* when a page could last not be allocated */
 	uint64_t no_memory_told_ns;
@@ -260,7 +260,7 @@ struct criupy_pager {
 	struct window window;
 	struct run runs[CRIUPY_MAX_RUNS];	/* of the request that is being made */
 	struct copiers *copiers;	/* NULL: none */
-	uint64_t busy_until_ns;
+	uint64_t poll_until_ns;
 
 	uint8_t *staging;
 	size_t staging_length;
@@ -287,10 +287,11 @@ void pager_set_phase(struct criupy_pager *p, uint32_t phase);
 /* The pager itself cannot go on; Python decides what becomes of the tasks. */
 void pager_fail(struct criupy_pager *p, int error);
 
-/* ---- pager_task.c ------------------------------------------------------------------ */
-
 /* A thread waits for a page, or has just got it: something comes soon. */
 void busy_poll(struct criupy_pager *p);
+
+/* ---- pager_task.c ------------------------------------------------------------------ */
+
 int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space *space, bool forked);
 /* So many of its faults are not answered. */
 void task_set_nr_waits(struct criupy_pager *p, struct task *t, size_t nr);
@@ -324,7 +325,7 @@ int install_run(struct criupy_pager *p, struct criupy_image *image, uint64_t pag
 bool install_piece(struct criupy_pager *p, struct buffer *b);
 /* Pages of an address space are there. */
 void installed(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr, bool demand);
-/* Try again what a busy task could not take. */
+/* Try again what some task could not take. */
 void install_parked(struct criupy_pager *p);
 void buffer_free(struct criupy_pager *p, struct buffer *b);
 /* Keep a piece until it can be installed. */

@@ -177,7 +177,7 @@ bool copiers_take(struct criupy_pager *p, struct buffer *b)
 
 	if (b->demand || b->nr_pages < LEAST_PAGES || !have_room(p, b))
 		return false;
-	if (!t || t->next_of_image || t->uffd < 0 || t->poisoned || t->busy || is_waited_for(t, b) || !plan(t, b))
+	if (!t || t->next_of_image || t->uffd < 0 || t->poisoned || t->cannot_take || is_waited_for(t, b) || !plan(t, b))
 		return false;
 	b->task = t;
 	b->uffd = t->uffd;
@@ -219,7 +219,7 @@ static void take_back(struct criupy_pager *p, struct buffer *b)
 	else
 		buffer_park(p, b);
 	if (p->parked)
-		p->busy = true;
+		p->retry_parked = true;
 	p->dirty = true;
 }
 

@@ -112,7 +112,7 @@ static struct task *next_run(struct criupy_pager *p, uint64_t *page, uint64_t *n
 	if (!t)
 		return NULL;
 	do {
-		if (t->uffd >= 0 && !t->busy && t->space->nr_missing) {
+		if (t->uffd >= 0 && !t->cannot_take && t->space->nr_missing) {
 			*page = t->cursor;
 			*nr = criupy_space_next_missing(t->space, page, max, 0);
 			if (!*nr && t->cursor) {

@@ -160,9 +160,9 @@ int install_run(struct criupy_pager *p, struct criupy_image *image, uint64_t pag
 		if (t->uffd < 0 || t->poisoned)
 			continue;
 		if (install_into(p, t, page, nr_pages, data, demand)) {
-			t->busy = true;
+			t->cannot_take = true;
 			task_attend(p, t);
-			p->busy = true;
+			p->retry_parked = true;
 			ret = -EAGAIN;
 		}
 		p->some_may_be_done |= !t->space->nr_missing;
@@ -275,11 +275,11 @@ void install_parked(struct criupy_pager *p)
 {
 	struct buffer *b = p->parked;
 
-	p->busy = false;
+	p->retry_parked = false;
 	p->parked = NULL;
 	p->parked_tail = &p->parked;
 	for (struct task *t = p->attended; t; t = t->next_attended)
-		t->busy = false;
+		t->cannot_take = false;
 	while (b) {
 		struct buffer *next = b->next;
 

@@ -104,8 +104,7 @@ static void end_piece(struct criupy_pager *p, struct lane *l)
 	if (l == bulk_lane(p))
 		window_received(&p->window, nr << PAGE_SHIFT);
 	install_piece(p, b);
-	/* Installing may have ended the link, by a failure. */
-	if (l->state != CRIUPY_LINK_OPEN || !(rest + rx->payload_left))
+	if (!(rest + rx->payload_left))
 		return;
 	rx->buffer = buffer_take(p);
 	memcpy(rx->buffer->data, part, rest);

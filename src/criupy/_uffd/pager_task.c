@@ -389,7 +389,7 @@ void tasks_attend(struct criupy_pager *p)
 			task_drain(p, t);
 		if (t->nr_zero_again || t->unserved)
 			task_serve_waits(p, t);
-		if (t->nr_zero_again || t->unserved || t->retry_read_ns || t->busy)
+		if (t->nr_zero_again || t->unserved || t->retry_read_ns || t->cannot_take)
 			task_attend(p, t);
 	}
 }
