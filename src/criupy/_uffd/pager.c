@@ -5,9 +5,9 @@
  * in (pager_copier.c). Each turn of its loop does little of everything, faults first:
  *
  *   commands, faults and events of every readable task, requests for them,
- *   what the source sent (at most a quarter of a megabyte), copies the kernel
- *   would not take before, then background requests into what is left of the
- *   window.
+ *   what the source sent (at most a quarter of a megabyte), a piece that had to
+ *   wait because somebody waits for another one, copies the kernel would not take
+ *   before, then background requests into what is left of the window.
  *
  * Python talks to it by commands (a list under a mutex, an eventfd) and listens
  * through a snapshot of the counters, a ring of notices and another eventfd. */
@@ -24,6 +24,7 @@
 #define NR_EVENTS 64
 #define PUBLISH_NS 20000000
 #define RETRY_NS 50000
+#define IDLE_NS 60000	/* nothing was heard: there is time for what was deferred */
 #define NO_MEMORY_NS 2000000
 #define TICK_NS 50000000
 
@@ -221,6 +222,8 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 
 	if (more || p->stopping || lane_pending(bulk) || lane_pending(urgent))
 		return 0;
+	if (p->deferred)
+		return p->nr_waits ? IDLE_NS : 0;
 	if (p->retry_parked)
 		return p->now_ns - p->no_memory_ns < TICK_NS ? NO_MEMORY_NS : RETRY_NS;
 	if (bulk->farewell_ns)
@@ -323,11 +326,12 @@ static void turn(struct criupy_pager *p, bool *more)
 		restore_read(p);
 	/* What is urgent first. */
 	for (int i = NR_LANES - 1; i >= 0 && p->nr_waits; i--)
-		lane_install(p, &p->lanes[i]);
+		lane_install_waited_for(p, &p->lanes[i]);
 	for (int i = NR_LANES - 1; i >= 0; i--)
 		if (heard[i] || lane_pending(&p->lanes[i]))
 			lane_read(p, &p->lanes[i]);
 	copiers_collect(p);
+	install_deferred(p, !nr);
 	if (p->retry_parked)
 		install_parked(p);
 	tasks_attend(p);

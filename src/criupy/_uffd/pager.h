@@ -270,6 +270,8 @@ struct criupy_pager {
 	struct buffer *free_buffers;
 	uint32_t nr_free_buffers;
 	struct buffer *parked, **parked_tail;
+	struct buffer *deferred, **deferred_tail;
+	bool deferred_is_waited_for;	/* a page of one is, maybe */
 	uint32_t final_outcome;		/* what ENDED will say once CLOSING is over */
 };
 
@@ -295,6 +297,8 @@ void busy_poll(struct criupy_pager *p);
 int task_add(struct criupy_pager *p, int32_t pid, int uffd, struct criupy_space *space, bool forked);
 /* So many of its faults are not answered. */
 void task_set_nr_waits(struct criupy_pager *p, struct task *t, size_t nr);
+/* Whether any thread waits for one of these pages. */
+bool is_waited_for(const struct criupy_image *image, uint64_t page, uint64_t nr_pages);
 /* Look at it again in the next turn. */
 void task_attend(struct criupy_pager *p, struct task *t);
 /* There may be something to ask for. */
@@ -327,9 +331,13 @@ bool install_piece(struct criupy_pager *p, struct buffer *b);
 void installed(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr, bool demand);
 /* Try again what some task could not take. */
 void install_parked(struct criupy_pager *p);
+/* Put in place what was deferred and is waited for by now; something else if nothing is to be done otherwise. */
+void install_deferred(struct criupy_pager *p, bool idle);
+void install_all_deferred(struct criupy_pager *p);
 void buffer_free(struct criupy_pager *p, struct buffer *b);
 /* Keep a piece until it can be installed. */
 void buffer_park(struct criupy_pager *p, struct buffer *b);
+bool buffer_is_waited_for(const struct buffer *b);
 /* Mark the pages in it as parked, or no longer. */
 void buffer_mark(struct buffer *b);
 void buffer_unmark(struct buffer *b);
@@ -421,6 +429,8 @@ void lane_requests_cancel(struct criupy_pager *p, struct lane *l);
 void lane_read(struct criupy_pager *p, struct lane *l);
 /* Install what has come of a piece that is not full. */
 void lane_install(struct criupy_pager *p, struct lane *l);
+/* If anybody waits for it. */
+void lane_install_waited_for(struct criupy_pager *p, struct lane *l);
 
 /* ---- pager_end.c ----------------------------------------------------------------------- */
 

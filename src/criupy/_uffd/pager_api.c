@@ -122,6 +122,7 @@ int criupy_pager_create(struct criupy_pager **pager, const struct criupy_pager_c
 	p->restore = -1;
 	lanes_init(p);
 	p->parked_tail = &p->parked;
+	p->deferred_tail = &p->deferred;
 	p->stats.close_status = -1;
 	p->stats.created_ns = p->now_ns = monotonic_ns();
 	p->published = p->stats;

@@ -145,15 +145,6 @@ static bool plan(const struct task *t, struct buffer *b)
 	return b->nr_copies;
 }
 
-static bool is_waited_for(const struct task *t, const struct buffer *b)
-{
-	for (size_t i = 0; i < t->nr_waits; i++)
-		for (uint32_t j = 0; j < b->nr_runs; j++)
-			if (t->waits[i].page - b->runs[j].page < b->runs[j].nr_pages)
-				return true;
-	return false;
-}
-
 /* A task that works needs a core more than its background does, where there is a
  * source whose pages are on their way meanwhile. Out of a file all is there at once,
  * and the sooner it is in place the fewer faults there are. */
@@ -177,7 +168,7 @@ bool copiers_take(struct criupy_pager *p, struct buffer *b)
 
 	if (b->demand || b->nr_pages < LEAST_PAGES || !have_room(p, b))
 		return false;
-	if (!t || t->next_of_image || t->uffd < 0 || t->poisoned || t->cannot_take || is_waited_for(t, b) || !plan(t, b))
+	if (!t || t->next_of_image || t->uffd < 0 || t->poisoned || t->cannot_take || buffer_is_waited_for(b) || !plan(t, b))
 		return false;
 	b->task = t;
 	b->uffd = t->uffd;

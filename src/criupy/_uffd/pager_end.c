@@ -203,6 +203,7 @@ void poison_all(struct criupy_pager *p)
 		return;
 	p->given_up = true;
 	p->stats.poison_error = 0;
+	install_all_deferred(p);
 	for (struct task *t = p->tasks; t; t = t->next) {
 		if (t->uffd < 0)
 			continue;

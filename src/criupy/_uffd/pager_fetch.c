@@ -57,6 +57,8 @@ static bool is_arriving(const struct lane *l, const struct criupy_image *image, 
 
 bool fetch_is_due(struct criupy_pager *p, const struct criupy_image *image, uint64_t page)
 {
+	if (image->requested[page] & REQUESTED_PARKED)
+		p->deferred_is_waited_for = true;
 	switch (image->requested[page]) {
 	case 0:
 		return true;

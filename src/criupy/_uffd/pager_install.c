@@ -206,12 +206,67 @@ static void install_now(struct criupy_pager *p, struct buffer *b)
 		buffer_free(p, b);
 }
 
+/* ---- pieces that wait until there is time ------------------------------------------ */
+
+/* To copy what nobody waits for takes longer than to receive what somebody does, and
+ * that comes behind it. */
+static bool may_be_deferred(const struct criupy_pager *p, const struct buffer *b)
+{
+	/* Each lane needs one to receive into. */
+	return p->nr_waits && !b->demand && !b->unread && p->nr_free_buffers >= NR_LANES && !buffer_is_waited_for(b);
+}
+
+static void defer(struct criupy_pager *p, struct buffer *b)
+{
+	buffer_mark(b);
+	b->next = NULL;
+	*p->deferred_tail = b;
+	p->deferred_tail = &b->next;
+}
+
 bool install_piece(struct criupy_pager *p, struct buffer *b)
 {
 	if (copiers_take(p, b))
 		return true;
-	install_now(p, b);
+	if (may_be_deferred(p, b))
+		defer(p, b);
+	else
+		install_now(p, b);
 	return false;
+}
+
+/* The link is what points at it. */
+static void install_one_deferred(struct criupy_pager *p, struct buffer **link)
+{
+	struct buffer *b = *link;
+
+	*link = b->next;
+	if (!b->next)
+		p->deferred_tail = link;
+	buffer_unmark(b);
+	install_now(p, b);
+}
+
+void install_deferred(struct criupy_pager *p, bool idle)
+{
+	struct buffer **link = &p->deferred;
+
+	if (p->deferred_is_waited_for) {
+		p->deferred_is_waited_for = false;
+		while (*link)
+			if (buffer_is_waited_for(*link))
+				install_one_deferred(p, link);
+			else
+				link = &(*link)->next;
+	} else if (p->deferred && (idle || !p->nr_waits)) {
+		install_one_deferred(p, link);
+	}
+}
+
+void install_all_deferred(struct criupy_pager *p)
+{
+	while (p->deferred)
+		install_one_deferred(p, &p->deferred);
 }
 
 /* ---- staging buffers, and pieces that wait in them ----------------------------- */
@@ -221,6 +276,14 @@ void buffer_free(struct criupy_pager *p, struct buffer *b)
 	b->next = p->free_buffers;
 	p->free_buffers = b;
 	p->nr_free_buffers++;
+}
+
+bool buffer_is_waited_for(const struct buffer *b)
+{
+	for (uint32_t i = 0; i < b->nr_runs; i++)
+		if (is_waited_for(b->image, b->runs[i].page, b->runs[i].nr_pages))
+			return true;
+	return false;
 }
 
 void buffer_mark(struct buffer *b)

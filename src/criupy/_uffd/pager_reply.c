@@ -7,8 +7,8 @@
  *
  * A reply goes from the socket into a staging buffer and from there to every
  * address space that wants it, piece by piece while it arrives: a piece is a full
- * buffer, or, while any thread waits, what the socket had. The read that takes the reply's last
- * byte takes the next header along. */
+ * buffer, or what the socket had, if any thread waits for a page in that. The read that
+ * takes the reply's last byte takes the next header along. */
 
 #include "pager.h"
 
@@ -110,9 +110,31 @@ static void end_piece(struct criupy_pager *p, struct lane *l)
 	memcpy(rx->buffer->data, part, rest);
 }
 
+/* Whether what has come and is not installed is waited for. */
+static bool has_waited_for(const struct lane *l)
+{
+	const struct request *r = lane_request_first(l);
+	uint64_t first = r->nr_came, end = first + (l->rx.buffer_have >> PAGE_SHIFT), at = 0;
+
+	for (uint32_t i = 0; i < r->nr_runs && at < end; at += lane_run(l, i++)->nr_pages) {
+		const struct run *run = lane_run(l, i);
+		uint64_t from = first > at ? first - at : 0, to = min_u64(end - at, run->nr_pages);
+
+		if (from < to && is_waited_for(r->image, run->page + from, to - from))
+			return true;
+	}
+	return false;
+}
+
 void lane_install(struct criupy_pager *p, struct lane *l)
 {
 	if (l->state == CRIUPY_LINK_OPEN && l->rx.state == RX_PAYLOAD)
+		end_piece(p, l);
+}
+
+void lane_install_waited_for(struct criupy_pager *p, struct lane *l)
+{
+	if (l->state == CRIUPY_LINK_OPEN && l->rx.state == RX_PAYLOAD && has_waited_for(l))
 		end_piece(p, l);
 }
 
@@ -172,7 +194,7 @@ static void take_in_payload(struct criupy_pager *p, struct lane *l, uint64_t got
 	rx->buffer_have += length;
 	rx->payload_left -= length;
 	rx->header_have = got - length;
-	if (!rx->payload_left || (!more && p->nr_waits) || rx->buffer_have == PIECE_PAGES << PAGE_SHIFT)
+	if (!rx->payload_left || (!more && p->nr_waits && has_waited_for(l)) || rx->buffer_have == PIECE_PAGES << PAGE_SHIFT)
 		end_piece(p, l);
 	if (l->state == CRIUPY_LINK_OPEN && !rx->payload_left)
 		end_reply(p, l);

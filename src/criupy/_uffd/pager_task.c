@@ -336,6 +336,15 @@ static uint64_t pages_around(const struct criupy_pager *p, const struct criupy_i
 	return nr;
 }
 
+bool is_waited_for(const struct criupy_image *image, uint64_t page, uint64_t nr_pages)
+{
+	for (const struct task *t = image->tasks; t; t = t->next_of_image)
+		for (size_t i = 0; i < t->nr_waits; i++)
+			if (t->waits[i].page - page < nr_pages)
+				return true;
+	return false;
+}
+
 void task_serve_waits(struct criupy_pager *p, struct task *t)
 {
 	const struct criupy_image *image = t->space->image;
