@@ -106,6 +106,23 @@ def test_a_restore_that_connects_to_a_held_socket_waits_to_be_let_in(tmp_path: P
                 assert served.recv(4) == b"here"
 
 
+def test_a_held_socket_has_no_name_before_its_place_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who looks for the file and connects at once would be let in instead of waiting."""
+    listen = socket.socket.listen
+    seen: list[list[str]] = []
+
+    def looked_for(self: socket.socket, backlog: int) -> None:
+        listen(self, backlog)
+        seen.append([entry.name for entry in tmp_path.iterdir() if entry.name == SOCKET_NAME])
+
+    monkeypatch.setattr(socket.socket, "listen", looked_for)
+    with bind_restore_socket(tmp_path, held=True):
+        assert seen == [[]]
+        assert [entry.name for entry in tmp_path.iterdir()] == [SOCKET_NAME]
+
+
 def test_second_bind_in_the_same_dir_waits_for_the_first_to_end(tmp_path: Path) -> None:
     with bind_restore_socket(tmp_path) as listener:
         with pytest.raises(LazyPagesError) as caught:

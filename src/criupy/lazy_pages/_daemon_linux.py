@@ -34,6 +34,7 @@ from criupy._tls.tls_linux import TlsContext
 from criupy._uffd.pager_linux import Link, Outcome, Pager, Phase
 from criupy.errors import CriupyError, LazyPagesError
 from criupy.lazy_pages._config import Config
+from criupy.lazy_pages._cores_linux import usable_cores
 from criupy.lazy_pages._extension import extension_for
 from criupy.lazy_pages._handshake_linux import RestoreConnection, RestoredTask
 from criupy.lazy_pages._images_linux import DumpedTask, load_tasks
@@ -132,7 +133,7 @@ class LazyPages:
                 task.image.close()
 
     def _new_pager(self) -> Pager:
-        other_cores = len(os.sched_getaffinity(0)) - 1
+        other_cores = usable_cores() - 1
         busy_poll = self.config.busy_poll
         if busy_poll is None:
             busy_poll = _BUSY_POLL if other_cores else 0.0

@@ -50,10 +50,11 @@ def bind_restore_socket(work_dir: str | os.PathLike[str], *, held: bool = False)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             with contextlib.suppress(OSError):  # before Linux 6.5
                 listener.setsockopt(socket.SOL_SOCKET, _SO_PASSPIDFD, 1)
-            listener.bind(os.fspath(path))
-            listener.listen(0 if held else 1)
             if held:
-                _fill(path)
+                _listen_held(listener, path)
+            else:
+                listener.bind(os.fspath(path))
+                listener.listen(1)
         except BaseException:
             listener.close()
             raise
@@ -66,10 +67,20 @@ def bind_restore_socket(work_dir: str | os.PathLike[str], *, held: bool = False)
     return listener
 
 
-def _fill(path: Path) -> None:
-    """Take the one place in the queue of a socket; it stays taken when this end is closed."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first:
-        first.connect(os.fspath(path))
+def _listen_held(listener: socket.socket, path: Path) -> None:
+    """Listen with the one place in the queue taken; it stays taken when the end that did is closed."""
+    # Whoever looks for the name could be there first, so the socket gets it last.
+    unnamed = path.with_name(f".{SOCKET_NAME}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        unnamed.unlink()
+    listener.bind(os.fspath(unnamed))
+    try:
+        listener.listen(0)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first:
+            first.connect(os.fspath(unnamed))
+        path.hardlink_to(unnamed)
+    finally:
+        unnamed.unlink()
 
 
 def let_in(listener: socket.socket) -> None:
