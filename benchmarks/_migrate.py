@@ -52,10 +52,14 @@ class WrongPagesError(Exception):
 
 @dataclass(slots=True)
 class Taken:
-    """What one run gave: its metrics, the nanoseconds of each fault, and (seconds, resident pages)."""
+    """What one run gave: its metrics, the nanoseconds of each fault, and (seconds, resident pages).
+
+    ``alone`` are the faults while nothing else was transferred.
+    """
 
     metrics: dict[str, float]
     waits: Sequence[int]
+    alone: Sequence[int] = ()
     resident: list[tuple[float, int]] = field(default_factory=list)
 
 
@@ -152,11 +156,13 @@ async def migrate(criu: Criu, case: Case, way: Way, full: Origin | None, room: P
     metrics = {
         "drain_s": drain,
         "mb_s": pages * 4096 / drain / 1e6,
-        **latencies(waits),
+        **quantiles(waits, ()),
+        "faults": len(waits),
+        "stall_s": sum(waits) / 1e9,
         "cpu_s": ended.user_seconds + ended.system_seconds,
         "peak_mb": ended.max_rss / 1e6,
     }
-    return Taken(metrics, waits, resident)
+    return Taken(metrics, waits, resident=resident)
 
 
 async def with_standin(criu: Criu, case: Case, way: Way, full: Origin | None, room: Path) -> Taken:
@@ -189,15 +195,11 @@ async def with_standin(criu: Criu, case: Case, way: Way, full: Origin | None, ro
         await verify(standin.control, case)
         if job is not None:
             await job.succeed()
-    metrics = {
-        "alone_p50_us": quantile(sorted(alone), 0.5) / 1e3,
-        "alone_p99_us": quantile(sorted(alone), 0.99) / 1e3,
-    }
-    if case.activity.order is not None:
-        metrics |= latencies(waits)
-        metrics["p99_over_alone"] = metrics["p99_us"] / metrics["alone_p99_us"]
+    metrics = quantiles(waits, alone)
+    if waits:
+        metrics |= {"faults": len(waits), "stall_s": sum(waits) / 1e9}
     metrics |= {"cpu_s": ended.user_seconds + ended.system_seconds, "peak_mb": ended.max_rss / 1e6}
-    return Taken(metrics, waits or alone)
+    return Taken(metrics, waits, alone)
 
 
 async def running(worker: Worker) -> None:
@@ -274,14 +276,17 @@ async def verify(control: Control, case: Case) -> None:
             raise WrongPagesError(f"task {task}: {result}")
 
 
-def latencies(waits: Sequence[int]) -> dict[str, float]:
-    ordered = sorted(waits)
-    return {
-        "faults": len(ordered),
-        "p50_us": quantile(ordered, 0.5) / 1e3,
-        "p99_us": quantile(ordered, 0.99) / 1e3,
-        "stall_s": sum(ordered) / 1e9,
-    }
+def quantiles(waits: Sequence[int], alone: Sequence[int]) -> dict[str, float]:
+    """Return what is said of faults: of one run, or of those of several together."""
+    metrics: dict[str, float] = {}
+    for name, taken in (("", waits), ("alone_", alone)):
+        ordered = sorted(taken)
+        if ordered:
+            metrics[f"{name}p50_us"] = quantile(ordered, 0.5) / 1e3
+            metrics[f"{name}p99_us"] = quantile(ordered, 0.99) / 1e3
+    if waits and alone:
+        metrics["p99_over_alone"] = metrics["p99_us"] / metrics["alone_p99_us"]
+    return metrics
 
 
 def quantile(ordered: Sequence[int], part: float) -> float:

@@ -77,7 +77,7 @@ def latency(report: Report) -> Figure:
         for way, taken in ways.items():
             panel.plot(taken["latency_us"], report["quantiles"], label=way, **LOOKS[way])
         panel.set_xscale("log")
-        counts = " → ".join(f"{taken['median']['faults']:,.0f}" for taken in ways.values())
+        counts = " → ".join(f"{taken['figures']['faults']:,.0f}" for taken in ways.values())
         panel.set_xlabel(f"({counts} faults)")
     figure.supxlabel("time of a fault, us")
     figure.supylabel("part of all faults")
@@ -111,13 +111,13 @@ def round_trip(report: Report) -> Figure:
             link = report["links"][link_name(case.link) if case.link else "loopback"]
             speed = f"{(bandwidth or 0) / 1e6:,.0f} MB/s"
             for way, taken in report["cases"][case.name]["ways"].items():
-                lines.setdefault((way, speed), []).append((link["round_trip_ms"], taken["median"]))
+                lines.setdefault((way, speed), []).append((link["round_trip_ms"], taken["figures"]))
     for panel, (metric, title) in zip(
         figure.subplots(1, 2), {"drain_s": "drain", "stall_s": "summed stall"}.items(), strict=True
     ):
         for number, ((way, speed), points) in enumerate(lines.items()):
             marker = "os"[number // 2 % 2]
-            x, y = [trip for trip, _ in points], [median[metric] for _, median in points]
+            x, y = [trip for trip, _ in points], [figures[metric] for _, figures in points]
             panel.plot(x, y, marker=marker, fillstyle="none", label=f"{way}, {speed}", **LOOKS[way])
         panel.set_xscale("log")
         panel.set_yscale("log")

@@ -80,7 +80,7 @@ def conditions(report: Report) -> str:
     return (
         f"criu {report['criu']} at the source, Linux {report['kernel']}, {report['cores']} cores, loopback "
         f"where no link is named; medians of at most {report['rounds']} rounds, in turn, in one run of "
-        f"{report['minutes']:g} minutes"
+        f"{report['minutes']:g} minutes, and latencies of the faults of all rounds together"
     )
 
 
@@ -95,7 +95,7 @@ def readme_table(report: Report) -> str:
     for case, ways, way in rows(report):
         if not case.is_main:
             continue
-        stock, ours = ways["stock"]["median"], ways[way]["median"]
+        stock, ours = ways["stock"]["figures"], ways[way]["figures"]
         cells = []
         for metrics in COLUMNS.values():
             metric = next((name for name in metrics if ours.get(name)), "")
@@ -109,22 +109,30 @@ def readme_table(report: Report) -> str:
     return "\n".join(lines)
 
 
+def with_spread(metric: str, way: dict[str, Any]) -> str:
+    """Write a figure, and the least and the most that any round had of it."""
+    figure = shown(metric, way["figures"].get(metric, 0))
+    values = [run[metric] for run in way["runs"] if metric in run]
+    least, most = (shown(metric, found(values)) for found in (min, max)) if values else ("", "")
+    return figure if least == most else f"{figure} ({least} to {most})"
+
+
 def full_table(report: Report) -> str:
     """Make the table of every metric of every case, and of the links they were run over."""
     lines = [
-        f"{conditions(report)}.",
+        f"{conditions(report)}. In brackets: the least and the most of any round.",
         "",
         "| process | rounds | | `criu lazy-pages` | `criupy-lazy-pages` | stock / ours |",
         "|---|---|---|---|---|---|",
     ]
     for case, ways, way in rows(report):
-        stock, ours = ways["stock"]["median"], ways[way]["median"]
+        stock, ours = ways["stock"]["figures"], ways[way]["figures"]
         rounds = " / ".join(dict.fromkeys(str(ways[name]["rounds"]) for name in ("stock", way)))
         for metric, what in METRICS.items():
-            if (case.is_main or metric in BRIEF) and (ours.get(metric) or stock.get(metric)):
+            if (case.is_main or metric in BRIEF) and metric in ours:
                 lines.append(
-                    f"| {title_of(case, way)} | {rounds} | {what} | {shown(metric, stock[metric])} "
-                    f"| {shown(metric, ours[metric])} | {ratio(stock[metric], ours[metric])} |"
+                    f"| {title_of(case, way)} | {rounds} | {what} | {with_spread(metric, ways['stock'])} "
+                    f"| {with_spread(metric, ways[way])} | {ratio(stock[metric], ours[metric])} |"
                 )
     lines += ["", "| link | measured: round trip of a byte | one stream |", "|---|---|---|"]
     for name, link in report["links"].items():
@@ -135,20 +143,22 @@ def full_table(report: Report) -> str:
 
 def aims(report: Report) -> str:
     """Make the table of what was aimed at."""
-    lines = ["| process | aim | measured | |", "|---|---|---|---|"]
+    lines = ["| process | aim | measured | stock | ours | |", "|---|---|---|---|---|---|"]
     for name, case in CASES.items():
         if name not in report["cases"]:
             continue
-        medians = {way: each["median"] for way, each in report["cases"][name]["ways"].items()}
+        figures = {way: each["figures"] for way, each in report["cases"][name]["ways"].items()}
         for aim in case.aims:
             what = METRICS[aim.metric] + (f", {aim.way} / {aim.over}" if aim.over else f", {aim.way}")
-            value, sign = aim.value(medians), "≥" if aim.at_least else "≤"
+            value, sign = aim.value(figures), "≥" if aim.at_least else "≤"
             if aim.over:
                 limit, got = f"{aim.limit:.3g}", f"{value:.3g}"
             else:
                 limit, got = shown(aim.metric, aim.limit), shown(aim.metric, value)
             lines.append(
                 f"| {case.title} | {what} {sign} {limit} | {got} "
-                f"| {'reached' if aim.is_met(medians) else '**missed**'} |"
+                f"| {shown(aim.metric, figures['stock'][aim.metric])} "
+                f"| {shown(aim.metric, figures[aim.way][aim.metric])} "
+                f"| {'reached' if aim.is_met(figures) else '**missed**'} |"
             )
     return "\n".join(lines)

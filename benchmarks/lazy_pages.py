@@ -5,8 +5,8 @@
 Each case of ``_cases.py`` is a real process that is dumped and restored in a pid namespace of this
 machine, and served by one daemon, then by the other, as often as the table says: fewer times where a
 case says so, or has taken long. ``_migrate.py`` says what is measured. Every byte is looked at in the
-end. Medians over the rounds are printed; with --readme its table, ``docs/comparison.md`` and
-``benchmarks/pictures`` beside it are refreshed.
+end. Medians over the rounds are printed, and latencies of the faults of all rounds; with --readme its
+table, ``docs/comparison.md`` and ``benchmarks/pictures`` beside it are refreshed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import trio
 from _cases import CASES, Case, Source, Way, link_name
 from _link import measure_link
-from _migrate import Origin, Taken, full_images, quantile, run
+from _migrate import Origin, Taken, full_images, quantile, quantiles, run
 from _plots import draw
 from _report import Report, add_report_options, publish, put
 from _tables import aims, full_table, readme_table
@@ -55,17 +55,25 @@ def brief(value: float) -> float:
 
 
 def summary(taken: Sequence[Taken]) -> dict[str, Any]:
-    """Return of the runs of a way: medians, every run, latencies of all together, the median run's growth."""
+    """Return of the runs of a way: the figures that are shown, every run, and the median run's growth.
+
+    The figures are medians over the runs, but latencies are those of all runs' faults together: where
+    a run has few faults its own p99 is just the longest.
+    """
     names = taken[0].metrics
     waits = sorted(ns for one in taken for ns in one.waits)
+    alone = [ns for one in taken for ns in one.alone]
+    figures = {name: statistics.median(one.metrics[name] for one in taken) for name in names}
+    figures |= quantiles(waits, alone)
+    seen = waits or sorted(alone)
     middle = sorted(taken, key=lambda one: one.metrics.get("drain_s", 0))[len(taken) // 2].resident
     step = max(1, -(-len(middle) // POINTS))
     shown = middle[::step] + ([middle[-1]] if (len(middle) - 1) % step else [])
     return {
         "rounds": len(taken),
-        "median": {name: brief(statistics.median(one.metrics[name] for one in taken)) for name in names},
+        "figures": {name: brief(value) for name, value in figures.items()},
         "runs": [{name: brief(value) for name, value in one.metrics.items()} for one in taken],
-        "latency_us": [brief(quantile(waits, part) / 1e3) for part in QUANTILES] if waits else [],
+        "latency_us": [brief(quantile(seen, part) / 1e3) for part in QUANTILES] if seen else [],
         "resident_s": [brief(seconds) for seconds, _ in shown],
         "resident_mib": [brief(pages / 256) for _, pages in shown],
     }
@@ -103,7 +111,7 @@ async def compare_case(criu: Criu, case: Case, most: int) -> dict[str, Any]:
             error = error.exceptions[0]
         raise SystemExit(f"case {case.name}, {where}: {type(error).__name__}: {error}") from error
     ways = {name: summary(taken) for name, taken in runs.items()}
-    return {"size_mib": case.spec.populated_pages * case.spec.tree / 256, "ways": ways}
+    return {"ways": ways}
 
 
 async def measure_links(cases: Iterable[Case]) -> dict[str, dict[str, float]]:
