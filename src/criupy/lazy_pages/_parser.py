@@ -117,8 +117,8 @@ def _add_source(group: Group) -> None:
     group.value(
         "--busy-poll",
         "USEC",
-        "look for more for so many microseconds before sleeping, while a thread waits for a page or just "
-        "got one; never where a round trip takes longer, 0: do not (default: 100, or 0 on less than two cores)",
+        "look for more for so many microseconds before sleeping, while a thread waits for a page or just got "
+        "one; never where a round trip takes longer, 0: do not (default: 100, or 0 on less than two cores)",
         type=values.microseconds,
     )
 
