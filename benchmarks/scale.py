@@ -12,7 +12,8 @@ faults      of a stand-in for criu restore, touches of random pages that have to
             From local images, from criupy-page-server on this machine, and by stock
             criu lazy-pages from local images. While one thing grows, the others do not: one
             process, one thread, 1 GiB, one extent. All threads together touch at the same
-            rate; of many processes one touches. Sizes whose images and pages would not fit the free memory are left out
+            rate; of many processes one touches. Sizes whose images and pages would not fit the free
+            memory are left out
 
 Medians over the rounds, in which ways and sizes take turns; one extent and most of them, of which
 the quotient is aimed at, have three times as many.
