@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -20,6 +21,9 @@ import trio
 
 import criupy.testing
 from criupy.testing.certificates import Certificates, make_certificates
+
+if TYPE_CHECKING:
+    from native_target import Target
 
 # A time limit on examples would measure what else the machine does.
 hypothesis.settings.register_profile("criupy", deadline=None)
@@ -186,3 +190,22 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     if shutil.which("openssl") is None:
         pytest.skip("openssl(1) is not installed")
     return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture
+def no_descriptor_is_left() -> Iterator[None]:
+    """Nothing is open afterwards that was not open before."""
+    from native_peer import open_files
+
+    before = open_files()
+    yield
+    assert open_files() == before
+
+
+@pytest.fixture
+def target(no_descriptor_is_left: None) -> Iterator[Target]:
+    """A process with memory that a test pages in."""
+    from native_target import Target
+
+    with Target.spawn() as target:
+        yield target

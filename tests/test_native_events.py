@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from criupy._uffd.pager_linux import NoticeKind, Outcome, Phase
-from native_peer import Restore, Source, content, open_files, remote_image
+from native_peer import Restore, Source, content, remote_image
 from native_target import (
     MADV_DONTNEED,
     MADV_GUARD_INSTALL,
@@ -26,7 +26,10 @@ from native_target import (
 )
 from test_native_uffd import usable
 
-pytestmark = pytest.mark.skipif(bool(usable()), reason=usable())
+pytestmark = [
+    pytest.mark.skipif(bool(usable()), reason=usable()),
+    pytest.mark.usefixtures("no_descriptor_is_left"),
+]
 
 MADV_WIPEONFORK = 18
 GIB = 1 << 30
@@ -62,13 +65,6 @@ class Moving:
         assert self.source.joined() == "FIN"
         assert (stats.outcome, stats.error, stats.pages_missing) == (Outcome.COMPLETE, 0, 0)
         assert stats.nr_outstanding == 0
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
 
 
 @pytest.fixture

@@ -19,26 +19,16 @@ from native_peer import (
     Restore,
     Source,
     content,
-    open_files,
     remote_image,
 )
 from native_target import MADV_DONTNEED, PAGE, Target
 from test_native_uffd import usable
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(usable()), reason=usable())]
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
-
-
-@pytest.fixture
-def target(no_descriptor_is_left: None) -> Iterator[Target]:
-    with Target.spawn() as target:
-        yield target
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(usable()), reason=usable()),
+    pytest.mark.usefixtures("no_descriptor_is_left"),
+]
 
 
 @pytest.fixture

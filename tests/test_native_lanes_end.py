@@ -22,28 +22,18 @@ from native_peer import (
     Restore,
     Source,
     content,
-    open_files,
 )
 from native_target import PAGE, Target
 from test_native_uffd import needs_poison, usable
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(usable()), reason=usable())]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(usable()), reason=usable()),
+    pytest.mark.usefixtures("no_descriptor_is_left"),
+]
 
 SESSION = bytes(range(16))
 KEY = b"k" * 32
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
-
-
-@pytest.fixture
-def target(no_descriptor_is_left: None) -> Iterator[Target]:
-    with Target.spawn() as target:
-        yield target
 
 
 @pytest.fixture

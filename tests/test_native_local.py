@@ -6,7 +6,6 @@ import errno
 import os
 import struct
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,18 +13,14 @@ import pytest
 from criupy._uffd.image_linux import Image
 from criupy._uffd.pager_linux import NoticeKind, Outcome, Phase
 from criupy.errors import UffdError
-from native_peer import Restore, open_files
+from native_peer import Restore
 from native_target import MADV_DONTNEED, MREMAP_FIXED, MREMAP_MAYMOVE, PAGE, Target
 from test_native_uffd import needs_poison, usable
 
-pytestmark = pytest.mark.skipif(bool(usable()), reason=usable())
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
+pytestmark = [
+    pytest.mark.skipif(bool(usable()), reason=usable()),
+    pytest.mark.usefixtures("no_descriptor_is_left"),
+]
 
 
 def pages_file(path: Path, nr_pages: int) -> Path:

@@ -14,24 +14,15 @@ import pytest
 
 from criupy._uffd.image_linux import Image
 from criupy._uffd.pager_linux import Link, NoticeKind, Outcome, Phase, ReplyFault
-from native_peer import ADD_F_PRESENT, FORCE_CLOSE, Restore, Source, content, open_files, remote_image
+from native_peer import ADD_F_PRESENT, FORCE_CLOSE, Restore, Source, content, remote_image
 from native_target import PAGE, Target
 from test_native_uffd import usable
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(usable()), reason=usable())]
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
-
-
-@pytest.fixture
-def target(no_descriptor_is_left: None) -> Iterator[Target]:
-    with Target.spawn() as target:
-        yield target
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(usable()), reason=usable()),
+    pytest.mark.usefixtures("no_descriptor_is_left"),
+]
 
 
 @pytest.fixture(params=[24, 32])
