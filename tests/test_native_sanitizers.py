@@ -184,6 +184,14 @@ def test_a_fault_does_not_wait_for_what_copiers_read(build: Build) -> None:
 
 
 @pytest.mark.skipif(bool(usable()), reason=usable())
+def test_what_is_waited_for_is_put_in_place_first(build: Build) -> None:
+    """The page of a fault, though four pages that nobody waits for came before it."""
+    program = build("pager_order", CORE, "")
+    for _ in range(20):
+        assert run(program).split() == ["40", "0"]
+
+
+@pytest.mark.skipif(bool(usable()), reason=usable())
 @pytest.mark.parametrize("sanitizer", ["", *RUNTIMES])
 def test_every_restore_ends(build: Build, sanitizer: str) -> None:
     run(build("pager_ends", CORE, sanitizer), "50" if sanitizer else "300")

@@ -1,4 +1,4 @@
-/* A pager that fills memory of this very process from a pages file, for drivers. */
+/* A pager that fills memory of this very process, for drivers. */
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -16,7 +16,7 @@ static const struct criupy_pager_config filled_config = {
 };
 
 /* A file of so many pages. */
-static int filled_file(uint64_t nr_pages)
+static inline int filled_file(uint64_t nr_pages)
 {
 	int file = memfd_create("pages", MFD_CLOEXEC);
 
@@ -24,8 +24,8 @@ static int filled_file(uint64_t nr_pages)
 	return file;
 }
 
-/* A task of so many pages, the first ones of the file; its memory. */
-static void *filled_task(struct criupy_pager *pager, int32_t pid, int file, uint64_t nr_pages)
+/* A task of so many pages, the first ones of the file, or without one (-1) the source's; its memory. */
+static inline void *filled_task(struct criupy_pager *pager, int32_t pid, int file, uint64_t nr_pages)
 {
 	size_t length = (size_t)nr_pages * CRIUPY_PAGE_SIZE;
 	void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -36,14 +36,14 @@ static void *filled_task(struct criupy_pager *pager, int32_t pid, int file, uint
 
 	CHECK(memory != MAP_FAILED && uffd >= 0 && !criupy_uffd_api(uffd, 0, &offered));
 	CHECK(!criupy_uffd_register(uffd, address, length, &offered));
-	CHECK(!criupy_image_create(&image, (uint64_t)pid, &address, &nr_pages, &data, NULL, 1));
-	CHECK(!criupy_image_attach(image, file));
+	CHECK(!criupy_image_create(&image, (uint64_t)pid, &address, &nr_pages, file < 0 ? NULL : &data, NULL, 1));
+	CHECK(file < 0 || !criupy_image_attach(image, file));
 	CHECK(!criupy_pager_add_task(pager, pid, uffd, image));
 	return memory;
 }
 
 /* Let the restore finish; the end of its socket that is not the pager's. */
-static int filled_finish(struct criupy_pager *pager)
+static inline int filled_finish(struct criupy_pager *pager)
 {
 	int restore[2];
 
