@@ -220,7 +220,7 @@ static uint64_t sleep_ns(const struct criupy_pager *p, bool more)
 {
 	const struct lane *bulk = &p->lanes[CRIUPY_LANE_BULK], *urgent = &p->lanes[CRIUPY_LANE_URGENT];
 
-	if (more || p->stopping || lane_pending(bulk) || lane_pending(urgent))
+	if (more || p->stopping || p->deferred_is_waited_for || lane_pending(bulk) || lane_pending(urgent))
 		return 0;
 	if (p->deferred)
 		return p->nr_waits ? IDLE_NS : 0;

@@ -208,10 +208,13 @@ static void install_now(struct criupy_pager *p, struct buffer *b)
 
 /* ---- pieces that wait until there is time ------------------------------------------ */
 
-/* To copy what nobody waits for takes longer than to receive what somebody does, and
- * that comes behind it. */
-static bool may_be_deferred(const struct criupy_pager *p, const struct buffer *b)
+/* To copy what nobody waits for takes longer than to receive what somebody does, if
+ * that comes behind it on the same lane. On two the source has a core for each, if
+ * there are cores, and to receive bulk faster would only take them away. */
+static bool may_be_deferred(struct criupy_pager *p, const struct buffer *b)
 {
+	if (urgent_lane(p)->state == CRIUPY_LINK_OPEN)
+		return false;
 	/* Each lane needs one to receive into. */
 	return p->nr_waits && !b->demand && !b->unread && p->nr_free_buffers >= NR_LANES && !buffer_is_waited_for(b);
 }

@@ -7,8 +7,9 @@
  *
  * A reply goes from the socket into a staging buffer and from there to every
  * address space that wants it, piece by piece while it arrives: a piece is a full
- * buffer, or what the socket had, if any thread waits for a page in that. The read that
- * takes the reply's last byte takes the next header along. */
+ * buffer, or what the socket had, if any thread waits for a page in that or for one
+ * that comes on another lane. The read that takes the reply's last byte takes the next
+ * header along. */
 
 #include "pager.h"
 
@@ -184,6 +185,12 @@ void lane_abandon(struct criupy_pager *p, struct lane *l, int error)
 	}
 }
 
+/* What somebody waits for may come on the other lane meanwhile, so little is done at a time. */
+static bool other_is_waited_for(struct criupy_pager *p, const struct lane *l)
+{
+	return p->nr_waits && l == bulk_lane(p) && urgent_lane(p)->state == CRIUPY_LINK_OPEN;
+}
+
 /* The last bytes of a reply may bring some of the next header with them. More
  * is for whether there may be more at once. */
 static void take_in_payload(struct criupy_pager *p, struct lane *l, uint64_t got, bool more)
@@ -194,7 +201,8 @@ static void take_in_payload(struct criupy_pager *p, struct lane *l, uint64_t got
 	rx->buffer_have += length;
 	rx->payload_left -= length;
 	rx->header_have = got - length;
-	if (!rx->payload_left || (!more && p->nr_waits && has_waited_for(l)) || rx->buffer_have == PIECE_PAGES << PAGE_SHIFT)
+	if (!rx->payload_left || rx->buffer_have == PIECE_PAGES << PAGE_SHIFT ||
+	    (!more && p->nr_waits && (other_is_waited_for(p, l) || has_waited_for(l))))
 		end_piece(p, l);
 	if (l->state == CRIUPY_LINK_OPEN && !rx->payload_left)
 		end_reply(p, l);
@@ -227,8 +235,7 @@ void lane_read(struct criupy_pager *p, struct lane *l)
 	if (rx->state == RX_PAYLOAD) {
 		uint64_t room = (PIECE_PAGES << PAGE_SHIFT) - rx->buffer_have;
 
-		/* What somebody waits for may come on the other lane meanwhile. */
-		if (p->nr_waits && l == bulk_lane(p) && urgent_lane(p)->state == CRIUPY_LINK_OPEN)
+		if (other_is_waited_for(p, l))
 			room = min_u64(room, SHORT_READ);
 
 		into[0].iov_base = rx->buffer->data + rx->buffer_have;
