@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import socket
@@ -30,6 +31,8 @@ from criupy.errors import CommandError, LazyPagesError
 from criupy.lazy_pages._options import LazyPagesOptions, parse
 from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_socket, let_in
 from criupy.lazy_pages._sock_diag_linux import find_listener
+from criupy.testing.images import write_images
+from criupy.testing.spec import WorkloadSpec
 
 NOBODY = 65534
 
@@ -456,3 +459,18 @@ def test_signals_reach_a_daemon_by_its_pidfile(tmp_path: Path) -> None:
             os.close(writer)
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
         assert file.read() == str(signal.SIGTERM.value).encode()
+
+
+@pytest.mark.parametrize("limit", [6, 8, 12])
+def test_too_few_descriptors_are_one_line(tmp_path: Path, limit: int) -> None:
+    """Wherever it is that they run out: at the socket, in trio, in the pager."""
+    images = write_images(tmp_path / "images", WorkloadSpec(size=1 << 20), style="full").directory
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+    command = [sys.executable, "-m", "criupy.lazy_pages", "-D", str(images), "--progress", "none"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, preexec_fn=few, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.endswith("Too many open files; raise the limit on open files (ulimit -n)\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -19,6 +20,13 @@ __all__ = ["check_writable", "display", "lead_nowhere", "run_command", "write_st
 log = logging.getLogger("criupy.command")
 
 Options = TypeVar("Options")
+
+_SHORTAGES = {
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise fs.file-max",
+    errno.ENOMEM: "raise the limit on memory (ulimit -v, ulimit -l, or the cgroup's)",
+    errno.EAGAIN: "raise the limit on processes (ulimit -u, or the cgroup's)",
+}
 
 
 def run_command(
@@ -39,17 +47,33 @@ def run_command(
     try:
         return run(options)
     except CriupyError as error:
-        if logging.getLogger("criupy").handlers:
-            log.error("%s", error)  # noqa: TRY400 - one clear line, no traceback
-        else:
-            print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    except Exception:
+        return _failed(name, str(error))
+    except Exception as error:
+        if (line := _shortage(error)) is not None:
+            return _failed(name, line)
         # In the background nobody sees more than the log.
         if logging.getLogger("criupy").handlers:
             log.exception("%s has failed; please report this", name)
             return 1
         raise
+
+
+def _failed(name: str, line: str) -> int:
+    if logging.getLogger("criupy").handlers:
+        log.error("%s", line)
+    else:
+        print(f"{name}: {line}", file=sys.stderr)
+    return 1
+
+
+def _shortage(error: Exception) -> str | None:
+    """Say what a process was refused, by its limits or by the machine; None where it was something else."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    if not isinstance(error, OSError) or error.errno not in _SHORTAGES or isinstance(error, BlockingIOError):
+        return None
+    what = str(error) if isinstance(error, CriupyError) else error.strerror
+    return f"{what}; {_SHORTAGES[error.errno]}"
 
 
 def display(text: str, *, in_log: bool) -> None:

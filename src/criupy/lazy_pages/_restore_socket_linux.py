@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -59,6 +60,8 @@ def bind_restore_socket(work_dir: str | os.PathLike[str], *, held: bool = False)
             listener.close()
             raise
     except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            raise
         raise LazyPagesError(
             f"{where}: {error.strerror}; --work-dir has to be a directory this process can write"
         ) from error
