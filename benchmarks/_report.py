@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import re
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 Report = dict[str, Any]
+
+
+def positive(word: str) -> int:
+    """Read a number of an option that counts something."""
+    if not word.isdecimal() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
+    return int(word)
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +36,20 @@ def publish(
     table: Callable[[Report], str],
     marks: tuple[str, str],
 ) -> Report:
-    """Measure, or take an earlier report, do with it what the options say, and return it."""
-    report: Report = json.loads(options.from_json.read_text()) if options.from_json else measure()
-    text = table(report)
+    """Measure, or take an earlier report, do with it what the options say, and return it.
+
+    Exit in one line where the options cannot be followed, before anything is measured.
+    """
+    if options.json:
+        check_writable(options.json)
+    if options.readme:
+        put(options.readme, marks, None)
+    if options.from_json:
+        report, text = taken(options.from_json, table)
+    else:
+        with ended_by_signals():
+            report = measure()
+        text = table(report)
     print(text)
     if options.json:
         options.json.write_text(encode(report))
@@ -36,19 +58,67 @@ def publish(
     return report
 
 
+def check_writable(path: Path) -> None:
+    """Exit now for a file that could not be written when all is measured."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise SystemExit(f"--json {path}: it cannot be written")
+
+
+def taken(path: Path, table: Callable[[Report], str]) -> tuple[Report, str]:
+    """Read an earlier report, and make its table."""
+    try:
+        report: Report = json.loads(path.read_text())
+        return report, table(report)
+    except OSError as error:
+        raise SystemExit(f"--from-json {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise SystemExit(f"--from-json {path}: it is no report of this benchmark") from error
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Clean up and exit in one line also when somebody else ends it."""
+
+    def interrupt(number: int, _frame: object) -> None:
+        ended.append(number)
+        # Trio knows when this one may be raised.
+        signal.raise_signal(signal.SIGINT)
+
+    ended: list[int] = []
+    # Which a shell in the background makes ignored.
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    except (KeyboardInterrupt, BaseExceptionGroup) as error:
+        if isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt) is None:
+            raise
+        number = ended[0] if ended else signal.SIGINT
+        print(f"ended by {signal.Signals(number).name}; nothing is left", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def encode(report: Report) -> str:
     """Write a report as JSON, with each list of plain numbers on one line."""
     text = json.dumps(report, indent=1) + "\n"
     return re.sub(r"\[[^][{}\"]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
 
 
-def put(document: Path, marks: tuple[str, str], text: str) -> None:
-    """Replace what is between two marks of a document."""
+def put(document: Path, marks: tuple[str, str], text: str | None) -> None:
+    """Replace what is between two marks of a document, or with None see that it can be done."""
     begin, end = map(re.escape, marks)
-    old = document.read_text()
+    try:
+        old = document.read_text()
+    except OSError as error:
+        raise SystemExit(f"{document}: {error.strerror}") from error
     new, times = re.subn(
         f"{begin}.*?{end}", lambda _: f"{marks[0]}\n{text}\n{marks[1]}", old, flags=re.DOTALL
     )
     if times != 1:
         raise SystemExit(f"{document}: the marks {marks[0]} and {marks[1]} are not there once")
-    document.write_text(new)
+    if text is not None:
+        document.write_text(new)

@@ -29,7 +29,7 @@ from _cases import CASES, Case, Source, Way, link_name
 from _link import measure_link
 from _migrate import Origin, Taken, full_images, quantile, quantiles, run
 from _plots import draw
-from _report import Report, add_report_options, publish, put
+from _report import Report, add_report_options, positive, publish, put
 from _tables import aims, full_table, readme_table
 
 from criupy.testing.criu_linux import Criu, find_criu
@@ -148,7 +148,7 @@ async def compare(cases: Sequence[Case], rounds: int) -> Report:
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ``cases`` are those that were picked."""
     parser = argparse.ArgumentParser(description="Compare criupy-lazy-pages with criu lazy-pages.")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="at most so many of each (5)")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="at most so many of each (5)")
     parser.add_argument(
         "--case", action="append", choices=CASES, metavar="NAME", help="only this; repeatable"
     )
@@ -157,6 +157,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     if options.case and options.readme:
         parser.error("--readme wants every case, of one run")
+    if options.readme and not (options.readme.parent / "docs" / "comparison.md").exists():
+        parser.error(
+            f"--readme {options.readme}: there is no docs/comparison.md beside it, which is refreshed, too"
+        )
     options.cases = [case for name, case in CASES.items() if not options.case or name in options.case]
     return options
 
@@ -166,7 +170,13 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{name:20} {case.title}" for name, case in CASES.items()))
         return
-    report = publish(options, lambda: trio.run(compare, options.cases, options.rounds), readme_table, MARK)
+
+    def short_table(report: Report) -> str:
+        if options.readme and set(report["cases"]) != set(CASES):
+            raise SystemExit("--readme wants every case, of one run")
+        return readme_table(report)
+
+    report = publish(options, lambda: trio.run(compare, options.cases, options.rounds), short_table, MARK)
     for text in (full_table(report), aims(report)):
         print(f"\n{text}")
     if options.readme:

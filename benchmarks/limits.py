@@ -28,7 +28,7 @@ from typing import Any
 import trio
 from _limits_program import Lines, build, run, serving
 from _page_clients import MIB, PAGE, server
-from _report import Report, add_report_options, publish
+from _report import Report, add_report_options, positive, publish
 
 from criupy.images import lazy_extents, read_mm, read_pagemap
 from criupy.testing.criu_linux import Criu, find_criu, lazy_dump
@@ -228,7 +228,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the parts of the core, and the machine.")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     add_report_options(parser)
     options = parser.parse_args()
 

@@ -34,7 +34,7 @@ from typing import Any
 
 import trio
 from _page_server import page_server
-from _report import add_report_options, publish
+from _report import add_report_options, positive, publish
 
 from criupy.testing.control_linux import Control, Order, Touch
 from criupy.testing.criu_linux import (
@@ -250,8 +250,8 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how long faults wait during a transfer.")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--size", type=int, default=256, metavar="MIB")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--size", type=positive, default=256, metavar="MIB")
     add_report_options(parser)
     options = parser.parse_args()
     publish(options, lambda: trio.run(measure, options.rounds, options.size * MIB), table, MARK)

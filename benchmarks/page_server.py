@@ -44,7 +44,7 @@ from _page_clients import (
     sealing,
     server,
 )
-from _report import Report, add_report_options, publish
+from _report import Report, add_report_options, positive, publish
 
 from criupy.testing.certificates import Certificates, make_certificates
 from criupy.testing.criu_linux import Criu, find_criu
@@ -196,9 +196,13 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare criupy-page-server with criu page-server.")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--size", type=int, default=512, metavar="MIB", help="of the images, for most cases")
-    parser.add_argument("--large", type=int, default=4096, metavar="MIB", help="of those for the first page")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument(
+        "--size", type=positive, default=512, metavar="MIB", help="of the images, for most cases"
+    )
+    parser.add_argument(
+        "--large", type=positive, default=4096, metavar="MIB", help="of those for the first page"
+    )
     add_report_options(parser)
     options = parser.parse_args()
 

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import trio
+from _report import check_writable, positive
 
 import criupy
 from criupy.rpc import _schema_pb2 as schema
@@ -72,11 +73,13 @@ async def on_trio(binary: Path, bare: socket.socket, requests: int) -> tuple[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--requests", type=int, default=2000, help="per round and way")
+    parser.add_argument("--rounds", type=positive, default=9)
+    parser.add_argument("--requests", type=positive, default=2000, help="per round and way")
     parser.add_argument("--criu", type=Path, help="by default the newest one there is")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.json is not None:
+        check_writable(arguments.json)
     if arguments.criu is None:
         found, reasons = find_criu()
         if not found:

@@ -38,7 +38,7 @@ from typing import Any
 
 import trio
 from _page_server import page_server
-from _report import add_report_options, publish
+from _report import add_report_options, positive, publish
 
 from criupy.images import PageFlags, PagemapStyle, write_pagemap
 from criupy.testing.criu_linux import Criu, find_criu, lazy_pages_daemon, our_command, stock_command
@@ -339,14 +339,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
     memory = sorted((int(nr), run["bytes"] / 1e6) for nr, run in report["start"]["extents"].items())
     axes.flat[5].plot(*zip(*memory, strict=True), "o-")
     axes.flat[5].set(xscale="log", xlabel="extents", ylabel="memory, MB", ylim=(0, None))
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how costs grow with a restore.")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the plots there, as SVG")
     add_report_options(parser)
     options = parser.parse_args()

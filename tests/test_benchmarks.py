@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
+import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +191,66 @@ def test_numbers_are_on_one_line(bench: Any) -> None:
     text = importlib.import_module("_report").encode({"a": [1.5, 2], "b": [{"c": []}], "d": ["x", "[1,\n2]"]})
     assert '"a": [ 1.5, 2 ]' in text
     assert json.loads(text) == {"a": [1.5, 2], "b": [{"c": []}], "d": ["x", "[1,\n2]"]}
+
+
+@pytest.fixture(name="report_module")
+def load_report_module(bench: Any) -> Any:
+    assert bench  # which finds it
+    return importlib.import_module("_report")
+
+
+def options(**given: Path | None) -> argparse.Namespace:
+    return argparse.Namespace(**{"json": None, "readme": None, "from_json": None} | given)
+
+
+def never() -> dict[str, Any]:
+    raise AssertionError("it was measured")
+
+
+@pytest.mark.parametrize("name", ["", "nothing/report.json"])
+def test_what_cannot_be_written_is_said_before_measuring(
+    report_module: Any, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(SystemExit, match="it cannot be written"):
+        report_module.publish(options(json=tmp_path / name), never, str, ("a", "b"))
+
+
+def test_a_document_without_marks_is_said_before_measuring(report_module: Any, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("<b>\n<e>\n<b>\n<e>\n")
+    with pytest.raises(SystemExit, match="not there once"):
+        report_module.publish(options(readme=tmp_path / "README.md"), never, str, ("<b>", "<e>"))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"cases": 3}'])
+def test_a_report_of_something_else_is_one_line(
+    bench: Any, report_module: Any, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(SystemExit, match="it is no report of this benchmark"):
+        report_module.publish(options(from_json=tmp_path / "r.json"), never, bench.readme_table, ("a", "b"))
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "x", "", "1.5"])
+def test_what_counts_is_above_zero(report_module: Any, word: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        report_module.positive(word)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_cleans_up(report_module: Any, tmp_path: Path, number: int) -> None:
+    async def measure() -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+                signal.raise_signal(number)
+                await trio.sleep_forever()
+
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    with pytest.raises(SystemExit) as caught, report_module.ended_by_signals():
+        trio.run(measure)
+    assert caught.value.code == 128 + number
+    assert not list(tmp_path.iterdir())
+    assert before == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
 
 
 def test_the_documents_say_what_the_committed_report_says(bench: Any) -> None:
