@@ -21,7 +21,8 @@ import trio
 
 pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 
-from criupy.errors import ImageError, PageServerError
+from criupy._tls.tls_linux import TlsFiles, is_available
+from criupy.errors import ImageError, PageServerError, TlsError
 from criupy.images import MARKER, read_marker
 from criupy.lazy_pages._extension import Extension, RefusedError
 from criupy.lazy_pages._saying_linux import say
@@ -229,6 +230,33 @@ async def test_a_marker_that_cannot_be_written_costs_no_dump(room: Path) -> None
         assert not (images.directory / MARKER).exists()
         async with open_relay(ServerConfig(images.directory), config):
             pass
+
+
+@pytest.mark.parametrize("what", ["holder", "listener", "tls"])
+async def test_nor_does_anything_else_that_fails(
+    what: str, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what == "tls" and not is_available():
+        pytest.skip("built without TLS")
+    async with a_source(room) as (images, source):
+        upstream = RelayConfig((source.address, source.port), work_dir=room)
+        config = ServerConfig(images.directory)
+        with contextlib.ExitStack() as stack:
+            if what == "holder":
+                stack.enter_context(monkeypatch.context()).setattr(sys, "executable", "/nowhere/python")
+            elif what == "listener":
+                taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+                config = ServerConfig(images.directory, port=taken.getsockname()[1])
+            else:
+                config = ServerConfig(images.directory, tls=TlsFiles(cacert=room / "nothing"))
+            with pytest.raises((PageServerError, TlsError)):
+                async with open_relay(config, upstream):
+                    pass
+        assert not source.accepted.is_set()
+        assert not (images.directory / MARKER).exists()
+        assert not (room / SOCKET_NAME).exists()
+        async with open_relay(ServerConfig(images.directory), upstream):
+            assert (images.directory / MARKER).exists()
 
 
 async def test_a_parent_returns_when_the_marker_is_there(room: Path) -> None:

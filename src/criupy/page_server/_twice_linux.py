@@ -26,18 +26,23 @@ RETRY = 1.0
 class HeldTwice:
     """The socket to a source, and the process that is given it when a crash must tell the source nothing.
 
-    ``source`` is open until the holder has gone: else the holder's would be the last one, and
-    its end what the source learns.
+    ``holder`` has been started, and holds nothing before ``secure``. ``source`` is open until the holder has
+    gone: else the holder's would be the last one, and its end what the source learns.
     """
 
     def __init__(
-        self, source: socket.socket, control: socket.socket, frame_size: FrameSize, hold_timeout: float | None
+        self,
+        source: socket.socket,
+        control: socket.socket,
+        frame_size: FrameSize,
+        hold_timeout: float | None,
+        holder: Holder,
     ) -> None:
         self.source = source
         self._control = control
         self._frame_size = frame_size
         self._hold_timeout = hold_timeout
-        self._holder = Holder()
+        self._holder = holder
         self._lock = trio.Lock()
         self._is_over = False
         self._is_ending = False
@@ -51,10 +56,6 @@ class HeldTwice:
     def pid(self) -> int | None:
         """The holder's."""
         return self._holder.pid
-
-    async def start(self) -> None:
-        """Start the holder, which holds nothing yet."""
-        await trio.to_thread.run_sync(self._holder.start)
 
     async def secure(self) -> bool:
         """Make sure that the source outlives this process; tell whether that is so."""
