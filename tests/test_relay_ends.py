@@ -285,6 +285,44 @@ async def test_a_parent_returns_when_the_marker_is_there(room: Path) -> None:
     assert source.end is End.RESET
 
 
+_KILL_PARENT = """#!/bin/sh
+parent() { cut -d ' ' -f 4 /proc/$PPID/stat; }
+echo $PPID > "$CRTOOLS_IMAGE_DIR/../child"
+waiting=$(parent)
+kill -9 $waiting
+while [ "$(parent)" = $waiting ]; do sleep 0.01; done
+"""
+
+
+async def test_a_relay_does_not_need_the_parent_that_waits(room: Path) -> None:
+    async with a_source(room) as (images, source):
+        script = room / "script"
+        script.write_text(_KILL_PARENT)
+        script.chmod(0o700)
+        reader, writer = os.pipe()
+        program = [sys.executable, "-m", "criupy.page_server", "-D", str(images.directory), "-W", str(room)]
+        program += ["--daemon", "-o", "log", "--action-script", str(script), "--status-fd", str(writer)]
+        with open(reader, "rb") as status:  # noqa: PTH123 - a descriptor
+            try:
+                ended = await trio.run_process(
+                    [*program, "--upstream", f"127.0.0.1:{source.port}"],
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[writer],
+                )
+            finally:
+                os.close(writer)
+            assert ended.returncode == -signal.SIGKILL
+            assert await trio.to_thread.run_sync(status.read) == b"\0", (room / "log").read_text()
+        pidfd = os.pidfd_open(int((room / "child").read_text()))
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+    assert source.end is End.RESET
+
+
 # ---- a source that goes away by itself -------------------------------------------------------------------
 
 
