@@ -158,6 +158,22 @@ async def test_and_when_it_is_killed(room: Path) -> None:
     assert not source.end.source_goes_on
 
 
+async def test_nobody_decides_otherwise_while_the_source_is_ended(room: Path) -> None:
+    """Else the destination would be refused its pages, and its tasks killed, though the source has ended."""
+    slow = Behaviour(silent_at_close=True)
+    async with relayed(room, slow, spool=room / "spool", link_timeout=1.0) as r:
+        with await r.connect() as client:
+            await r.get(client)
+            client.sock.sendall(encode_plain(Command.FINISHED))
+            await until(lambda: r.source.closed_by is not None)
+            with pytest.raises(PageServerError, match="cannot go on: the spool has everything"):
+                await r.abort()
+        assert r.relay.fate is Fate.HELD
+        with await r.connect(2) as client:
+            await r.get(client)
+        assert await r.relay.wait() is Fate.CLOSED
+
+
 # ---- what was decided otherwise --------------------------------------------------------------------------
 
 

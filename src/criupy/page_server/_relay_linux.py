@@ -353,6 +353,8 @@ class Relay:
                     "no more pages can be had: %s; the source stays frozen%s", _why(state), self._until()
                 )
                 is_stuck = True
+            if self._verdict is None and self._may_close():
+                self._decide(Fate.CLOSED, "the spool has everything")
             if self._verdict is Fate.RESUMED or self._may_close():
                 break
             await changed.wait()
