@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import socket
@@ -441,6 +442,21 @@ def test_a_holder_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(_held_linux, "_END", 0.2)
     with pytest.raises(PageServerError, match=r"the holder did not start within 0\.2 seconds"):
         Holder().start()
+
+
+def test_a_process_that_has_no_descriptor_left(source: Ends, control: socket.socket) -> None:
+    ours, _ = source
+    holder = Holder()
+    holder.start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        holder.give(ours.fileno(), control.fileno(), 32, None)
+        with pytest.raises(PageServerError, match=r"the holder cannot be started: .*Too many open files"):
+            Holder().start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    holder.done()
 
 
 def test_it_is_small() -> None:

@@ -21,7 +21,8 @@ import trio
 
 pytest.importorskip("criupy._uffd._native", reason="needs criupy's native part")
 
-from criupy.errors import ImageError, PageServerError
+from criupy._tls.tls_linux import TlsFiles, is_available
+from criupy.errors import ImageError, PageServerError, TlsError
 from criupy.images import MARKER, read_marker
 from criupy.lazy_pages._extension import Extension, RefusedError
 from criupy.lazy_pages._saying_linux import say
@@ -157,6 +158,22 @@ async def test_and_when_it_is_killed(room: Path) -> None:
     assert not source.end.source_goes_on
 
 
+async def test_nobody_decides_otherwise_while_the_source_is_ended(room: Path) -> None:
+    """Else the destination would be refused its pages, and its tasks killed, though the source has ended."""
+    slow = Behaviour(silent_at_close=True)
+    async with relayed(room, slow, spool=room / "spool", link_timeout=1.0) as r:
+        with await r.connect() as client:
+            await r.get(client)
+            client.sock.sendall(encode_plain(Command.FINISHED))
+            await until(lambda: r.source.closed_by is not None)
+            with pytest.raises(PageServerError, match="cannot go on: the spool has everything"):
+                await r.abort()
+        assert r.relay.fate is Fate.HELD
+        with await r.connect(2) as client:
+            await r.get(client)
+        assert await r.relay.wait() is Fate.CLOSED
+
+
 # ---- what was decided otherwise --------------------------------------------------------------------------
 
 
@@ -231,6 +248,33 @@ async def test_a_marker_that_cannot_be_written_costs_no_dump(room: Path) -> None
             pass
 
 
+@pytest.mark.parametrize("what", ["holder", "listener", "tls"])
+async def test_nor_does_anything_else_that_fails(
+    what: str, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what == "tls" and not is_available():
+        pytest.skip("built without TLS")
+    async with a_source(room) as (images, source):
+        upstream = RelayConfig((source.address, source.port), work_dir=room)
+        config = ServerConfig(images.directory)
+        with contextlib.ExitStack() as stack:
+            if what == "holder":
+                stack.enter_context(monkeypatch.context()).setattr(sys, "executable", "/nowhere/python")
+            elif what == "listener":
+                taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+                config = ServerConfig(images.directory, port=taken.getsockname()[1])
+            else:
+                config = ServerConfig(images.directory, tls=TlsFiles(cacert=room / "nothing"))
+            with pytest.raises((PageServerError, TlsError)):
+                async with open_relay(config, upstream):
+                    pass
+        assert not source.accepted.is_set()
+        assert not (images.directory / MARKER).exists()
+        assert not (room / SOCKET_NAME).exists()
+        async with open_relay(ServerConfig(images.directory), upstream):
+            assert (images.directory / MARKER).exists()
+
+
 async def test_a_parent_returns_when_the_marker_is_there(room: Path) -> None:
     async with a_source(room) as (images, source):
         work = room / "work"
@@ -249,6 +293,44 @@ async def test_a_parent_returns_when_the_marker_is_there(room: Path) -> None:
         await trio.run_process([*program, "--upstream", upstream], stdin=subprocess.DEVNULL)
         assert read_marker(images.directory) is not None
         pidfd = os.pidfd_open(int((work / "pid").read_text()))
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+    assert source.end is End.RESET
+
+
+_KILL_PARENT = """#!/bin/sh
+parent() { cut -d ' ' -f 4 /proc/$PPID/stat; }
+echo $PPID > "$CRTOOLS_IMAGE_DIR/../child"
+waiting=$(parent)
+kill -9 $waiting
+while [ "$(parent)" = $waiting ]; do sleep 0.01; done
+"""
+
+
+async def test_a_relay_does_not_need_the_parent_that_waits(room: Path) -> None:
+    async with a_source(room) as (images, source):
+        script = room / "script"
+        script.write_text(_KILL_PARENT)
+        script.chmod(0o700)
+        reader, writer = os.pipe()
+        program = [sys.executable, "-m", "criupy.page_server", "-D", str(images.directory), "-W", str(room)]
+        program += ["--daemon", "-o", "log", "--action-script", str(script), "--status-fd", str(writer)]
+        with open(reader, "rb") as status:  # noqa: PTH123 - a descriptor
+            try:
+                ended = await trio.run_process(
+                    [*program, "--upstream", f"127.0.0.1:{source.port}"],
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[writer],
+                )
+            finally:
+                os.close(writer)
+            assert ended.returncode == -signal.SIGKILL
+            assert await trio.to_thread.run_sync(status.read) == b"\0", (room / "log").read_text()
+        pidfd = os.pidfd_open(int((room / "child").read_text()))
         try:
             signal.pidfd_send_signal(pidfd, signal.SIGTERM)
             await trio.lowlevel.wait_readable(pidfd)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -52,7 +51,10 @@ class Holder:
         """Start it, holding nothing yet; raise PageServerError where that fails."""
         if self._process is not None:
             raise ValueError("start: it has been started")
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise PageServerError(f"the holder cannot be started: {error}") from error
         try:
             with theirs:
                 process = subprocess.Popen(
@@ -92,8 +94,11 @@ class Holder:
         From now on a crash of ours tells the source nothing. The holder keeps it frozen then, for
         ``hold_timeout`` seconds (None: until an operator says abort).
         """
-        with socket.socket(fileno=os.dup(upstream)) as source:
+        source = socket.socket(fileno=upstream)
+        try:
             source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)  # should both of us crash
+        finally:
+            source.detach()
         seconds = "-" if hold_timeout is None else f"{hold_timeout!r}"
         self._send(GIVE + f" {frame_size} {seconds}".encode(), [upstream, control])
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from dataclasses import asdict
 
 import trio
@@ -45,9 +47,10 @@ async def serve_relay(options: PageServerOptions, config: Config, awaited: int |
         stopping = _Stopping(server, relay, nursery, options.stop_timeout)
         await nursery.start(stop_on_signal, stopping)
         try:
-            for fd in (awaited, options.status_fd):
-                if fd is not None:
-                    status_ready(fd)
+            if awaited is not None:
+                _tell_parent(awaited)
+            if options.status_fd is not None:
+                status_ready(options.status_fd)
             nursery.start_soon(_end_with_source, server, relay)
             await stopping.wait()
         except CommandError as error:
@@ -57,6 +60,12 @@ async def serve_relay(options: PageServerOptions, config: Config, awaited: int |
         raise failure
     report(options, server, received=False, upstream=_plain(relay), fate=relay.fate.name.lower())
     return _judge(relay)
+
+
+def _tell_parent(awaited: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it was killed, and nobody waits
+        os.write(awaited, b"\0")
+    os.close(awaited)
 
 
 async def _end_with_source(server: PageServer, relay: Relay) -> None:

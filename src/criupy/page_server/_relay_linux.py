@@ -36,7 +36,7 @@ from criupy.page_server._session import Session
 from criupy.page_server._spool import Spool
 from criupy.page_server._statistics import counted
 from criupy.page_server._telling_linux import tell
-from criupy.page_server._twice_linux import HeldTwice
+from criupy.page_server._twice_linux import RETRY, HeldTwice
 from criupy.wire.extension import Refusal
 from criupy.wire.page_server import Command
 
@@ -211,8 +211,8 @@ class Relay:
             self._decide(Fate.CLOSED, "the destination has all that it needs")
         if self._verdict is Fate.CLOSED and self._is_spooling:
             # All is well with it, the source is needed for the spool. But it must not go on any more.
-            if not await self._secure():
-                await self._source.end()
+            await self._insist()
+            await self._source.end()
             return 0
         await self._ended.wait()
         if self.fate is Fate.RESUMED:
@@ -257,6 +257,11 @@ class Relay:
         self._changed = trio.Event()
 
     @property
+    def _may_run(self) -> bool:
+        """Whether tasks may run at the destination, as far as nothing was decided."""
+        return self.session.has_pages or self.session.has_finished
+
+    @property
     def _is_spooling(self) -> bool:
         return self._spool is not None and not self.is_spooled and self.fate is Fate.HELD
 
@@ -280,9 +285,34 @@ class Relay:
         self._control.close()  # there is nothing to decide any more
 
     async def leave(self) -> None:
-        """Let go of a source that nothing was decided about: it goes on, or the second holder has it."""
+        """Let go of a source that nothing was decided about: it goes on, or the second holder has it.
+
+        Where tasks may run at the destination, this waits for a holder as long as it takes.
+        """
         if self._ended.is_set():
             return
+        async with trio.open_nursery() as nursery:
+            if self._verdict is None and self._may_run:
+                await self._await_holder(nursery)
+            await self._leave()
+            nursery.cancel_scope.cancel()
+
+    async def _await_holder(self, nursery: trio.Nursery) -> None:
+        """Wait until a second holder has the source, or nothing is left to be held."""
+        if await self._source.secure():
+            return
+        log.error(
+            "this relay cannot end before the source has a second holder; --abort lets the source go on"
+        )
+        nursery.start_soon(listen_to_operators, self._control, self._abort_by_operator)
+        if self._config.hold_timeout is not None:
+            nursery.start_soon(self._watch_destination, self._config.hold_timeout)
+        while self._verdict is None and not _has_lost(self._upstream.snapshot()):
+            if await self._source.secure():
+                return
+            await trio.sleep(RETRY)
+
+    async def _leave(self) -> None:
         if self._verdict is Fate.CLOSED:  # it waited for the spool
             log.error("the spool is given up: it was not complete")
             await self._close()
@@ -298,6 +328,8 @@ class Relay:
             self.is_left = True
             self._upstream.leave()
             await self._has_left()  # or its end would be a reset
+        elif self._may_run:
+            self.fate = Fate.LOST
         else:
             self.why = "nothing was asked for"
             await self._resume()
@@ -308,7 +340,7 @@ class Relay:
         while True:
             changed = self._changed
             state = self._upstream.snapshot()
-            if state.link is Link.LOST and state.errno not in _HELD_STILL:
+            if _has_lost(state):
                 # With all its pages here, tasks that run can go on; others must not begin to.
                 if not (state.complete and self.session.has_finished):
                     log.error(
@@ -321,6 +353,8 @@ class Relay:
                     "no more pages can be had: %s; the source stays frozen%s", _why(state), self._until()
                 )
                 is_stuck = True
+            if self._verdict is None and self._may_close():
+                self._decide(Fate.CLOSED, "the spool has everything")
             if self._verdict is Fate.RESUMED or self._may_close():
                 break
             await changed.wait()
@@ -348,7 +382,16 @@ class Relay:
 
     async def _secure(self) -> int:
         """Make sure that the source outlives this process; return why no page may be given, or 0."""
-        return 0 if await self._source.secure() else Refusal.GONE
+        if self._source.was_given or self.session.has_finished:
+            await self._insist()  # it waits for its pages, where a refusal would cost its tasks
+        elif not await self._source.secure():
+            log.error("no page is given")
+            return Refusal.GONE
+        return Refusal.ENDED if self._verdict is Fate.RESUMED else 0
+
+    async def _insist(self) -> None:
+        while not await self._source.secure():  # noqa: ASYNC110 - nobody tells when a process can be started
+            await trio.sleep(RETRY)
 
     async def _note_end(self, *, has_ended: bool) -> None:
         assert self._spool is not None  # noqa: S101 - it is complete
@@ -366,18 +409,18 @@ class Relay:
         self.fate = Fate.RESUMED if link is Link.RESET else Fate.LOST
 
     async def _close(self) -> None:
-        if self.is_spooled:
-            # From the note on, which has the spool served again, nothing may let the source go on.
-            await self._secure()
+        # From the note on, which has the spool served again, nothing may let the source go on.
+        is_secure = self.is_spooled and await self._source.secure()
         await self._source.end()
-        if self.is_spooled and self._source.is_given:
+        if is_secure:
             await self._note_end(has_ended=True)
         self._upstream.close()
         link = await self._has_left()
         state = self._upstream.snapshot()
         self.fate = Fate.CLOSED if link is Link.CLOSED else Fate.LOST
         self.status = state.close_status or 0
-        if link is Link.LOST and state.errno in _HELD_STILL and self._source.is_given:
+        if link is Link.LOST and state.errno in _HELD_STILL:
+            await self._insist()  # else the end of our socket would let it go on
             log.warning(
                 "the source could not be ended in good order (%s): process %s does it",
                 _why(state),
@@ -458,6 +501,11 @@ class Relay:
                 counted(state.pages_total, "page"),
             )
         self._notify()
+
+
+def _has_lost(state: UpstreamState) -> bool:
+    """Whether the source is gone, and not just frozen for good."""
+    return state.link is Link.LOST and state.errno not in _HELD_STILL
 
 
 def _missing(state: UpstreamState) -> int:

@@ -11,7 +11,7 @@ import socket
 import struct
 from array import array
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -34,12 +34,15 @@ from criupy.images import (
     write_marker,
 )
 from criupy.page_server._access import at
+from criupy.page_server._admission_linux import Admission
 from criupy.page_server._config import Config
 from criupy.page_server._control_linux import SOCKET_NAME, listen
+from criupy.page_server._held_linux import Holder
 from criupy.page_server._relay_config import RelayConfig
 from criupy.page_server._relay_linux import Relay
 from criupy.page_server._server_linux import PageServer, running
 from criupy.page_server._session import Session
+from criupy.page_server._socket_linux import listen as listen_on
 from criupy.page_server._spool import Spool
 from criupy.page_server._twice_linux import HeldTwice
 from criupy.wire.extension import KEY_LENGTH
@@ -153,14 +156,27 @@ class _Fetching:
         else:
             _add_cached(self.upstream, tasks)
         self.key = secrets.token_bytes(KEY_LENGTH)
-        # First what may fail: the source accepts once, and its dump ends with the connection.
-        marker = write_marker(images_dir, RelayMarker(self.key, relay.hold_timeout))
-        try:
-            self.source = stack.enter_context(_connect(relay))
-        except BaseException:
-            marker.unlink(missing_ok=True)  # whoever is there is no relay
-            raise
-        self.upstream.start(os.dup(self.source.fileno()), self.frame_size)
+        self._images_dir = images_dir
+        self._relay = relay
+        self._stack = stack
+
+    def connect(self, unmark: contextlib.ExitStack) -> socket.socket:
+        """Put the marker there, which ``unmark`` takes away, and connect; the source accepts once."""
+        marker = write_marker(self._images_dir, RelayMarker(self.key, self._relay.hold_timeout))
+        unmark.callback(marker.unlink, missing_ok=True)
+        source = self._stack.enter_context(_connect(self._relay))
+        self.upstream.start(os.dup(source.fileno()), self.frame_size)
+        return source
+
+
+def _listening(config: Config, stack: contextlib.ExitStack) -> Config:
+    """Say where to listen with a socket that does."""
+    if config.tls is not None:
+        Admission(config.tls, config.address)  # to tell what is wrong with the files
+    if config.listener is not None or config.connection is not None:
+        return config
+    listener = stack.enter_context(listen_on(config.address, config.port))
+    return replace(config, listener=listener)
 
 
 @contextlib.asynccontextmanager
@@ -171,14 +187,15 @@ async def open_relay(config: Config, relay_config: RelayConfig) -> AsyncIterator
     is put there, by which a destination of ours knows the relay. When the block ends and
     no page was asked for, the source goes on; later it is left to the second holder unless
     it has ended. Entering raises ImageError for images that no source serves, PageServerError when
-    the source cannot be reached or nothing can be listened on, TlsError for files that TLS
-    cannot be done with.
+    the source cannot be reached, nothing can be listened on or no second holder started, TlsError for
+    files that TLS cannot be done with. Of these only what fails with the source costs its dump.
     """
     with contextlib.ExitStack() as stack:
         path = (relay_config.work_dir or config.images_dir) / SOCKET_NAME
         control = stack.enter_context(listen(path))
         unlink = stack.enter_context(contextlib.ExitStack())
         unlink.callback(path.unlink, missing_ok=True)
+        # First what may fail: the source accepts once, and its dump ends with the connection.
         fetching = await trio.to_thread.run_sync(_Fetching, config.images_dir, relay_config, stack)
         native = stack.enter_context(
             Server(
@@ -189,12 +206,17 @@ async def open_relay(config: Config, relay_config: RelayConfig) -> AsyncIterator
             )
         )
         native.add_upstream(fetching.upstream)
-        source = HeldTwice(fetching.source, control, fetching.frame_size, relay_config.hold_timeout)
+        config = await trio.to_thread.run_sync(_listening, config, stack)
+        holder = Holder()
+        stack.callback(holder.done)
+        await trio.to_thread.run_sync(holder.start)
+        unmark = stack.enter_context(contextlib.ExitStack())  # whoever is there then is no relay
+        source = await trio.to_thread.run_sync(fetching.connect, unmark)
         relay = Relay(
             relay_config,
             native,
             fetching.upstream,
-            source,
+            HeldTwice(source, control, fetching.frame_size, relay_config.hold_timeout, holder),
             Session(fetching.key),
             fetching.spool,
             control,
@@ -202,7 +224,6 @@ async def open_relay(config: Config, relay_config: RelayConfig) -> AsyncIterator
         server = PageServer(config, native, relay)
         warning = "whoever reaches it is given the memory of these processes, in clear text"
         try:
-            await source.start()
             log.info(
                 "holding the source at %s, frames of %d bytes, %d lazy pages",
                 at(*relay_config.upstream),
@@ -210,6 +231,7 @@ async def open_relay(config: Config, relay_config: RelayConfig) -> AsyncIterator
                 relay.snapshot().pages_total,
             )
             async with running(server, config, warning, beside=relay.run):
+                unmark.pop_all()
                 yield server, relay
         finally:
             with trio.CancelScope(shield=True):
