@@ -114,12 +114,14 @@ def start(images: Path, *words: str) -> tuple[float, int]:
             begin = time.perf_counter()
             with subprocess.Popen(full, pass_fds=[writer], stderr=subprocess.DEVNULL) as process:
                 os.close(writer)
-                byte = status.read(1)
-                took = time.perf_counter() - begin
-                if byte != b"\0":
-                    raise SystemExit(f"criupy-lazy-pages did not start: {Path(work, 'log').read_text()}")
-                found = anonymous(process.pid)
-                process.kill()
+                try:
+                    byte = status.read(1)
+                    took = time.perf_counter() - begin
+                    if byte != b"\0":
+                        raise SystemExit(f"criupy-lazy-pages did not start: {Path(work, 'log').read_text()}")
+                    found = anonymous(process.pid)
+                finally:
+                    process.kill()
     return took, found
 
 
