@@ -2,7 +2,8 @@
  * is the program to run.
  *
  * limits measure                                       one round of all
- * limits fetch PORT FRAME ID ADDRESS PAGES EACH WINDOW  a client that discards
+ * limits fetch PORT FRAME ID ADDRESS PAGES EACH WINDOW GAP
+ *                                                      a client that discards
  * limits serve                                         the far end of a link
  * limits round-trip PORT COUNT, limits stream PORT BYTES  ... and the near one */
 
@@ -132,7 +133,7 @@ int main(int argc, char **argv)
 		measure_net();
 		return 0;
 	}
-	if (argc == 9 && !strcmp(argv[1], "fetch"))
+	if (argc == 10 && !strcmp(argv[1], "fetch"))
 		return fetch(argv + 2);
 	if (argc == 2 && !strcmp(argv[1], "serve"))
 		return serve();

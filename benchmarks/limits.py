@@ -7,7 +7,8 @@ the core      look-up of a page, one after the other at random addresses; a fram
 the machine   copying memory, a page fault, a thread that is woken, a fault that another
               thread answers, TCP over loopback
 sources       what criu dump --lazy-pages and criupy-page-server deliver to a client that
-              throws the pages away, by the length of a request and what is outstanding
+              throws the pages away, by the length of a request and what is outstanding;
+              also of a process that has every second page
 links         criupy.testing's link: what it is told to be, and what it is
 
 All but the servers and the link is C (limits*.c), compiled here with the sources of the core.
@@ -27,12 +28,12 @@ from typing import Any
 
 import trio
 from _limits_program import Lines, build, run, serving
-from _page_clients import MIB, PAGE, server
+from _page_clients import MIB, Running, server
 from _report import Report, add_report_options, positive, publish
 
 from criupy.images import lazy_extents, read_mm, read_pagemap
 from criupy.testing.criu_linux import Criu, find_criu, lazy_dump
-from criupy.testing.images import write_images
+from criupy.testing.images import WrittenImages, write_images
 from criupy.testing.link_linux import Conditions, open_link
 from criupy.testing.spec import WorkloadSpec
 from criupy.testing.workload_linux import Workload, start_workload
@@ -42,6 +43,8 @@ WHO = ("stock", "ours")
 #: Pages by one request, and outstanding at most.
 WINDOWS = ((1, 1), (1, 16), (16, 64), (64, 64), (64, 128), (64, 256), (256, 512))
 SOURCE_SIZE = 128 * MIB
+#: A process that has every second page, and the pages outstanding, each of which is asked for by itself.
+SCATTERED, SCATTERED_WINDOW = WorkloadSpec(size=256 * MIB, fragmented=True), 16
 EXTENTS = (1, 1024, 262_144, 1_000_000)
 CHUNKS = (4096, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 2 << 20)
 READS = (4096, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
@@ -88,10 +91,21 @@ async def from_dump(criu: Criu, source: Workload, program: Path, each: int, wind
     """Dump lazily and fetch; the process goes on afterwards."""
     async with lazy_dump(criu, source.pid, room) as dump:
         found = lazy_extents(read_pagemap(room, source.pid), read_mm(room, source.pid))
-        nr_pages, start = max(zip(found.nr_pages, found.starts, strict=True))
-        words = (dump.port, dump.frame_size, source.pid, start, asked(nr_pages, each), each, window)
+        if source.spec.fragmented:
+            what = (found.starts[0], found.total_pages, each, window, 1)
+        else:
+            nr_pages, start = max(zip(found.nr_pages, found.starts, strict=True))
+            what = (start, asked(nr_pages, each), each, window, 0)
+        words = (dump.port, dump.frame_size, source.pid, *what)
         taken = await trio.to_thread.run_sync(run, program, "fetch", *words)
     return taken["fetch"][1]
+
+
+def from_server(running: Running, images: WrittenImages, program: Path, each: int, window: int) -> float:
+    task, spec = images.tasks[0], images.spec
+    pages = spec.populated_pages if spec.fragmented else asked(spec.populated_pages, each)
+    words = (running.port, running.frame_size, task.pid, task.runs[0].start, pages, each, window)
+    return run(program, "fetch", *words, int(spec.fragmented))["fetch"][1]
 
 
 def asked(nr_pages: int, each: int) -> int:
@@ -115,24 +129,25 @@ async def measure(criu: Criu, rounds: int) -> Report:
     measured: list[Lines] = []
     sources: dict[str, dict[str, list[float]]] = {}
     passed: dict[str, dict[str, list[float]]] = {}
-    spec = WorkloadSpec(size=SOURCE_SIZE)
     with tempfile.TemporaryDirectory(prefix="criupy-bench-") as folder:
         room = Path(folder)
         program = build(room / "limits")
         count = "new" if criu.frame_size == 32 else "old"
-        images = write_images(room / "images", spec, style="full", count=count)
+        images = {
+            spec: write_images(room / f"images-{number}", spec, style="full", count=count)
+            for number, spec in enumerate((WorkloadSpec(size=SOURCE_SIZE), SCATTERED))
+        }
         for number in range(rounds):
             measured.append(run(program, "measure"))
-            async with start_workload(spec, room) as source:
-                for each, window in WINDOWS:
-                    case = sources.setdefault(f"{each}/{window}", {who: [] for who in WHO})
-                    dumped = room / f"dump-{number}-{each}-{window}"
-                    case["stock"].append(await from_dump(criu, source, program, each, window, dumped))
-                    with server("ours", criu, images, room) as running:
-                        task = images.tasks[0]
-                        pages = asked(SOURCE_SIZE // PAGE, each)
-                        words = (running.port, running.frame_size, task.pid, task.runs[0].start, pages)
-                        case["ours"].append(run(program, "fetch", *words, each, window)["fetch"][1])
+            for spec, written in images.items():
+                async with start_workload(spec, room) as source:
+                    for each, window in [(1, SCATTERED_WINDOW)] if spec.fragmented else WINDOWS:
+                        name = f"{each}{' of 2' * spec.fragmented}/{window}"
+                        case = sources.setdefault(name, {who: [] for who in WHO})
+                        dumped = room / f"dump-{number}-{name.replace('/', '-')}"
+                        case["stock"].append(await from_dump(criu, source, program, each, window, dumped))
+                        with server("ours", criu, written, room) as running:
+                            case["ours"].append(from_server(running, written, program, each, window))
             for name, values in (await links(program)).items():
                 for what, value in values.items():
                     passed.setdefault(name, {}).setdefault(what, []).append(value)

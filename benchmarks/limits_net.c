@@ -221,6 +221,7 @@ struct asking {
 	uint64_t left;			/* pages not asked for yet */
 	uint64_t each;
 	uint64_t window;
+	uint64_t gap;			/* pages left out behind each request */
 	uint64_t outstanding;		/* pages */
 };
 
@@ -234,7 +235,7 @@ static void ask(struct asking *a)
 		a->next.nr_pages = a->left < a->each ? a->left : a->each;
 		CHECK(!criupy_frame_encode(&a->next, frames + length, a->frame_size));
 		length += a->frame_size;
-		a->next.vaddr += a->next.nr_pages * PAGE;
+		a->next.vaddr += (a->next.nr_pages + a->gap) * PAGE;
 		a->left -= a->next.nr_pages;
 		a->outstanding += a->next.nr_pages;
 	}
@@ -252,6 +253,7 @@ int fetch(char **words)
 		.left = strtoul(words[4], NULL, 10),
 		.each = strtoul(words[5], NULL, 10),
 		.window = strtoul(words[6], NULL, 10),
+		.gap = strtoul(words[7], NULL, 10),
 	};
 	struct linger reset = { .l_onoff = 1 };
 	uint64_t pages = a.left, expected = a.next.vaddr, skip = 0, begin;
@@ -279,7 +281,7 @@ int fetch(char **words)
 			/* No source shortens what lies in one entry, and a measurement asks for nothing else. */
 			CHECK(reply.cmd == (CRIUPY_CMD_ADD_F | CRIUPY_PE_PRESENT << 16));
 			CHECK(reply.vaddr == expected && reply.nr_pages <= a.outstanding);
-			expected += reply.nr_pages * PAGE;
+			expected += (reply.nr_pages + a.gap) * PAGE;
 			a.outstanding -= reply.nr_pages;
 			skip = reply.nr_pages * PAGE;
 			at += a.frame_size;
