@@ -103,7 +103,7 @@ def main() -> None:
     report = {
         "what": "one kept-open VERSION request, microseconds",
         "criu": str(version),
-        "kernel": platform.release(),
+        "kernel": platform.release().split("-")[0],
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "requests": arguments.requests,

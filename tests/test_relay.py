@@ -294,13 +294,21 @@ async def test_a_source_that_is_lost_is_told_of(how: Literal["fin", "reset"], ro
         assert await r.relay.wait() is Fate.LOST
 
 
-async def test_a_source_that_says_nothing_more_stays_frozen_until_the_tasks_are_gone(room: Path) -> None:
-    """Our end of its connection must not become a reset by itself: tasks run at the destination."""
+@pytest.mark.parametrize("when", ["before", "while"])
+async def test_a_source_that_says_nothing_more_stays_frozen_until_the_tasks_are_gone(
+    room: Path, when: str
+) -> None:
+    """Our end of its connection must not become a reset by itself: tasks run at the destination.
+
+    Whether the destination is told that there are no more pages, or just loses its connection.
+    """
     async with (
         relayed(room, behaviour=Behaviour(silent_after=4 * MIB), link_timeout=0.3) as r,
         r.daemon(on_failure="kill", link_timeout=5.0) as s,
         s.restore() as standin,
     ):
+        if when == "before":
+            await until(lambda: r.relay.snapshot().link is Link.LOST)
         await standin.finish()
         await until(lambda: r.relay.snapshot().link is Link.LOST)
         assert r.source.end is None

@@ -404,9 +404,10 @@ class LazyPages:
         if not self.config.remote:
             return "the images are untouched"
         assert self._pager is not None  # noqa: S101 - this is what it was for
-        if self._pager.snapshot().refused:
+        stats = self._pager.snapshot()
+        if stats.refused and not self._links.can_tell(stats):
             return "the source is as it was"
-        why = await self._links.conclude(self._pager.snapshot(), runs_here=False)
+        why = await self._links.conclude(stats, runs_here=False)
         if why is not None:
             return why
         return (
@@ -476,7 +477,7 @@ class LazyPages:
     async def _fate(self, stats: Stats, left: int) -> str:
         if not self.config.remote:
             return "the images are untouched"
-        if self._links.is_relayed and self._links.is_linked and not stats.refused:
+        if self._links.can_tell(stats):
             why = await self._links.conclude(stats, runs_here=bool(left))
             if why is not None:
                 return why

@@ -307,22 +307,28 @@ class Links:
 
     # ---- the end, in words ---------------------------------------------------
 
+    def can_tell(self, stats: Stats) -> bool:
+        """Tell whether there is a relay that waits to hear how it ended."""
+        # One that has no more pages may hold a source that is frozen still.
+        return self.is_relayed and self.is_linked and stats.refused in {0, Refusal.GONE}
+
     async def conclude(self, stats: Stats, *, runs_here: bool) -> str | None:
         """Tell a relay how it ended, unless the pager has; say what becomes of the source if it is not so."""
-        if not self.is_relayed or not self.is_linked or stats.refused:
+        if not self.can_tell(stats):
             return None
         if runs_here and stats.link == Link.CLOSED:
             return self._answered(Command.CLOSE, stats.close_status)
         command = Command.CLOSE if runs_here else Command.ABORT
         patience = max(self._config.reconnect or 0.0, self._config.connect_timeout)
         deadline = trio.current_time() + patience
-        pause = _FIRST_PAUSE
+        # A relay without its source may have ended: then there is nothing to wait for.
+        pause = patience if stats.refused else _FIRST_PAUSE
         while True:
             try:
                 with trio.fail_at(deadline):
                     status = await self._say(command)
             except trio.TooSlowError:
-                return self._untold("no answer came")
+                return self._untold("no answer came", stats)
             except RefusedError as error:
                 self.source_goes_on = error.reason == Refusal.ENDED
                 return str(error)
@@ -334,7 +340,7 @@ class Links:
             if pause == _FIRST_PAUSE:
                 log.warning("%s: trying to tell the relay for at most %g s", failure, patience)
             if trio.current_time() + pause >= deadline:
-                return self._untold(failure)
+                return self._untold(failure, stats)
             await trio.sleep(pause)
             pause = _longer(pause)
 
@@ -349,7 +355,9 @@ class Links:
         self.source_goes_on = True
         return "the source goes on, by somebody's decision"
 
-    def _untold(self, why: str) -> str:
+    def _untold(self, why: str, stats: Stats) -> str:
+        if stats.refused:
+            return "the source was lost before"
         assert self.extension is not None  # noqa: S101 - there is a relay
         assert self.extension.marker is not None  # noqa: S101
         patience = self.extension.marker.hold_timeout
