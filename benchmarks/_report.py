@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from criupy._command.run import check_writable
+from criupy.errors import CommandError
 
 Report = dict[str, Any]
 
@@ -40,8 +42,7 @@ def publish(
 
     Exit in one line where the options cannot be followed, before anything is measured.
     """
-    if options.json:
-        check_writable(options.json)
+    check_json(options)
     if options.readme:
         put(options.readme, marks, None)
     if options.from_json:
@@ -58,10 +59,13 @@ def publish(
     return report
 
 
-def check_writable(path: Path) -> None:
-    """Exit now for a file that could not be written when all is measured."""
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise SystemExit(f"--json {path}: it cannot be written")
+def check_json(options: argparse.Namespace) -> None:
+    """Exit now for a --json that could not be written when all is measured."""
+    try:
+        if options.json:
+            check_writable("--json", options.json)
+    except CommandError as error:
+        raise SystemExit(str(error)) from error
 
 
 def taken(path: Path, table: Callable[[Report], str]) -> tuple[Report, str]:

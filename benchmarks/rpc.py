@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import trio
-from _report import check_writable, positive
+from _report import check_json, positive
 
 import criupy
 from criupy.rpc import _schema_pb2 as schema
@@ -78,8 +78,7 @@ def main() -> None:
     parser.add_argument("--criu", type=Path, help="by default the newest one there is")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    if arguments.json is not None:
-        check_writable(arguments.json)
+    check_json(arguments)
     if arguments.criu is None:
         found, reasons = find_criu()
         if not found:

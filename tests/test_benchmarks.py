@@ -207,11 +207,13 @@ def never() -> dict[str, Any]:
     raise AssertionError("it was measured")
 
 
-@pytest.mark.parametrize("name", ["", "nothing/report.json"])
+@pytest.mark.parametrize(
+    ("name", "why"), [("", "it cannot be written"), ("nothing/report.json", "nothing is no directory")]
+)
 def test_what_cannot_be_written_is_said_before_measuring(
-    report_module: Any, tmp_path: Path, name: str
+    report_module: Any, tmp_path: Path, name: str, why: str
 ) -> None:
-    with pytest.raises(SystemExit, match="it cannot be written"):
+    with pytest.raises(SystemExit, match=f"^--json .*{why}$"):
         report_module.publish(options(json=tmp_path / name), never, str, ("a", "b"))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import resource
 import select
@@ -27,6 +29,7 @@ from criupy._command.process_linux import (
     status_ready,
     write_pidfile,
 )
+from criupy._command.run import run_command
 from criupy.errors import CommandError, LazyPagesError
 from criupy.lazy_pages._options import LazyPagesOptions, parse
 from criupy.lazy_pages._restore_socket_linux import SOCKET_NAME, bind_restore_socket, let_in
@@ -474,3 +477,19 @@ def test_too_few_descriptors_are_one_line(tmp_path: Path, limit: int) -> None:
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1, ended.stderr
     assert ended.stderr.endswith("Too many open files; raise the limit on open files (ulimit -n)\n")
+
+
+def test_a_shortage_hides_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several failures at once one that is ours is told whole."""
+    monkeypatch.setattr(logging.getLogger("criupy"), "handlers", [])
+    scarce, ours = OSError(errno.EMFILE, "Too many open files"), ValueError("page 7")
+
+    def run(error: Exception) -> int:
+        def fail(_: object) -> int:
+            raise error
+
+        return run_command("criupy-test", [], lambda _: object(), fail)
+
+    assert run(ExceptionGroup("of a nursery", [scarce, ExceptionGroup("inside", [scarce])])) == 1
+    with pytest.raises(ExceptionGroup, match="of a nursery"):
+        run(ExceptionGroup("of a nursery", [scarce, ours]))

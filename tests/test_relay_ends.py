@@ -275,6 +275,15 @@ async def test_nor_does_anything_else_that_fails(
             assert (images.directory / MARKER).exists()
 
 
+async def stop_relay(pidfile: Path) -> None:
+    pidfd = os.pidfd_open(int(pidfile.read_text()))
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+
+
 async def test_a_parent_returns_when_the_marker_is_there(room: Path) -> None:
     async with a_source(room) as (images, source):
         work = room / "work"
@@ -292,12 +301,7 @@ async def test_a_parent_returns_when_the_marker_is_there(room: Path) -> None:
         upstream = f"127.0.0.1:{source.port}"
         await trio.run_process([*program, "--upstream", upstream], stdin=subprocess.DEVNULL)
         assert read_marker(images.directory) is not None
-        pidfd = os.pidfd_open(int((work / "pid").read_text()))
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-            await trio.lowlevel.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
+        await stop_relay(work / "pid")
     assert source.end is End.RESET
 
 
@@ -330,12 +334,7 @@ async def test_a_relay_does_not_need_the_parent_that_waits(room: Path) -> None:
                 os.close(writer)
             assert ended.returncode == -signal.SIGKILL
             assert await trio.to_thread.run_sync(status.read) == b"\0", (room / "log").read_text()
-        pidfd = os.pidfd_open(int((room / "child").read_text()))
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-            await trio.lowlevel.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
+        await stop_relay(room / "child")
     assert source.end is End.RESET
 
 

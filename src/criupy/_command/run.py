@@ -68,8 +68,9 @@ def _failed(name: str, line: str) -> int:
 
 def _shortage(error: Exception) -> str | None:
     """Say what a process was refused, by its limits or by the machine; None where it was something else."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
+    if isinstance(error, ExceptionGroup):
+        lines = [_shortage(each) for each in error.exceptions]
+        return None if None in lines else lines[0]
     if not isinstance(error, OSError) or error.errno not in _SHORTAGES or isinstance(error, BlockingIOError):
         return None
     what = str(error) if isinstance(error, CriupyError) else error.strerror

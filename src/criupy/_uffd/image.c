@@ -56,8 +56,9 @@ int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t
 	img->nr_extents = nr_extents;
 	img->has_data = data_pages != NULL;
 	img->extents = malloc((nr_extents + 1) * sizeof(*img->extents));
-	img->landmarks = malloc((nr_landmarks(img) + 1) * sizeof(*img->landmarks));
-	if (!img->extents || !img->landmarks)
+	img->landmark_starts = malloc((nr_landmarks(img) + 1) * sizeof(*img->landmark_starts));
+	img->landmark_firsts = malloc((nr_landmarks(img) + 1) * sizeof(*img->landmark_firsts));
+	if (!img->extents || !img->landmark_starts || !img->landmark_firsts)
 		goto no_memory;
 	for (size_t i = 0; i < nr_extents; i++) {
 		img->extents[i] = (struct extent){
@@ -71,7 +72,8 @@ int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t
 	for (size_t i = 0; i < nr_landmarks(img); i++) {
 		const struct extent *e = &img->extents[i << LANDMARK_SHIFT];
 
-		img->landmarks[i] = (struct landmark){ .start = e->start, .first = e->first };
+		img->landmark_starts[i] = e->start;
+		img->landmark_firsts[i] = e->first;
 	}
 	img->nr_pages = first;
 	img->requested = calloc(first + 1, 1);
@@ -98,7 +100,8 @@ void criupy_image_destroy(struct criupy_image *image)
 	if (image->file >= 0)
 		close(image->file);
 	free(image->extents);
-	free(image->landmarks);
+	free(image->landmark_starts);
+	free(image->landmark_firsts);
 	free(image->flags);
 	free(image->requested);
 	free(image);
@@ -187,26 +190,29 @@ void image_unmark(struct criupy_image *image, uint64_t page, uint64_t nr, uint8_
 		image->requested[i] &= (uint8_t)~requested;
 }
 
-/* The extents from a landmark on, up to the next one or to the end. */
-static size_t extents_from(const struct criupy_image *image, size_t landmark, size_t *end)
-{
-	*end = min_u64((landmark + 1) << LANDMARK_SHIFT, image->nr_extents);
-	return landmark << LANDMARK_SHIFT;
-}
-
-const struct extent *image_extent_of(const struct criupy_image *image, uint64_t page)
+/* The extents from the last landmark on that is not beyond a key, up to the next one or
+ * to the end. */
+static size_t extents_from(const struct criupy_image *image, const uint64_t *landmarks, uint64_t key,
+			   size_t *end)
 {
 	size_t low = 0, high = nr_landmarks(image);
 
 	while (high - low > 1) {
 		size_t middle = low + (high - low) / 2;
 
-		if (image->landmarks[middle].first <= page)
+		if (landmarks[middle] <= key)
 			low = middle;
 		else
 			high = middle;
 	}
-	low = extents_from(image, low, &high);
+	*end = min_u64((low + 1) << LANDMARK_SHIFT, image->nr_extents);
+	return low << LANDMARK_SHIFT;
+}
+
+const struct extent *image_extent_of(const struct criupy_image *image, uint64_t page)
+{
+	size_t high, low = extents_from(image, image->landmark_firsts, page, &high);
+
 	while (high - low > 1) {
 		size_t middle = low + (high - low) / 2;
 
@@ -220,18 +226,9 @@ const struct extent *image_extent_of(const struct criupy_image *image, uint64_t 
 
 size_t image_extent_after(const struct criupy_image *image, uint64_t addr)
 {
-	size_t low = 0, high = nr_landmarks(image);
-
-	while (high > low + 1) {
-		size_t middle = low + (high - low) / 2;
-
-		if (image->landmarks[middle].start <= addr)
-			low = middle;
-		else
-			high = middle;
-	}
 	/* If it is none of these, it is the one where the next landmark is. */
-	low = extents_from(image, low, &high);
+	size_t high, low = extents_from(image, image->landmark_starts, addr, &high);
+
 	while (low < high) {
 		size_t middle = low + (high - low) / 2;
 		const struct extent *e = &image->extents[middle];

@@ -47,18 +47,13 @@ struct run {
 	uint64_t nr_pages;
 };
 
-/* Where each 64th extent begins. They lie close together, so a search begins among them:
- * in the extents themselves each step would miss the caches. */
-struct landmark {
-	uint64_t start;
-	uint64_t first;
-};
-
 struct criupy_image {
 	uint64_t id;
 	size_t nr_extents;
 	struct extent *extents;
-	struct landmark *landmarks;
+	/* Those of each 64th extent. They lie close together, so a search begins among
+	 * them: in the extents themselves each step would miss the caches. */
+	uint64_t *landmark_starts, *landmark_firsts;
 	uint8_t *flags;		/* per extent, NULL when all are 0 */
 	uint64_t nr_pages;
 	uint8_t *requested;	/* per page, REQUESTED_*: asked for, not here yet */

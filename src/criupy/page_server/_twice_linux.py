@@ -133,11 +133,20 @@ class HeldTwice:
 
 
 async def _in_thread(work: Callable[[], None]) -> None:
-    """Do what may block for a while."""
-    try:
-        await trio.to_thread.run_sync(work)
-    except RuntimeError:  # no thread can be started, nor a process, most likely: that shows at once
+    """Do what may block for a while, once."""
+    has_begun = False
+
+    def begin() -> None:
+        nonlocal has_begun
+        has_begun = True
         work()
+
+    try:
+        await trio.to_thread.run_sync(begin)
+    except RuntimeError:
+        if has_begun:
+            raise
+        work()  # no thread can be started, nor a process, most likely: that shows at once
 
 
 async def _exit_of(pid: int) -> None:
