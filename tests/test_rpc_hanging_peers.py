@@ -23,7 +23,7 @@ from criupy import (
     SourceOutcome,
 )
 from criupy.rpc import _schema_pb2 as schema
-from criupy.rpc._async_lazy_client_linux import AsyncLazyRestore
+from criupy.rpc._async_daemon_linux import AsyncDaemon
 from criupy.rpc._exchange_linux import Exchange
 from criupy.rpc._lazy_linux import LazyDumpPlan
 from criupy.testing.rpc_peer_linux import (
@@ -320,15 +320,15 @@ time.sleep(0.3)
 async def test_an_interruption_while_the_daemon_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait = AsyncLazyRestore.wait
+    wait = AsyncDaemon.wait
     interruptions = [KeyboardInterrupt()]
 
-    async def interrupted_once(restored: AsyncLazyRestore) -> None:
+    async def interrupted_once(daemon: AsyncDaemon) -> None:
         if interruptions:
             raise interruptions.pop()
-        await wait(restored)
+        await wait(daemon)
 
-    monkeypatch.setattr(AsyncLazyRestore, "wait", interrupted_once)
+    monkeypatch.setattr(AsyncDaemon, "wait", interrupted_once)
     daemon = [sys.executable, "-I", "-S", "-c", DAEMON]
     async with client_of("trio", "swrk", tmp_path, [Expect(), RESTORED, Exit()]) as (client, _):
         with raises(KeyboardInterrupt):

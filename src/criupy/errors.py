@@ -23,6 +23,8 @@ __all__ = [
     "PageServerError",
     "ProtocolError",
     "RemoteProtocolError",
+    "RuncError",
+    "RuncTimeout",
     "TlsError",
     "UffdError",
     "UffdUnavailable",
@@ -120,6 +122,53 @@ class CriuDied(CriuError):
 
 class CriuTimeout(CriuError, TimeoutError):
     """CRIU did not answer in the time it was given; a worker of our own was ended."""
+
+
+class RuncError(CriupyError):
+    """runC said no, or could not be asked.
+
+    ``command`` is runC's command, ``container`` the container's name.
+    ``message`` is the sentence that says what went wrong, CRIU's where it was
+    CRIU that failed. ``status`` is runC's exit status, negative for a signal,
+    None when it did not end by itself. ``log_lines`` are the errors that runC
+    logged, ``log_errors`` the last error lines of CRIU's log, oldest first,
+    and ``log_file`` is where the rest of these is (None when there is no such
+    log). ``hint`` says what to do about a known case, or is None.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        container: str,
+        message: str,
+        *,
+        status: int | None = None,
+        log_lines: tuple[str, ...] = (),
+        log_errors: tuple[str, ...] = (),
+        log_file: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(command, container, message)
+        self.command = command
+        self.container = container
+        self.message = message
+        self.status = status
+        self.log_lines = log_lines
+        self.log_errors = log_errors
+        self.log_file = log_file
+        self.hint = hint
+
+    def __str__(self) -> str:
+        words = [f"runc {self.command} {self.container}: {self.message}"]
+        if self.log_file is not None:
+            words.append(f"[log: {self.log_file}]")
+        if self.hint is not None:
+            words.append(f"- {self.hint}")
+        return " ".join(words)
+
+
+class RuncTimeout(RuncError, TimeoutError):
+    """runC did not do it in the time it was given, and was ended."""
 
 
 class ImageError(CriupyError, ValueError):

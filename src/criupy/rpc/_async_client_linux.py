@@ -26,8 +26,9 @@ from criupy.rpc._connection_linux import (
     start_detached_worker,
     start_worker,
 )
+from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._exchange_linux import Take
-from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, plan_restore
+from criupy.rpc._lazy_linux import LazyDumpPlan, plan_restore
 from criupy.rpc._notify import AsyncHooks, check_hooks
 from criupy.rpc._option_types import Directory
 from criupy.rpc._options import (
@@ -357,7 +358,13 @@ class AsyncCriu:
         for the last page.
         """
         check_hooks(hooks, AsyncHooks)
-        call, plan = plan_restore(images_dir, options, daemon=daemon, page_server=page_server)
+        call, plan = plan_restore(
+            images_dir,
+            options,
+            daemon=daemon,
+            page_server=page_server,
+            capture=self._transport.capture_output,
+        )
         return AsyncLazyRestore(self, call, hooks, plan, request_timeout)
 
     # ---- inside --------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -11,21 +10,14 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import trio
 
-from criupy._descriptor import Descriptor
-from criupy.errors import CriuError, CriupyError, CriuTimeout, LocalProtocolError, RemoteProtocolError
-from criupy.rpc._async_operation_linux import AsyncOperation, AsyncProcess, end_worker, wait_ended
+from criupy.errors import CriuError, CriupyError, LocalProtocolError, RemoteProtocolError
+from criupy.rpc._async_daemon_linux import AsyncDaemon
+from criupy.rpc._async_operation_linux import AsyncOperation, AsyncProcess
 from criupy.rpc._calls_linux import Call
-from criupy.rpc._lazy_linux import (
-    DaemonPlan,
-    LazyDumpPlan,
-    check_listening,
-    daemon_failure,
-    goes_on,
-    status_pipe,
-)
+from criupy.rpc._daemon_linux import DaemonPlan
+from criupy.rpc._lazy_linux import LazyDumpPlan, check_listening
 from criupy.rpc._notify import AsyncHooks, Script
 from criupy.rpc._results import SourceOutcome
-from criupy.rpc._worker_linux import Worker
 
 if TYPE_CHECKING:
     from criupy.rpc._async_client_linux import AsyncCriu
@@ -183,7 +175,7 @@ class AsyncLazyRestore:
     """A restored tree whose memory follows; made by ``AsyncCriu.lazy_restore``.
 
     ``pid`` is its first process as the host sees it, ``command`` what CRIU
-    became with ``exec_cmd``, ``daemon`` the lazy-pages daemon if it was started here.
+    became with ``exec_cmd``.
     """
 
     def __init__(
@@ -197,14 +189,16 @@ class AsyncLazyRestore:
         self._client = client
         self._call = call
         self._hooks = hooks
-        self._plan = plan
-        self._work_dir = call.work_dir or Path()
+        self._daemon = None if plan is None else AsyncDaemon(plan)
         self._timeout = timeout
-        self._worker: Worker | None = None
         self._entered = False
         self.pid: int = 0
         self.command: AsyncProcess | None = None
-        self.daemon: AsyncProcess | None = None
+
+    @property
+    def daemon(self) -> AsyncProcess | None:
+        """The lazy-pages daemon, if it was started here."""
+        return None if self._daemon is None else self._daemon.process
 
     async def __aenter__(self) -> Self:
         if self._entered:
@@ -213,10 +207,10 @@ class AsyncLazyRestore:
         operation = self._client._operation(self._call, self._timeout)
         deadline = trio.current_time() + operation._timeout
         try:
-            if self._plan is None:
-                check_listening(self._work_dir)
+            if self._daemon is None:
+                check_listening(self._call.work_dir or Path())
             else:
-                await self._start(self._plan, deadline)
+                await self._daemon.start(deadline)
             operation._set_deadline(deadline)
             async with operation:
                 await operation._serve(self._hooks)
@@ -224,94 +218,29 @@ class AsyncLazyRestore:
             self.pid = operation.result
         except BaseException as error:
             self._call.close()
-            await self._stop(error)
+            if self._daemon is not None:
+                await self._daemon.stop(error, self._client._transport.grace)
             raise
         return self
-
-    @trio.lowlevel.enable_ki_protection
-    async def _start(self, plan: DaemonPlan, deadline: float) -> None:
-        with status_pipe() as (reading, writing):
-            words = plan.words(self._call.images_dir or self._work_dir, self._work_dir, writing.fileno())
-            self._worker = await trio.to_thread.run_sync(
-                partial(
-                    Worker.start,
-                    words,
-                    request="lazy_restore",
-                    pass_fds=(writing.fileno(),),
-                    capture=self._client._transport.capture_output,
-                )
-            )
-            self.daemon = AsyncProcess(self._worker)
-            writing.close()
-            await self._await_ready(self._worker, reading, deadline)
-
-    async def _await_ready(self, worker: Worker, reading: Descriptor, deadline: float) -> None:
-        with trio.move_on_at(deadline) as scope:
-            await trio.lowlevel.wait_readable(reading.fileno())
-        if scope.cancelled_caught:
-            raise CriuTimeout("lazy_restore", "the lazy-pages daemon did not become ready in time")
-        if os.read(reading.fileno(), 1) == b"\0":
-            return
-        # It has closed the pipe, so it has ended or is about to.
-        with trio.move_on_after(1):
-            await wait_ended(worker)
-        raise daemon_failure(self._work_dir, worker.output(), worker.poll(), ready=False)
-
-    async def _stop(self, error: BaseException) -> None:
-        """End the daemon of a restore that failed; it ends by itself if criu had connected."""
-        worker = self._worker
-        if worker is None:
-            return
-        with trio.CancelScope(shield=True):
-            with trio.move_on_after(1):
-                await wait_ended(worker)
-            status = worker.poll()
-            if status is None:
-                worker.terminate()
-            elif status and isinstance(error, CriuError):
-                error.hint = str(daemon_failure(self._work_dir, worker.output(), status, ready=True))
-            # Tasks may run nevertheless, so ours is never killed: it ends by its own rules.
-            is_ours = self._plan is not None and self._plan.is_ours
-            try:
-                await end_worker(worker, math.inf if is_ours else self._client._transport.grace)
-            except BaseException as interrupted:
-                interrupted.add_note(goes_on(worker))
-                raise
-            self._worker = None
 
     async def wait(self) -> None:
         """Wait for the last page; raise LazyPagesError if it did not come.
 
         Without a daemon of its own it returns at once.
         """
-        if (worker := self._worker) is not None:
-            await wait_ended(worker)
-            if self._worker is None:
-                return  # another task has waited, and was told
-            self._worker = None
-            status, output = worker.poll(), worker.output()
-            worker.close()
-            if status:
-                raise daemon_failure(self._work_dir, output, status, ready=True)
+        if self._daemon is not None:
+            await self._daemon.wait()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            try:
-                await self.wait()
-            except BaseException as interrupted:
-                await self._see_out(interrupted)
-                raise
-        else:
-            await self._see_out(error)
-
-    async def _see_out(self, error: BaseException) -> None:
-        # The tasks run and need their memory: our daemon goes on fetching it for a limited time.
-        if self._worker is not None and self._plan is not None and self._plan.is_ours:
-            self._worker.terminate()
-        with trio.CancelScope(shield=True):
-            try:
-                await self.wait()
-            except CriupyError as failure:
-                error.add_note(str(failure))
+        if self._daemon is None:
+            return
+        if error is not None:
+            await self._daemon.see_out(error)
+            return
+        try:
+            await self._daemon.wait()
+        except BaseException as interrupted:
+            await self._daemon.see_out(interrupted)
+            raise

@@ -21,10 +21,11 @@ from criupy.rpc._connection_linux import (
     start_detached_worker,
     start_worker,
 )
+from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._exchange_linux import Take
 from criupy.rpc._held_linux import PageServerChild, PreDumpLoop
 from criupy.rpc._lazy_client_linux import LazyDump, LazyRestore
-from criupy.rpc._lazy_linux import OUR_DAEMON, LazyDumpPlan, plan_restore
+from criupy.rpc._lazy_linux import LazyDumpPlan, plan_restore
 from criupy.rpc._notify import Hooks, check_hooks
 from criupy.rpc._operation_linux import Operation, Process, end_worker
 from criupy.rpc._option_types import Directory
@@ -344,7 +345,13 @@ class Criu:
         for the last page.
         """
         check_hooks(hooks, Hooks)
-        call, plan = plan_restore(images_dir, options, daemon=daemon, page_server=page_server)
+        call, plan = plan_restore(
+            images_dir,
+            options,
+            daemon=daemon,
+            page_server=page_server,
+            capture=self._transport.capture_output,
+        )
         return LazyRestore(self, call, hooks, plan, request_timeout)
 
     # ---- inside --------------------------------------------------------------------------------------

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
-from criupy._descriptor import Descriptor
-from criupy.errors import CriuError, CriupyError, CriuTimeout, LocalProtocolError, RemoteProtocolError
+from criupy.errors import CriuError, CriupyError, LocalProtocolError, RemoteProtocolError
 from criupy.rpc._calls_linux import Call
-from criupy.rpc._lazy_linux import (
-    DaemonPlan,
-    LazyDumpPlan,
-    check_listening,
-    daemon_failure,
-    goes_on,
-    status_pipe,
-)
+from criupy.rpc._daemon_linux import Daemon, DaemonPlan
+from criupy.rpc._lazy_linux import LazyDumpPlan, check_listening
 from criupy.rpc._notify import Hooks, Script
-from criupy.rpc._operation_linux import Operation, Process, end_worker, wait_for
+from criupy.rpc._operation_linux import Operation, Process
 from criupy.rpc._results import SourceOutcome
-from criupy.rpc._worker_linux import HeldInterrupt, Worker
 
 if TYPE_CHECKING:
     from criupy.rpc._client_linux import Criu
@@ -154,7 +145,7 @@ class LazyRestore:
     """A restored tree whose memory follows; made by ``Criu.lazy_restore``.
 
     ``pid`` is its first process as the host sees it, ``command`` what CRIU
-    became with ``exec_cmd``, ``daemon`` the lazy-pages daemon if it was started here.
+    became with ``exec_cmd``.
     """
 
     def __init__(
@@ -168,14 +159,16 @@ class LazyRestore:
         self._client = client
         self._call = call
         self._hooks = hooks
-        self._plan = plan
-        self._work_dir = call.work_dir or Path()
+        self._daemon = None if plan is None else Daemon(plan)
         self._timeout = timeout
-        self._worker: Worker | None = None
         self._entered = False
         self.pid: int = 0
         self.command: Process | None = None
-        self.daemon: Process | None = None
+
+    @property
+    def daemon(self) -> Process | None:
+        """The lazy-pages daemon, if it was started here."""
+        return None if self._daemon is None else self._daemon.process
 
     def __enter__(self) -> Self:
         if self._entered:
@@ -184,10 +177,10 @@ class LazyRestore:
         operation = self._client._operation(self._call, self._timeout)
         deadline = time.monotonic() + operation._timeout
         try:
-            if self._plan is None:
-                check_listening(self._work_dir)
+            if self._daemon is None:
+                check_listening(self._call.work_dir or Path())
             else:
-                self._start(self._plan, deadline)
+                self._daemon.start(deadline)
             operation._set_deadline(deadline)
             with operation:
                 operation._serve(self._hooks)
@@ -195,81 +188,29 @@ class LazyRestore:
             self.pid = operation.result
         except BaseException as error:
             self._call.close()
-            self._stop(error)
+            if self._daemon is not None:
+                self._daemon.stop(error, self._client._transport.grace)
             raise
         return self
-
-    def _start(self, plan: DaemonPlan, deadline: float) -> None:
-        with status_pipe() as (reading, writing):
-            words = plan.words(self._call.images_dir or self._work_dir, self._work_dir, writing.fileno())
-            with HeldInterrupt():
-                self._worker = Worker.start(
-                    words,
-                    request="lazy_restore",
-                    pass_fds=(writing.fileno(),),
-                    capture=self._client._transport.capture_output,
-                )
-            self.daemon = Process(self._worker)
-            writing.close()
-            self._await_ready(self._worker, reading, deadline)
-
-    def _await_ready(self, worker: Worker, reading: Descriptor, deadline: float) -> None:
-        if not wait_for(deadline, reading.fileno()):
-            raise CriuTimeout("lazy_restore", "the lazy-pages daemon did not become ready in time")
-        if os.read(reading.fileno(), 1) == b"\0":
-            return
-        # It has closed the pipe, so it has ended or is about to.
-        wait_for(min(deadline, time.monotonic() + 1), worker.pidfd)
-        raise daemon_failure(self._work_dir, worker.output(), worker.poll(), ready=False)
-
-    def _stop(self, error: BaseException) -> None:
-        """End the daemon of a restore that failed; it ends by itself if criu had connected."""
-        worker = self._worker
-        if worker is None:
-            return
-        if worker.poll() is None and not wait_for(time.monotonic() + 1, worker.pidfd):
-            worker.terminate()
-        elif (status := worker.poll()) and isinstance(error, CriuError):
-            error.hint = str(daemon_failure(self._work_dir, worker.output(), status, ready=True))
-        # Tasks may run nevertheless, so ours is never killed: it ends by its own rules.
-        is_ours = self._plan is not None and self._plan.is_ours
-        try:
-            end_worker(worker, math.inf if is_ours else self._client._until_grace())
-        except BaseException as interrupted:
-            interrupted.add_note(goes_on(worker))
-            raise
-        self._worker = None
 
     def wait(self) -> None:
         """Wait for the last page; raise LazyPagesError if it did not come.
 
         Without a daemon of its own it returns at once.
         """
-        if self._worker is not None:
-            Process(self._worker).wait()
-            worker, self._worker = self._worker, None
-            status, output = worker.poll(), worker.output()
-            worker.close()
-            if status:
-                raise daemon_failure(self._work_dir, output, status, ready=True)
+        if self._daemon is not None:
+            self._daemon.wait()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            try:
-                self.wait()
-            except BaseException as interrupted:
-                self._see_out(interrupted)
-                raise
-        else:
-            self._see_out(error)
-
-    def _see_out(self, error: BaseException) -> None:
-        # The tasks run and need their memory: our daemon goes on fetching it for a limited time.
-        if self._worker is not None and self._plan is not None and self._plan.is_ours:
-            self._worker.terminate()
+        if self._daemon is None:
+            return
+        if error is not None:
+            self._daemon.see_out(error)
+            return
         try:
-            self.wait()
-        except CriupyError as failure:
-            error.add_note(str(failure))
+            self._daemon.wait()
+        except BaseException as interrupted:
+            self._daemon.see_out(interrupted)
+            raise

@@ -1,4 +1,4 @@
-"""What both clients need for a lazy migration: where a source listens, how it ended, how a daemon starts."""
+"""What both clients need for a lazy migration: where a source listens, how it ended, what a restore needs."""
 
 from __future__ import annotations
 
@@ -10,39 +10,22 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
 from criupy._descriptor import Descriptor
-from criupy.errors import CriuError, CriuTimeout, LazyPagesError, OptionError
+from criupy.errors import CriuError, CriuTimeout, OptionError
 from criupy.rpc import _calls_linux as calls
 from criupy.rpc import _schema_pb2 as schema
 from criupy.rpc._calls_linux import Call
+from criupy.rpc._daemon_linux import SOCKET_NAME, DaemonPlan, plan_daemon
 from criupy.rpc._option_checks import host_file
 from criupy.rpc._option_types import Directory
 from criupy.rpc._options import TlsOptions
-from criupy.rpc._report import errors_in
 from criupy.rpc._results import SourceOutcome, Version
-from criupy.rpc._worker_linux import Worker
 
-__all__ = [
-    "OUR_DAEMON",
-    "DaemonPlan",
-    "LazyDumpPlan",
-    "check_listening",
-    "daemon_failure",
-    "goes_on",
-    "plan_restore",
-    "status_pipe",
-]
-
-#: The command of criupy's own lazy-pages daemon, with this interpreter.
-OUR_DAEMON: Final = (sys.executable, "-m", "criupy.lazy_pages")
-
-SOCKET_NAME: Final = "lazy-pages.socket"
-DAEMON_LOG: Final = "lazy-pages.log"
+__all__ = ["LazyDumpPlan", "check_listening", "listeners", "page_socket", "plan_restore"]
 
 _TCP_LISTEN: Final = "0A"  # include/net/tcp_states.h, as /proc/net/tcp shows it
 
@@ -272,59 +255,34 @@ class LazyDumpPlan:
 # ---- the destination ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonPlan:
-    """How to start a lazy-pages daemon.
-
-    That is its command, where the pages come from (None is the images), and
-    what it is told of TLS.
-    """
-
-    command: tuple[str, ...]
-    page_server: tuple[str, int] | None
-    tls: tuple[str, ...]
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether SIGTERM makes it end in good order."""
-        return self.command == OUR_DAEMON
-
-    def words(self, images_dir: Path, work_dir: Path, status_fd: int) -> list[str]:
-        """Return the command line, as ``criu lazy-pages`` takes it."""
-        words = [*self.command, "--no-default-config", "-D", str(images_dir), "-W", str(work_dir)]
-        words += ["-o", DAEMON_LOG, "--status-fd", str(status_fd)]
-        if self.page_server is not None:
-            host, port = self.page_server
-            words += ["--page-server", "--address", host, "--port", str(port), *self.tls]
-        if self.is_ours:
-            words += ["--progress", "none"]
-        return words
-
-
 def plan_restore(
-    images_dir: Directory, options: Mapping[str, object], *, daemon: object, page_server: object
+    images_dir: Directory,
+    options: Mapping[str, object],
+    *,
+    daemon: object,
+    page_server: tuple[str, int] | None,
+    capture: bool,
 ) -> tuple[Call[int], DaemonPlan | None]:
     """Make the call of a lazy restore, and the plan of the daemon that is to be started for it."""
-    if page_server is not None:
-        if not (
-            isinstance(page_server, tuple)
-            and len(page_server) == 2
-            and isinstance(page_server[0], str)
-            and isinstance(page_server[1], int)
-            and 0 < page_server[1] < 1 << 16
-        ):
-            raise OptionError("page_server", f"expected (host, port) of the source, got {page_server!r}")
-        if daemon is None:
-            raise OptionError("page_server", "expected None: it is for the daemon that is started here")
-    elif options.get("tls"):
+    if page_server is None and options.get("tls"):
         raise OptionError("tls", "expected together with page_server, which the daemon talks TLS to")
-    if daemon is None:
-        return calls.restore(images_dir, options, lazy=True), None
-    if isinstance(daemon, str) or not isinstance(daemon, (tuple, list)) or not daemon:
-        raise OptionError("daemon", f"expected the words of a command, got {daemon!r}")
-    command = tuple(map(os.fspath, daemon))
     call = calls.restore(images_dir, options, lazy=True)
-    return call, DaemonPlan(command, page_server, _take_tls(call.request.opts))
+    try:
+        work_dir = call.work_dir or Path()
+        tls = () if daemon is None else _take_tls(call.request.opts)
+        plan = plan_daemon(
+            "lazy_restore",
+            daemon,
+            call.images_dir or work_dir,
+            work_dir,
+            page_server,
+            tls=tls,
+            capture=capture,
+        )
+    except BaseException:
+        call.close()
+        raise
+    return call, plan
 
 
 def _take_tls(message: schema.Options) -> tuple[str, ...]:
@@ -354,32 +312,3 @@ def check_listening(work_dir: Path) -> None:
             f"no lazy-pages daemon listens in {work_dir}: there is no {SOCKET_NAME}",
             hint="start it first with this work directory, or let lazy_restore() start one",
         )
-
-
-def daemon_failure(work_dir: Path, output: str, status: int | None, *, ready: bool) -> LazyPagesError:
-    """Make the error for a daemon that ended otherwise than it should."""
-    try:
-        text = (work_dir / DAEMON_LOG).read_text(errors="replace")
-    except OSError:
-        text = ""
-    said = errors_in(text) or tuple(line for line in text.splitlines() if "Error" in line)
-    lines = [*said, *output.splitlines()]
-    ended = "still runs" if status is None else f"ended with status {status}"
-    what = "the lazy-pages daemon" if ready else "the lazy-pages daemon did not become ready: it"
-    return LazyPagesError(f"{what} {ended}: {lines[-1] if lines else 'it said nothing'}")
-
-
-def goes_on(worker: Worker) -> str:
-    """Say that a daemon is left behind; what it serves may depend on it."""
-    if worker.poll() is not None:
-        return f"the lazy-pages daemon has ended with status {worker.poll()}"
-    return f"the lazy-pages daemon goes on as process {worker.pid}"
-
-
-@contextlib.contextmanager
-def status_pipe() -> Iterator[tuple[Descriptor, Descriptor]]:
-    """Make the pipe in which a daemon tells that it is ready; both ends are closed in the end."""
-    reading, writing = map(Descriptor, os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
-    with reading, writing:
-        os.set_blocking(writing.fileno(), True)
-        yield reading, writing

@@ -1,0 +1,216 @@
+"""A lazy-pages daemon that is started for a restore: how, and until when; here blocking."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from criupy._descriptor import Descriptor
+from criupy.errors import CriuError, CriupyError, CriuTimeout, LazyPagesError, OptionError, RuncError
+from criupy.rpc._operation_linux import Process, end_worker, wait_for
+from criupy.rpc._report import errors_in
+from criupy.rpc._worker_linux import HeldInterrupt, Worker
+
+__all__ = [
+    "OUR_DAEMON",
+    "SOCKET_NAME",
+    "Daemon",
+    "DaemonPlan",
+    "check_page_server",
+    "explain",
+    "goes_on",
+    "plan_daemon",
+    "status_pipe",
+]
+
+#: The command of criupy's own lazy-pages daemon, with this interpreter.
+OUR_DAEMON: Final = (sys.executable, "-m", "criupy.lazy_pages")
+
+SOCKET_NAME: Final = "lazy-pages.socket"
+DAEMON_LOG: Final = "lazy-pages.log"
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonPlan:
+    """How to start a lazy-pages daemon.
+
+    That is its command, where the images are and where it works, where the
+    pages come from (None is the images), and what it is told of TLS.
+    ``request`` is what it is started for, ``capture`` whether to keep what it prints.
+    """
+
+    request: str
+    command: tuple[str, ...]
+    images_dir: Path
+    work_dir: Path
+    page_server: tuple[str, int] | None
+    tls: tuple[str, ...]
+    capture: bool
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether SIGTERM makes it end in good order."""
+        return self.command == OUR_DAEMON
+
+    def words(self, status_fd: int) -> list[str]:
+        """Return the command line, as ``criu lazy-pages`` takes it."""
+        words = [*self.command, "--no-default-config", "-D", str(self.images_dir), "-W", str(self.work_dir)]
+        words += ["-o", DAEMON_LOG, "--status-fd", str(status_fd)]
+        if self.page_server is not None:
+            host, port = self.page_server
+            words += ["--page-server", "--address", host, "--port", str(port), *self.tls]
+        if self.is_ours:
+            words += ["--progress", "none"]
+        return words
+
+    def start(self, status_fd: int) -> Worker:
+        """Start it."""
+        with HeldInterrupt():
+            return Worker.start(
+                self.words(status_fd), request=self.request, pass_fds=(status_fd,), capture=self.capture
+            )
+
+    def failure(self, output: str, status: int | None, *, ready: bool) -> LazyPagesError:
+        """Make the error for one that ended otherwise than it should."""
+        try:
+            text = (self.work_dir / DAEMON_LOG).read_text(errors="replace")
+        except OSError:
+            text = ""
+        said = errors_in(text) or tuple(line for line in text.splitlines() if "Error" in line)
+        lines = [*said, *output.splitlines()]
+        ended = "still runs" if status is None else f"ended with status {status}"
+        what = "the lazy-pages daemon" if ready else "the lazy-pages daemon did not become ready: it"
+        return LazyPagesError(f"{what} {ended}: {lines[-1] if lines else 'it said nothing'}")
+
+    def not_ready(self) -> CriuTimeout:
+        """Make the error for one that took too long to listen."""
+        return CriuTimeout(self.request, "the lazy-pages daemon did not become ready in time")
+
+
+def check_page_server(option: str, value: object) -> None:
+    """Refuse what is no (host, port)."""
+    if not (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], int)
+        and 0 < value[1] < 1 << 16
+    ):
+        raise OptionError(option, f"expected (host, port) of the source, got {value!r}")
+
+
+def plan_daemon(
+    request: str,
+    daemon: object,
+    images_dir: Path,
+    work_dir: Path,
+    page_server: tuple[str, int] | None,
+    *,
+    tls: tuple[str, ...] = (),
+    capture: bool,
+) -> DaemonPlan | None:
+    """Plan the daemon of a restore; None where there is to be none."""
+    if page_server is not None:
+        check_page_server("page_server", page_server)
+        if daemon is None:
+            raise OptionError("page_server", "expected None: it is for the daemon that is started here")
+    if daemon is None:
+        return None
+    if isinstance(daemon, str) or not isinstance(daemon, (tuple, list)) or not daemon:
+        raise OptionError("daemon", f"expected the words of a command, got {daemon!r}")
+    command = tuple(map(os.fspath, daemon))
+    return DaemonPlan(request, command, images_dir, work_dir, page_server, tls, capture)
+
+
+def explain(error: BaseException, failure: LazyPagesError) -> None:
+    """Say in the error of a restore what the daemon had come to grief of."""
+    if isinstance(error, (CriuError, RuncError)):
+        error.hint = str(failure)
+
+
+def goes_on(worker: Worker) -> str:
+    """Say that a daemon is left behind; what it serves may depend on it."""
+    if worker.poll() is not None:
+        return f"the lazy-pages daemon has ended with status {worker.poll()}"
+    return f"the lazy-pages daemon goes on as process {worker.pid}"
+
+
+@contextlib.contextmanager
+def status_pipe() -> Iterator[tuple[Descriptor, Descriptor]]:
+    """Make the pipe in which a program tells that it is ready; both ends are closed in the end."""
+    reading, writing = map(Descriptor, os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
+    with reading, writing:
+        os.set_blocking(writing.fileno(), True)
+        yield reading, writing
+
+
+class Daemon:
+    """A lazy-pages daemon from its start to its end."""
+
+    def __init__(self, plan: DaemonPlan) -> None:
+        self._plan = plan
+        self._worker: Worker | None = None
+        self.process: Process | None = None
+
+    def start(self, deadline: float) -> None:
+        """Start it and wait until it listens; raise LazyPagesError, or CriuTimeout."""
+        with status_pipe() as (reading, writing):
+            self._worker = worker = self._plan.start(writing.fileno())
+            self.process = Process(worker)
+            writing.close()
+            if not wait_for(deadline, reading.fileno()):
+                raise self._plan.not_ready()
+            if os.read(reading.fileno(), 1) == b"\0":
+                return
+            # It has closed the pipe, so it has ended or is about to.
+            wait_for(min(deadline, time.monotonic() + 1), worker.pidfd)
+            raise self._plan.failure(worker.output(), worker.poll(), ready=False)
+
+    def terminate(self) -> None:
+        """Make it veto a restore that is not finished, and otherwise hurry."""
+        if self._worker is not None:
+            self._worker.terminate()
+
+    def stop(self, error: BaseException, grace: float) -> None:
+        """End the daemon of a restore that failed; it ends by itself if criu had connected."""
+        worker = self._worker
+        if worker is None:
+            return
+        if worker.poll() is None and not wait_for(time.monotonic() + 1, worker.pidfd):
+            worker.terminate()
+        elif status := worker.poll():
+            explain(error, self._plan.failure(worker.output(), status, ready=True))
+        # Tasks may run nevertheless, so ours is never killed: it ends by its own rules.
+        try:
+            end_worker(worker, math.inf if self._plan.is_ours else time.monotonic() + grace)
+        except BaseException as interrupted:
+            interrupted.add_note(goes_on(worker))
+            raise
+        self._worker = None
+
+    def wait(self) -> None:
+        """Wait for the last page; raise LazyPagesError if it did not come."""
+        if self._worker is not None:
+            Process(self._worker).wait()
+            worker, self._worker = self._worker, None
+            status, output = worker.poll(), worker.output()
+            worker.close()
+            if status:
+                raise self._plan.failure(output, status, ready=True)
+
+    def see_out(self, error: BaseException) -> None:
+        """Wait for its end after an error elsewhere."""
+        # The tasks run and need their memory: our daemon goes on fetching it for a limited time.
+        if self._worker is not None and self._plan.is_ours:
+            self._worker.terminate()
+        try:
+            self.wait()
+        except CriupyError as failure:
+            error.add_note(str(failure))
