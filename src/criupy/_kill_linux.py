@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["kill_trees"]
+__all__ = ["descendants", "kill_trees"]
 
 
 # States of /proc/PID/stat: stopped, traced, zombie, dead.
@@ -25,6 +25,17 @@ def _children(pid: int) -> set[int]:
         for thread in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 found.update(map(int, (thread / "children").read_text().split()))
+    return found
+
+
+def descendants(pid: int) -> set[int]:
+    """Return the processes that a process has started, and these, as long as their parents are there."""
+    found: set[int] = set()
+    pending = [pid]
+    while pending:
+        new = _children(pending.pop()) - found
+        found |= new
+        pending += new
     return found
 
 

@@ -24,13 +24,14 @@ T = TypeVar("T")
 _LONGEST_POLL = (1 << 31) - 1  # milliseconds, which poll(2) takes as an int
 
 
-def wait_for(deadline: float, fd: int, events: int = select.POLLIN) -> bool:
-    """Wait for events on a descriptor; False once the deadline (monotonic) has passed.
+def wait_for(deadline: float, *fds: int, events: int = select.POLLIN) -> bool:
+    """Wait for events on any of these descriptors; False once the deadline (monotonic) has passed.
 
     Even with an event at hand: a peer that never stops sending must not stop the clock.
     """
     poll = select.poll()
-    poll.register(fd, events)
+    for fd in fds:
+        poll.register(fd, events)
     while (left := deadline - time.monotonic()) > 0:
         # Rounded up: a poll that returns early would spin.
         if poll.poll(None if left == math.inf else math.ceil(min(left * 1000, _LONGEST_POLL))):

@@ -18,6 +18,7 @@ __all__ = [
     "NEVER_ATTACHED",
     "NO_DIRTY_TRACKING",
     "LogWatch",
+    "best_of",
     "errors_in",
     "failure",
     "hint_for",
@@ -216,7 +217,7 @@ def failure(request: str, response: schema.Response, *, log: LogWatch | None, ou
     told = response.cr_errmsg.decode(errors="replace")
     lines = log.errors() if log is not None else ()
     printed = errors_in(output)
-    message = _best((told, *lines, *printed)) or (
+    message = best_of((told, *lines, *printed)) or (
         "CRIU failed without a word" if not output else output.splitlines()[0]
     )
     said = "\n".join((told, *lines, output))
@@ -231,7 +232,7 @@ def failure(request: str, response: schema.Response, *, log: LogWatch | None, ou
     )
 
 
-def _best(candidates: tuple[str, ...]) -> str | None:
+def best_of(candidates: tuple[str, ...]) -> str | None:
     """Choose the first sentence that says something, and take the place in CRIU's source off it."""
     useful = [line.strip() for line in candidates if line.strip() and not _HARMLESS.search(line)]
     for line in useful:

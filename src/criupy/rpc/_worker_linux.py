@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -106,21 +106,25 @@ class Worker:
         pass_fds: Sequence[int] = (),
         capture: bool,
         own_group: bool = True,
+        stdio: tuple[int, int, int] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> Worker:
         """Start a program; what it prints goes where ours goes, or with ``capture`` is kept in memory.
 
-        In a process group of its own a terminal's Ctrl-C does not reach it: it is ours to pass on.
+        ``stdio`` are descriptors for its standard input, output and error. In a process group of its own a
+        terminal's Ctrl-C does not reach it: it is ours to pass on.
         """
         output = Descriptor(os.memfd_create("criupy-output")) if capture else None
         process = None
         try:
             number = None if output is None else output.fileno()
+            streams = (None, number, number) if stdio is None else stdio
             process = _start(
                 command,
                 request,
                 pass_fds=pass_fds,
-                stdout=number,
-                stderr=number,
+                **dict(zip(("stdin", "stdout", "stderr"), streams, strict=True)),
+                env=env,
                 process_group=0 if own_group else None,
             )
             return cls(process, output)

@@ -1,0 +1,122 @@
+"""The destination's side of a container's migration, on trio."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import trio
+
+from criupy.errors import CriupyError, LocalProtocolError
+from criupy.rpc import AsyncProcess
+from criupy.rpc._async_daemon_linux import AsyncDaemon
+from criupy.rpc._async_operation_linux import wait_ended
+from criupy.rpc._lazy_linux import check_listening
+from criupy.runc._plans_linux import RestorePlan
+from criupy.runc._program_linux import Command
+
+if TYPE_CHECKING:
+    from criupy.runc._async_runc_linux import AsyncRunc
+
+__all__ = ["AsyncContainerRestore"]
+
+
+class AsyncContainerRestore:
+    """A restored container whose memory follows; made by ``AsyncRunc.lazy_restore``.
+
+    ``pid`` is its first process as the host sees it.
+    """
+
+    def __init__(self, runc: AsyncRunc, plan: RestorePlan) -> None:
+        self._runc = runc
+        self._plan = plan
+        self._timeout = runc._program.timeout(plan.request_timeout)
+        self._daemon = None if plan.daemon is None else AsyncDaemon(plan.daemon)
+        self._entered = False
+        self.pid: int = 0
+
+    @property
+    def daemon(self) -> AsyncProcess | None:
+        """The lazy-pages daemon, if it was started here."""
+        return None if self._daemon is None else self._daemon.process
+
+    async def __aenter__(self) -> Self:
+        if self._entered:
+            raise LocalProtocolError("lazy_restore: the block can be entered once")
+        self._entered = True
+        deadline = trio.current_time() + self._timeout
+        plan, runc = self._plan, self._runc
+        await runc._need("lazy_pages", "restore", plan.container)
+        plan.refuse(await runc.state(plan.container))
+        try:
+            if self._daemon is None:
+                check_listening(plan.work_dir)
+            else:
+                await self._daemon.start(deadline)
+            await self._restore(deadline)
+        except BaseException as error:
+            if self._daemon is not None:
+                await self._daemon.stop(error, runc._program.grace)
+            raise
+        return self
+
+    @trio.lowlevel.enable_ki_protection
+    async def _restore(self, deadline: float) -> None:
+        command = self._plan.start(self._runc._program)
+        try:
+            try:
+                await self._wait_restored(command, deadline)
+            except BaseException as error:
+                await self._give_up(command, error)
+                raise
+            if command.worker.poll():
+                raise command.failure()
+        finally:
+            command.close()
+        state = await self._runc.state(self._plan.container)
+        self.pid = 0 if state is None else state.pid
+
+    async def _wait_restored(self, command: Command, deadline: float) -> None:
+        with trio.move_on_at(deadline) as scope:
+            await wait_ended(command.worker)
+        if scope.cancelled_caught:
+            raise command.overdue()
+
+    async def _give_up(self, command: Command, error: BaseException) -> None:
+        """End a restore that is under way."""
+        # The daemon knows whether tasks run: it vetoes a restore that is not finished, and runC undoes it.
+        with trio.CancelScope(shield=True):
+            if self._daemon is not None:
+                self._daemon.terminate()
+                with trio.move_on_after(self._runc._program.grace):
+                    await wait_ended(command.worker)
+            if command.worker.poll() == 0:
+                error.add_note(f"container {self._plan.container} was restored nevertheless, and runs")
+            elif command.worker.poll() is None:
+                command.worker.abandon()
+                try:
+                    await self._runc._run("delete", self._plan.container, "--force")
+                except CriupyError as failure:
+                    error.add_note(str(failure))
+
+    async def wait(self) -> None:
+        """Wait for the last page; raise LazyPagesError if it did not come.
+
+        Without a daemon of its own it returns at once.
+        """
+        if self._daemon is not None:
+            await self._daemon.wait()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._daemon is None:
+            return
+        if error is not None:
+            await self._daemon.see_out(error)
+            return
+        try:
+            await self._daemon.wait()
+        except BaseException as interrupted:
+            await self._daemon.see_out(interrupted)
+            raise

@@ -1,0 +1,187 @@
+"""The trio client: the same names and options as the blocking one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Unpack
+
+import trio
+
+from criupy.rpc import AsyncCriu, Features, HasFileno
+from criupy.rpc._async_operation_linux import wait_ended
+from criupy.rpc._daemon_linux import OUR_DAEMON
+from criupy.rpc._report import LogWatch
+from criupy.runc._async_checkpoint_linux import AsyncContainerCheckpoint
+from criupy.runc._async_restore_linux import AsyncContainerRestore
+from criupy.runc._network_linux import unlock_network
+from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, pre_dump_words
+from criupy.runc._program_linux import Command, lacks, make_program, no_such_container
+from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
+
+__all__ = ["AsyncRunc"]
+
+StrPath = str | os.PathLike[str]
+
+
+class AsyncRunc:
+    """Moves containers of runC; what runC and CRIU say in failing is raised as RuncError.
+
+    ``binary`` is runC's program, ``root`` the directory of its state (its
+    ``--root``), ``criu`` the CRIU that it is to find. ``request_timeout``, in
+    seconds, is for each request that has none of its own; ``grace`` is how long
+    runC may take to undo a restore that is given up.
+    """
+
+    def __init__(
+        self,
+        binary: StrPath = "runc",
+        *,
+        root: StrPath | None = None,
+        criu: StrPath = "criu",
+        systemd_cgroup: bool = False,
+        request_timeout: float | None = None,
+        grace: float = 10.0,
+    ) -> None:
+        self._program = make_program(
+            binary,
+            root,
+            criu,
+            systemd_cgroup=systemd_cgroup,
+            request_timeout=request_timeout,
+            grace=grace,
+        )
+        self._features: Features | None = None
+
+    async def features(self) -> Features:
+        """Ask CRIU, once, what it can do on this kernel.
+
+        Every request that needs something asks before. To ask here, early,
+        keeps that out of the time that a container stands still.
+        """
+        if self._features is None:
+            async with AsyncCriu(self._program.criu, request_timeout=self._program.request_timeout) as criu:
+                self._features = await criu.feature_check()
+        return self._features
+
+    async def state(self, container: str, *, request_timeout: float | None = None) -> ContainerState | None:
+        """Return what ``runc state`` tells of a container; None if there is none of that name."""
+        command = self._program.start("state", container)
+        try:
+            await self._end(command, request_timeout)
+            return command.state()
+        finally:
+            command.close()
+
+    async def pre_dump(
+        self,
+        container: str,
+        *,
+        image_path: StrPath,
+        parent_path: StrPath | None = None,
+        work_path: StrPath | None = None,
+        request_timeout: float | None = None,
+        **options: Unpack[PreDumpOptions],
+    ) -> None:
+        """Write the memory that changed since ``parent_path``, and let the container go on.
+
+        ``parent_path`` is the directory of the pre-dump before, relative to ``image_path``.
+        """
+        words, work_dir = pre_dump_words(image_path, parent_path, work_path, options)
+        await self._need("mem_track", "checkpoint", container)
+        command = self._program.start(
+            "checkpoint", container, words, criu_log=LogWatch.of(work_dir, "dump.log")
+        )
+        try:
+            if await self._end(command, request_timeout):
+                raise command.failure()
+        finally:
+            command.close()
+
+    def lazy_checkpoint(
+        self,
+        container: str,
+        *,
+        image_path: StrPath,
+        page_server: tuple[str, int],
+        parent_path: StrPath | None = None,
+        work_path: StrPath | None = None,
+        request_timeout: float | None = None,
+        **options: Unpack[CheckpointOptions],
+    ) -> AsyncContainerCheckpoint:
+        """Freeze a container and serve its memory to a destination, in a block.
+
+        The block begins when ``image_path`` is complete and CRIU listens at
+        ``page_server``, an address and a port of this host; ``request_timeout``
+        counts until then. Leaving the block waits until the destination has all
+        pages and runC has removed the container here. CRIU up to 4.2 listens on
+        all addresses, whatever it is told, and takes any connection that is closed
+        for a destination that has all: see that only yours reaches the port.
+        """
+        plan = CheckpointPlan(container, image_path, page_server, parent_path, work_path, options)
+        return AsyncContainerCheckpoint(self, plan, request_timeout)
+
+    def lazy_restore(
+        self,
+        container: str,
+        *,
+        bundle: StrPath,
+        image_path: StrPath,
+        work_path: StrPath | None = None,
+        page_server: tuple[str, int] | None = None,
+        daemon: Sequence[str] | None = OUR_DAEMON,
+        stdio: tuple[int | HasFileno, int | HasFileno, int | HasFileno] | None = None,
+        request_timeout: float | None = None,
+        **options: Unpack[RestoreOptions],
+    ) -> AsyncContainerRestore:
+        """Restore a container whose memory follows, in a block.
+
+        Starts a lazy-pages ``daemon``, given as the words of its command and by
+        default criupy's own, that takes pages from ``page_server`` (host and
+        port), or from the images themselves; None expects one that listens in
+        ``work_path``, by default ``image_path``, already. ``stdio`` are the
+        standard input, output and error that the container gets, by default
+        /dev/null. The block begins when the container runs; leaving it waits for
+        the last page.
+        """
+        plan = RestorePlan(
+            container, bundle, image_path, work_path, page_server, daemon, stdio, options, request_timeout
+        )
+        return AsyncContainerRestore(self, plan)
+
+    async def unlock_network(self, container: str) -> None:
+        """Let a container's network go on that a failed checkpoint has left locked.
+
+        Only when no destination runs it: two would answer for one.
+        """
+        state = await self.state(container)
+        if state is None or not state.pid:
+            raise no_such_container("checkpoint", container)
+        await trio.to_thread.run_sync(unlock_network, container, state.pid)
+
+    # ---- inside --------------------------------------------------------------------------------------
+
+    async def _need(self, feature: str, command: str, container: str) -> None:
+        if getattr(await self.features(), feature) is not True:
+            raise lacks(command, container, feature)
+
+    async def _end(self, command: Command, request_timeout: float | None = None) -> int:
+        """Wait for the end of a command that can be killed; return its exit status."""
+        try:
+            with trio.fail_after(self._program.timeout(request_timeout)):
+                return await wait_ended(command.worker)
+        except trio.TooSlowError:
+            command.worker.abandon()
+            raise command.overdue() from None
+        except BaseException:
+            command.worker.abandon()
+            raise
+
+    async def _run(self, name: str, container: str, *words: str) -> None:
+        """Do one of runC's short commands; raise RuncError if it fails."""
+        command = self._program.start(name, container, words)
+        try:
+            if await self._end(command):
+                raise command.failure()
+        finally:
+            command.close()

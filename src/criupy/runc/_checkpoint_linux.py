@@ -1,0 +1,159 @@
+"""The source's side of a container's migration, blocking."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from criupy._descriptor import Descriptor
+from criupy.errors import CriupyError, LocalProtocolError, RuncError
+from criupy.rpc import SourceOutcome
+from criupy.rpc._daemon_linux import status_pipe
+from criupy.rpc._operation_linux import wait_for
+from criupy.runc._plans_linux import CheckpointPlan, has_zero
+from criupy.runc._program_linux import Command
+
+if TYPE_CHECKING:
+    from criupy.runc._runc_linux import Runc
+
+__all__ = ["ContainerCheckpoint"]
+
+
+class ContainerCheckpoint:
+    """A frozen container whose memory is served; made by ``Runc.lazy_checkpoint``.
+
+    ``address`` and ``port`` are where CRIU listens, ``image_path`` holds all
+    that is not lazy. ``outcome`` tells at the end what became of the container.
+    """
+
+    def __init__(self, runc: Runc, plan: CheckpointPlan, timeout: float | None) -> None:
+        self._runc = runc
+        self._plan = plan
+        self._timeout = runc._program.timeout(timeout)
+        self._command: Command | None = None
+        self._entered = False
+        self.image_path = plan.image_path
+        self.outcome: SourceOutcome | None = None
+        self.address: str = ""
+        self.port: int = 0
+
+    def __enter__(self) -> Self:
+        if self._entered:
+            raise LocalProtocolError("lazy_checkpoint: the block can be entered once")
+        self._entered = True
+        deadline = time.monotonic() + self._timeout
+        plan = self._plan
+        try:
+            self._runc._need("lazy_pages", "checkpoint", plan.container)
+            plan.watch(self._runc.state(plan.container))
+            self._start(deadline)
+        except BaseException:
+            plan.close()
+            raise
+        return self
+
+    def _start(self, deadline: float) -> None:
+        with status_pipe() as (reading, writing):
+            self._command = command = self._plan.start(self._runc._program, writing.fileno())
+            writing.close()
+            try:
+                self._get_ready(command, reading, deadline)
+            except BaseException as error:
+                self._give_up(command, error)
+                raise
+
+    def _get_ready(self, command: Command, reading: Descriptor, deadline: float) -> None:
+        # CRIU inherits the pipe, so the end of runC has to be looked for as well.
+        if not wait_for(deadline, reading.fileno(), command.worker.pidfd):
+            raise command.overdue()
+        if not has_zero(reading.fileno()):
+            self._wait_ended(command)
+            raise command.failure()
+        self.address, self.port = self._plan.locate(command)
+
+    def _give_up(self, command: Command, error: BaseException) -> None:
+        """End a checkpoint that is not ready, so that the container goes on."""
+        try:
+            error.add_note(f"the container: {self.abort().value}")
+        except CriupyError as failure:
+            error.add_note(str(failure))
+        command.close()
+
+    @property
+    def _running(self) -> Command:
+        if self._command is None:
+            raise LocalProtocolError("lazy_checkpoint: enter the block first")
+        return self._command
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.wait()
+            else:
+                self._see_out(error)
+        except RuncError:
+            raise
+        except BaseException as interrupted:
+            self._see_out(interrupted)
+            raise
+        finally:
+            self._running.close()
+            self._plan.close()
+
+    def _see_out(self, error: BaseException) -> None:
+        """End it after an error: by force, unless a destination may run already, which alone can say how."""
+        if self.outcome is not None:
+            return
+        try:
+            if self._plan.is_unreached():
+                self.abort()
+            else:
+                self.wait()
+        except CriupyError as failure:
+            error.add_note(str(failure))
+
+    def wait(self) -> SourceOutcome:
+        """Wait until the destination has all pages and runC has removed the container here.
+
+        Raise RuncError when it has not: ``outcome`` tells whether the container goes on here.
+        """
+        command = self._running
+        if self.outcome is None:
+            self._wait_ended(command)
+            if command.worker.poll() == 0:
+                self.outcome = self._plan.outcome(succeeded=True)
+            else:
+                failure = command.failure()
+                self.outcome = self._plan.failed(failure)
+                raise failure
+        return self.outcome
+
+    def _wait_ended(self, command: Command) -> None:
+        while command.worker.poll() is None:
+            wait_for(math.inf, command.worker.pidfd)
+        # A runC that was killed leaves CRIU behind, which still serves and then decides.
+        if self._plan.criu is not None:
+            wait_for(math.inf, self._plan.criu.fileno())
+
+    def abort(self) -> SourceOutcome:
+        """End it now, so that the container goes on here and its network, too.
+
+        Only for when no destination runs it: after a destination has connected,
+        nobody here can know that.
+        """
+        command = self._running
+        if self.outcome is None:
+            self._plan.kill(command)
+            self._wait_ended(command)
+            self.outcome = self._plan.outcome(succeeded=command.worker.poll() == 0)
+            if self.outcome is SourceOutcome.RESUMED:
+                # CRIU freezes with the cgroup, and was perhaps killed while it did.
+                state = self._runc.state(self._plan.container)
+                if state is not None and state.status == "paused":
+                    self._runc._run("resume", self._plan.container)
+                self._plan.unlock_network()
+        return self.outcome

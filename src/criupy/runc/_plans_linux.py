@@ -1,0 +1,228 @@
+"""A checkpoint and a restore from their options to their ends, without the waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from criupy._descriptor import Descriptor
+from criupy._kill_linux import descendants, kill_trees
+from criupy.errors import OptionError, RuncError
+from criupy.rpc import HasFileno, SourceOutcome
+from criupy.rpc._daemon_linux import DaemonPlan, check_page_server, plan_daemon
+from criupy.rpc._lazy_linux import check_address, open_process, outcome_of, page_socket
+from criupy.rpc._report import LogWatch
+from criupy.runc._network_linux import is_network_locked, unlock_network
+from criupy.runc._program_linux import Command, Program, no_such_container
+from criupy.runc._words import (
+    CheckpointOptions,
+    ContainerState,
+    PreDumpOptions,
+    RestoreOptions,
+    check_container,
+    option_words,
+    path_word,
+)
+
+__all__ = ["CheckpointPlan", "RestorePlan", "has_zero", "pre_dump_words"]
+
+StrPath = str | os.PathLike[str]
+
+
+def _places(
+    image_path: StrPath, parent_path: StrPath | None, work_path: StrPath | None
+) -> tuple[list[str], Path]:
+    """Return the words for the directories of a checkpoint, and where CRIU's log will be."""
+    image_dir = path_word("image_path", image_path)
+    work_dir = image_dir if work_path is None else path_word("work_path", work_path)
+    words = ["--image-path", image_dir, "--work-path", work_dir]
+    if parent_path is not None:
+        parent = os.fspath(parent_path)
+        if Path(parent).is_absolute() or not Path(image_dir, parent).is_dir():
+            raise OptionError(
+                "parent_path", f"expected a directory, relative to image_path ({image_dir}); got {parent!r}"
+            )
+        words += ["--parent-path", parent]
+    return words, Path(work_dir)
+
+
+def pre_dump_words(
+    image_path: StrPath,
+    parent_path: StrPath | None,
+    work_path: StrPath | None,
+    options: Mapping[str, object],
+) -> tuple[list[str], Path]:
+    """Return the words of a pre-dump, and where CRIU's log will be."""
+    words, work_dir = _places(image_path, parent_path, work_path)
+    return ["--pre-dump", *words, *option_words(PreDumpOptions, options)], work_dir
+
+
+def has_zero(status_fd: int) -> bool:
+    """Tell whether CRIU has said that it is ready."""
+    try:
+        return os.read(status_fd, 1) == b"\0"
+    except BlockingIOError:
+        return False
+
+
+class CheckpointPlan:
+    """A lazy checkpoint."""
+
+    def __init__(
+        self,
+        container: str,
+        image_path: StrPath,
+        page_server: tuple[str, int],
+        parent_path: StrPath | None,
+        work_path: StrPath | None,
+        options: Mapping[str, object],
+    ) -> None:
+        self.container = check_container(container)
+        check_page_server("page_server", page_server)
+        check_address(*page_server)
+        self.page_server = page_server
+        self._words, self._work_dir = _places(image_path, parent_path, work_path)
+        self._words += option_words(CheckpointOptions, options)
+        self.image_path = Path(path_word("image_path", image_path))
+        self._stack = contextlib.ExitStack()
+        self._pid = 0
+        self._process: Descriptor | None = None
+        self._criu: tuple[int, Descriptor] | None = None
+
+    def watch(self, state: ContainerState | None) -> None:
+        """Look at the container that is to be frozen, so that its end can be told."""
+        if state is None:
+            raise no_such_container("checkpoint", self.container)
+        if state.status not in {"running", "paused"}:
+            raise RuncError("checkpoint", self.container, f"expected it to run, it is {state.status}")
+        self._pid = state.pid
+        self._process = open_process(state.pid)
+        if self._process is not None:
+            self._stack.enter_context(self._process)
+
+    def start(self, program: Program, status_fd: int) -> Command:
+        """Start runC."""
+        host, port = self.page_server
+        words = ["--lazy-pages", "--page-server", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
+        return program.start(
+            "checkpoint",
+            self.container,
+            [*words, "--status-fd", str(status_fd), *self._words],
+            pass_fds=(status_fd,),
+            criu_log=LogWatch.of(self._work_dir, "dump.log"),
+        )
+
+    def locate(self, command: Command) -> tuple[str, int]:
+        """Find the CRIU that serves the pages, and return where it listens."""
+        for pid in descendants(command.worker.pid):
+            found = page_socket(pid, self.page_server[1])
+            if found is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    self._criu = (pid, self._stack.enter_context(Descriptor(os.pidfd_open(pid))))
+                return found
+        raise RuncError(
+            "checkpoint", self.container, f"CRIU does not listen at port {self.page_server[1]} as it should"
+        )
+
+    @property
+    def criu(self) -> Descriptor | None:
+        """The process of CRIU, which outlives a runC that is killed; None before it is known."""
+        return None if self._criu is None else self._criu[1]
+
+    def is_unreached(self) -> bool:
+        """Tell whether no destination has connected: CRIU listens until the first one has."""
+        return self._criu is not None and page_socket(self._criu[0], self.page_server[1]) is not None
+
+    def kill(self, command: Command) -> None:
+        """End runC and CRIU, which lets go of the container."""
+        roots = [] if command.worker.poll() is not None else [(command.worker.pid, command.worker.pidfd)]
+        if self._criu is not None:
+            roots.append((self._criu[0], self._criu[1].fileno()))
+        kill_trees(roots)
+
+    def outcome(self, *, succeeded: bool) -> SourceOutcome:
+        """Tell what became of the container."""
+        return outcome_of(self._process, succeeded=succeeded)
+
+    def unlock_network(self) -> None:
+        """Let the container's network go on."""
+        if self.outcome(succeeded=False) is SourceOutcome.RESUMED:
+            unlock_network(self.container, self._pid)
+
+    def failed(self, error: RuncError) -> SourceOutcome:
+        """Tell what became of a container whose checkpoint failed, and say it in the error."""
+        outcome = self.outcome(succeeded=False)
+        error.add_note(f"the container: {outcome.value}")
+        if outcome is SourceOutcome.RESUMED and is_network_locked(self._pid):
+            error.add_note("its network is still locked: unlock_network(), once no destination runs it")
+        return outcome
+
+    def close(self) -> None:
+        """Close what was opened."""
+        self._stack.close()
+
+
+class RestorePlan:
+    """A lazy restore."""
+
+    def __init__(
+        self,
+        container: str,
+        bundle: StrPath,
+        image_path: StrPath,
+        work_path: StrPath | None,
+        page_server: tuple[str, int] | None,
+        daemon: Sequence[str] | None,
+        stdio: tuple[int | HasFileno, int | HasFileno, int | HasFileno] | None,
+        options: Mapping[str, object],
+        request_timeout: float | None,
+    ) -> None:
+        self.container = check_container(container)
+        image_dir = path_word("image_path", image_path)
+        self.work_dir = Path(image_dir if work_path is None else path_word("work_path", work_path))
+        self._words = ["--detach", "--lazy-pages", "--bundle", path_word("bundle", bundle)]
+        self._words += ["--image-path", image_dir, "--work-path", str(self.work_dir)]
+        self._words += option_words(RestoreOptions, options)
+        self._stdio = None if stdio is None else tuple(map(_number, stdio))
+        self.request_timeout = request_timeout
+        self.daemon: DaemonPlan | None = plan_daemon(
+            "lazy_restore", daemon, Path(image_dir), self.work_dir, page_server, capture=True
+        )
+
+    def refuse(self, state: ContainerState | None) -> None:
+        """Refuse a name that is taken: runC would, and what it leaves then could not be told from ours."""
+        if state is not None:
+            raise RuncError(
+                "restore",
+                self.container,
+                f"there is a container of that name already, and it is {state.status}",
+                hint="take another name, or another root for this side",
+            )
+
+    def start(self, program: Program) -> Command:
+        """Start runC."""
+        with self._streams() as stdio:
+            return program.start(
+                "restore",
+                self.container,
+                self._words,
+                stdio=stdio,
+                criu_log=LogWatch.of(self.work_dir, "restore.log"),
+            )
+
+    @contextlib.contextmanager
+    def _streams(self) -> Iterator[tuple[int, int, int]]:
+        if self._stdio is not None:
+            yield self._stdio[0], self._stdio[1], self._stdio[2]
+            return
+        with Descriptor(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as null:
+            yield (null.fileno(),) * 3
+
+
+def _number(stream: object) -> int:
+    number = stream if isinstance(stream, int) else stream.fileno() if isinstance(stream, HasFileno) else -1
+    if isinstance(number, bool) or number < 0:
+        raise OptionError("stdio", f"expected three descriptors, got {stream!r}")
+    return number

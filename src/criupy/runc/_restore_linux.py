@@ -1,0 +1,117 @@
+"""The destination's side of a container's migration, blocking."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from criupy.errors import CriupyError, LocalProtocolError
+from criupy.rpc import Process
+from criupy.rpc._daemon_linux import Daemon
+from criupy.rpc._lazy_linux import check_listening
+from criupy.rpc._operation_linux import wait_for
+from criupy.runc._plans_linux import RestorePlan
+from criupy.runc._program_linux import Command
+
+if TYPE_CHECKING:
+    from criupy.runc._runc_linux import Runc
+
+__all__ = ["ContainerRestore"]
+
+
+class ContainerRestore:
+    """A restored container whose memory follows; made by ``Runc.lazy_restore``.
+
+    ``pid`` is its first process as the host sees it.
+    """
+
+    def __init__(self, runc: Runc, plan: RestorePlan) -> None:
+        self._runc = runc
+        self._plan = plan
+        self._timeout = runc._program.timeout(plan.request_timeout)
+        self._daemon = None if plan.daemon is None else Daemon(plan.daemon)
+        self._entered = False
+        self.pid: int = 0
+
+    @property
+    def daemon(self) -> Process | None:
+        """The lazy-pages daemon, if it was started here."""
+        return None if self._daemon is None else self._daemon.process
+
+    def __enter__(self) -> Self:
+        if self._entered:
+            raise LocalProtocolError("lazy_restore: the block can be entered once")
+        self._entered = True
+        deadline = time.monotonic() + self._timeout
+        plan, runc = self._plan, self._runc
+        runc._need("lazy_pages", "restore", plan.container)
+        plan.refuse(runc.state(plan.container))
+        try:
+            if self._daemon is None:
+                check_listening(plan.work_dir)
+            else:
+                self._daemon.start(deadline)
+            self._restore(deadline)
+        except BaseException as error:
+            if self._daemon is not None:
+                self._daemon.stop(error, runc._program.grace)
+            raise
+        return self
+
+    def _restore(self, deadline: float) -> None:
+        command = self._plan.start(self._runc._program)
+        try:
+            try:
+                self._wait_restored(command, deadline)
+            except BaseException as error:
+                self._give_up(command, error)
+                raise
+            if command.worker.poll():
+                raise command.failure()
+        finally:
+            command.close()
+        state = self._runc.state(self._plan.container)
+        self.pid = 0 if state is None else state.pid
+
+    def _wait_restored(self, command: Command, deadline: float) -> None:
+        while command.worker.poll() is None:
+            if not wait_for(deadline, command.worker.pidfd):
+                raise command.overdue()
+
+    def _give_up(self, command: Command, error: BaseException) -> None:
+        """End a restore that is under way."""
+        # The daemon knows whether tasks run: it vetoes a restore that is not finished, and runC undoes it.
+        if self._daemon is not None:
+            self._daemon.terminate()
+            wait_for(time.monotonic() + self._runc._program.grace, command.worker.pidfd)
+        if command.worker.poll() == 0:
+            error.add_note(f"container {self._plan.container} was restored nevertheless, and runs")
+        elif command.worker.poll() is None:
+            command.worker.abandon()
+            try:
+                self._runc._run("delete", self._plan.container, "--force")
+            except CriupyError as failure:
+                error.add_note(str(failure))
+
+    def wait(self) -> None:
+        """Wait for the last page; raise LazyPagesError if it did not come.
+
+        Without a daemon of its own it returns at once.
+        """
+        if self._daemon is not None:
+            self._daemon.wait()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._daemon is None:
+            return
+        if error is not None:
+            self._daemon.see_out(error)
+            return
+        try:
+            self._daemon.wait()
+        except BaseException as interrupted:
+            self._daemon.see_out(interrupted)
+            raise

@@ -1,0 +1,188 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Unpack
+
+from criupy.rpc import Criu, Features, HasFileno
+from criupy.rpc._daemon_linux import OUR_DAEMON
+from criupy.rpc._operation_linux import wait_for
+from criupy.rpc._report import LogWatch
+from criupy.runc._checkpoint_linux import ContainerCheckpoint
+from criupy.runc._network_linux import unlock_network
+from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, pre_dump_words
+from criupy.runc._program_linux import Command, lacks, make_program, no_such_container
+from criupy.runc._restore_linux import ContainerRestore
+from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
+
+__all__ = ["Runc"]
+
+StrPath = str | os.PathLike[str]
+
+
+class Runc:
+    """Moves containers of runC; what runC and CRIU say in failing is raised as RuncError.
+
+    ``binary`` is runC's program, ``root`` the directory of its state (its
+    ``--root``), ``criu`` the CRIU that it is to find. ``request_timeout``, in
+    seconds, is for each request that has none of its own; ``grace`` is how long
+    runC may take to undo a restore that is given up.
+    """
+
+    def __init__(
+        self,
+        binary: StrPath = "runc",
+        *,
+        root: StrPath | None = None,
+        criu: StrPath = "criu",
+        systemd_cgroup: bool = False,
+        request_timeout: float | None = None,
+        grace: float = 10.0,
+    ) -> None:
+        self._program = make_program(
+            binary,
+            root,
+            criu,
+            systemd_cgroup=systemd_cgroup,
+            request_timeout=request_timeout,
+            grace=grace,
+        )
+        self._features: Features | None = None
+
+    def features(self) -> Features:
+        """Ask CRIU, once, what it can do on this kernel.
+
+        Every request that needs something asks before. To ask here, early,
+        keeps that out of the time that a container stands still.
+        """
+        if self._features is None:
+            with Criu(self._program.criu, request_timeout=self._program.request_timeout) as criu:
+                self._features = criu.feature_check()
+        return self._features
+
+    def state(self, container: str, *, request_timeout: float | None = None) -> ContainerState | None:
+        """Return what ``runc state`` tells of a container; None if there is none of that name."""
+        command = self._program.start("state", container)
+        try:
+            self._end(command, request_timeout)
+            return command.state()
+        finally:
+            command.close()
+
+    def pre_dump(
+        self,
+        container: str,
+        *,
+        image_path: StrPath,
+        parent_path: StrPath | None = None,
+        work_path: StrPath | None = None,
+        request_timeout: float | None = None,
+        **options: Unpack[PreDumpOptions],
+    ) -> None:
+        """Write the memory that changed since ``parent_path``, and let the container go on.
+
+        ``parent_path`` is the directory of the pre-dump before, relative to ``image_path``.
+        """
+        words, work_dir = pre_dump_words(image_path, parent_path, work_path, options)
+        self._need("mem_track", "checkpoint", container)
+        command = self._program.start(
+            "checkpoint", container, words, criu_log=LogWatch.of(work_dir, "dump.log")
+        )
+        try:
+            if self._end(command, request_timeout):
+                raise command.failure()
+        finally:
+            command.close()
+
+    def lazy_checkpoint(
+        self,
+        container: str,
+        *,
+        image_path: StrPath,
+        page_server: tuple[str, int],
+        parent_path: StrPath | None = None,
+        work_path: StrPath | None = None,
+        request_timeout: float | None = None,
+        **options: Unpack[CheckpointOptions],
+    ) -> ContainerCheckpoint:
+        """Freeze a container and serve its memory to a destination, in a block.
+
+        The block begins when ``image_path`` is complete and CRIU listens at
+        ``page_server``, an address and a port of this host; ``request_timeout``
+        counts until then. Leaving the block waits until the destination has all
+        pages and runC has removed the container here. CRIU up to 4.2 listens on
+        all addresses, whatever it is told, and takes any connection that is closed
+        for a destination that has all: see that only yours reaches the port.
+        """
+        plan = CheckpointPlan(container, image_path, page_server, parent_path, work_path, options)
+        return ContainerCheckpoint(self, plan, request_timeout)
+
+    def lazy_restore(
+        self,
+        container: str,
+        *,
+        bundle: StrPath,
+        image_path: StrPath,
+        work_path: StrPath | None = None,
+        page_server: tuple[str, int] | None = None,
+        daemon: Sequence[str] | None = OUR_DAEMON,
+        stdio: tuple[int | HasFileno, int | HasFileno, int | HasFileno] | None = None,
+        request_timeout: float | None = None,
+        **options: Unpack[RestoreOptions],
+    ) -> ContainerRestore:
+        """Restore a container whose memory follows, in a block.
+
+        Starts a lazy-pages ``daemon``, given as the words of its command and by
+        default criupy's own, that takes pages from ``page_server`` (host and
+        port), or from the images themselves; None expects one that listens in
+        ``work_path``, by default ``image_path``, already. ``stdio`` are the
+        standard input, output and error that the container gets, by default
+        /dev/null. The block begins when the container runs; leaving it waits for
+        the last page.
+        """
+        plan = RestorePlan(
+            container, bundle, image_path, work_path, page_server, daemon, stdio, options, request_timeout
+        )
+        return ContainerRestore(self, plan)
+
+    def unlock_network(self, container: str) -> None:
+        """Let a container's network go on that a failed checkpoint has left locked.
+
+        Only when no destination runs it: two would answer for one.
+        """
+        state = self.state(container)
+        if state is None or not state.pid:
+            raise no_such_container("checkpoint", container)
+        unlock_network(container, state.pid)
+
+    # ---- inside --------------------------------------------------------------------------------------
+
+    def _need(self, feature: str, command: str, container: str) -> None:
+        if getattr(self.features(), feature) is not True:
+            raise lacks(command, container, feature)
+
+    def _end(self, command: Command, request_timeout: float | None = None) -> int:
+        """Wait for the end of a command that can be killed; return its exit status."""
+        deadline = time.monotonic() + self._program.timeout(request_timeout)
+        status = None
+        try:
+            while (status := command.worker.poll()) is None and wait_for(deadline, command.worker.pidfd):
+                pass
+        finally:
+            if status is None:
+                command.worker.abandon()
+        if status is None:
+            raise command.overdue()
+        return status
+
+    def _run(self, name: str, container: str, *words: str) -> None:
+        """Do one of runC's short commands; raise RuncError if it fails."""
+        command = self._program.start(name, container, words)
+        try:
+            if self._end(command):
+                raise command.failure()
+        finally:
+            command.close()
