@@ -24,10 +24,10 @@ help:
 	@echo "make format  let ruff format the sources"
 	@echo "make build   only set up .venv and build"
 	@echo "make docs    make the documentation, in build/docs"
-	@echo "make clean   remove what was built (not the CRIUs in the cache)"
+	@echo "make clean   remove what was built (not what is in the cache: CRIUs, a root file system)"
 
 demo:
-	@tools/setup
+	@tools/setup build criu
 	@$(PYTHON3) -m criupy.testing.demo $(ARGS)
 
 test:
@@ -38,7 +38,7 @@ unit: build
 	@$(PYTHON3) -m pytest -m "not criu and not slow" $(ARGS)
 
 bench:
-	@tools/setup
+	@tools/setup build criu
 ifdef ARGS
 	@$(PYTHON3) benchmarks/lazy_pages.py $(ARGS)
 else
