@@ -11,6 +11,7 @@ import trio
 
 from criupy import AsyncCriu, AsyncHooks, Criu, Hooks, Notification, Script
 from criupy.rpc import Descriptor
+from criupy.runc import AsyncRunc, Runc
 
 Act = Callable[[], object]
 
@@ -75,9 +76,9 @@ def _see(recorder: Recorder, script: str, arguments: tuple[Any, ...]) -> None:
 class Client:
     """One of the clients; a call to it is the same call to the client."""
 
-    def __init__(self, client: Criu | AsyncCriu) -> None:
-        self.client = client
-        self.is_async = isinstance(client, AsyncCriu)
+    def __init__(self, client: Criu | AsyncCriu | Runc | AsyncRunc) -> None:
+        self.client: Any = client
+        self.is_async = isinstance(client, (AsyncCriu, AsyncRunc))
 
     async def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method, in a thread if it blocks."""

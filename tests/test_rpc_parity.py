@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from criupy import rpc
+from criupy import rpc, runc
 from criupy.rpc import _async_lazy_client_linux as async_lazy
 from criupy.rpc import _lazy_client_linux as lazy
 
@@ -21,6 +21,9 @@ PAIRS: list[tuple[Any, Any]] = [
     (rpc.LazyDump, rpc.AsyncLazyDump),
     (rpc.LazyRestore, rpc.AsyncLazyRestore),
     (rpc.Hooks, rpc.AsyncHooks),
+    (runc.Runc, runc.AsyncRunc),
+    (runc.ContainerCheckpoint, runc.AsyncContainerCheckpoint),
+    (runc.ContainerRestore, runc.AsyncContainerRestore),
 ]
 
 #: Public names of one kind of client only, and parameters; each with the reason.

@@ -139,6 +139,10 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (r"shell[ -]job", "the tasks have a session or terminal of somebody else's: give shell_job=True"),
     (r"link-remap option", "an open file was unlinked but has other names: give link_remap=True"),
+    (
+        r"In-flight connection",
+        "a connection waits to be accepted: give tcp_skip_in_flight=True to leave it out, or try again",
+    ),
     (r"Connected TCP socket", "give tcp_established=True, or tcp_close=True to do without the connections"),
     (
         r"[Uu]nix (socket|connection).*(external|unlinked|peer)|[Ee]xternal socket",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import trio
 
-from criupy.errors import CriupyError, LocalProtocolError
+from criupy.errors import LocalProtocolError
 from criupy.rpc import AsyncProcess
 from criupy.rpc._async_daemon_linux import AsyncDaemon
 from criupy.rpc._async_operation_linux import wait_ended
@@ -70,7 +70,9 @@ class AsyncContainerRestore:
                 await self._give_up(command, error)
                 raise
             if command.worker.poll():
-                raise command.failure()
+                failure = command.failure()
+                self._plan.tidy(self._runc._program, command, failure)
+                raise failure
         finally:
             command.close()
         state = await self._runc.state(self._plan.container)
@@ -88,16 +90,19 @@ class AsyncContainerRestore:
         with trio.CancelScope(shield=True):
             if self._daemon is not None:
                 self._daemon.terminate()
-                with trio.move_on_after(self._runc._program.grace):
-                    await wait_ended(command.worker)
+                await self._wait_grace(command)
+            if command.worker.poll() is None:
+                self._plan.kill_criu(command)
+                await self._wait_grace(command)
             if command.worker.poll() == 0:
                 error.add_note(f"container {self._plan.container} was restored nevertheless, and runs")
             elif command.worker.poll() is None:
                 command.worker.abandon()
-                try:
-                    await self._runc._run("delete", self._plan.container, "--force")
-                except CriupyError as failure:
-                    error.add_note(str(failure))
+            self._plan.tidy(self._runc._program, command, error)
+
+    async def _wait_grace(self, command: Command) -> None:
+        with trio.move_on_after(self._runc._program.grace):
+            await wait_ended(command.worker)
 
     async def wait(self) -> None:
         """Wait for the last page; raise LazyPagesError if it did not come.

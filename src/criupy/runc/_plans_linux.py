@@ -14,6 +14,7 @@ from criupy.rpc import HasFileno, SourceOutcome
 from criupy.rpc._daemon_linux import DaemonPlan, check_page_server, plan_daemon
 from criupy.rpc._lazy_linux import check_address, open_process, outcome_of, page_socket
 from criupy.rpc._report import LogWatch
+from criupy.runc._mounts_linux import release_root
 from criupy.runc._network_linux import is_network_locked, unlock_network
 from criupy.runc._program_linux import Command, Program, no_such_container
 from criupy.runc._words import (
@@ -211,6 +212,27 @@ class RestorePlan:
                 stdio=stdio,
                 criu_log=LogWatch.of(self.work_dir, "restore.log"),
             )
+
+    def kill_criu(self, command: Command) -> None:
+        """Kill all that runC has started, tasks included: it then undoes what it has done itself."""
+        with contextlib.ExitStack() as stack:
+            roots = []
+            for pid in descendants(command.worker.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    pidfd = stack.enter_context(Descriptor(os.pidfd_open(pid)))
+                    roots.append((pid, pidfd.fileno()))
+            kill_trees(roots)
+
+    def tidy(self, program: Program, command: Command, error: BaseException) -> None:
+        """Do away with what is dangerous of a runC that was killed, and say in the error what is left."""
+        if (command.worker.poll() or 0) >= 0:
+            return
+        left = release_root(program.root, self.container)
+        error.add_note(
+            f"runC was killed and may have left {self.container} half made: runc delete --force removes that"
+            if left is None
+            else f"runC was killed and has left {left} mounted: unmount it, or runc delete empties it"
+        )
 
     @contextlib.contextmanager
     def _streams(self) -> Iterator[tuple[int, int, int]]:

@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from criupy.errors import CriupyError, LocalProtocolError
+from criupy.errors import LocalProtocolError
 from criupy.rpc import Process
 from criupy.rpc._daemon_linux import Daemon
 from criupy.rpc._lazy_linux import check_listening
@@ -68,7 +68,9 @@ class ContainerRestore:
                 self._give_up(command, error)
                 raise
             if command.worker.poll():
-                raise command.failure()
+                failure = command.failure()
+                self._plan.tidy(self._runc._program, command, failure)
+                raise failure
         finally:
             command.close()
         state = self._runc.state(self._plan.container)
@@ -84,15 +86,20 @@ class ContainerRestore:
         # The daemon knows whether tasks run: it vetoes a restore that is not finished, and runC undoes it.
         if self._daemon is not None:
             self._daemon.terminate()
-            wait_for(time.monotonic() + self._runc._program.grace, command.worker.pidfd)
+            self._wait_grace(command)
+        if command.worker.poll() is None:
+            self._plan.kill_criu(command)
+            self._wait_grace(command)
         if command.worker.poll() == 0:
             error.add_note(f"container {self._plan.container} was restored nevertheless, and runs")
         elif command.worker.poll() is None:
             command.worker.abandon()
-            try:
-                self._runc._run("delete", self._plan.container, "--force")
-            except CriupyError as failure:
-                error.add_note(str(failure))
+        self._plan.tidy(self._runc._program, command, error)
+
+    def _wait_grace(self, command: Command) -> None:
+        deadline = time.monotonic() + self._runc._program.grace
+        while command.worker.poll() is None and wait_for(deadline, command.worker.pidfd):
+            pass
 
     def wait(self) -> None:
         """Wait for the last page; raise LazyPagesError if it did not come.
