@@ -192,7 +192,7 @@ async def _serve(
     from criupy._command.signals_linux import stop_on_signal
 
     if options.upstream is not None:
-        from criupy.page_server._relay_cli import serve_relay
+        from criupy.page_server._relay_cli_linux import serve_relay
 
         return await serve_relay(options, config, awaited)
     async with _open(options, config, tasks) as server, trio.open_nursery() as nursery:
