@@ -49,7 +49,8 @@ NOT_LOADED = {
     # ... only what needs Linux uses them
     *("criupy._uffd", "criupy.page_server._images", "criupy.page_server._spool"),
     *("criupy.page_server._copying", "criupy.lazy_pages._config", "criupy.lazy_pages._extension"),
-    *("criupy.rpc._transport", "criupy.testing.demo", "criupy.testing._demo_report", "criupy.testing.wait"),
+    *("criupy.rpc._transport", "criupy.runc", "criupy.runc._words"),
+    *("criupy.testing.demo", "criupy.testing._demo_report", "criupy.testing.wait"),
 }
 
 
@@ -64,7 +65,7 @@ def folder(pure_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pure wheel installs."""
     folder = tmp_path_factory.mktemp("installed")
     install = "pip install -q --no-deps --no-index --disable-pip-version-check --target"
-    words = [sys.executable, "-m", *install.split(), folder, pure_wheel]
+    words: list[str | Path] = [sys.executable, "-m", *install.split(), folder, pure_wheel]
     subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
     return folder
 
@@ -222,7 +223,7 @@ def test_what_is_portable_imports_and_the_rest_says_why_not(told: Path, folder: 
 
 
 def test_names_that_need_linux_say_so(told: Path, folder: Path) -> None:
-    packages = ("criupy", "criupy.rpc", "criupy.lazy_pages", "criupy.page_server")
+    packages = ("criupy", "criupy.rpc", "criupy.runc", "criupy.lazy_pages", "criupy.page_server")
     done = python(told, folder, "-c", _TOUCH_ALL, *packages)
     assert done.stderr == ""
     expected = set()

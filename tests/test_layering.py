@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "_uffd": frozenset({"errors"}),
     "_tls": frozenset({"errors"}),
     "rpc": frozenset({"errors", "images", "_descriptor", "_elsewhere", "_kill_linux"}),
+    "runc": frozenset({"errors", "rpc", "_descriptor", "_elsewhere", "_kill_linux"}),
     "policy": frozenset({"errors", "images", "wire"}),
     "trace": frozenset({"errors", "images", "wire", "_uffd"}),
     "lazy_pages": frozenset(
@@ -49,6 +50,7 @@ MAY_IMPORT = {
             "_uffd",
             "_tls",
             "rpc",
+            "runc",
             "policy",
             "trace",
             "lazy_pages",
