@@ -140,6 +140,21 @@ def mypy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mypy")
 
 
+@pytest.fixture(scope="session")
+def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel for any other system, built where no compiler is found."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run(
+        [*build, "--disable-pip-version-check", "-w", folder, Path(__file__).parent.parent],
+        env=os.environ | {"CRIUPY_PURE": "1", "PATH": str(tmp_path_factory.mktemp("empty"))},
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
+    (wheel,) = folder.iterdir()
+    return wheel
+
+
 @pytest.fixture
 def room(tmp_path: Path) -> Path:
     """A directory for one migration, with `work` in it."""

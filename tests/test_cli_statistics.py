@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -51,6 +52,7 @@ def test_bucket_widths_are_a_sixteenth() -> None:
         assert (high - low) * 16 <= low
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the native part is for Linux")
 @given(st.integers(0, LAST - 1))
 def test_the_native_side_counts_into_these_buckets(ns: int) -> None:
     native: Any = pytest.importorskip("criupy._uffd._native", reason="the native part is not built")

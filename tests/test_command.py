@@ -15,6 +15,8 @@ import pytest
 from criupy.commands import check, main
 from criupy.errors import CriuError, CriupyError
 
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="`criupy check` is for Linux")
+
 COMMAND = [sys.executable, "-m", "criupy"]
 
 
@@ -138,12 +140,14 @@ def test_other_systems_are_told_so(
 ) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert main(["check"]) == 1
-    assert capsys.readouterr() == ("", "criupy check: CRIU is for Linux, and this is darwin\n")
+    assert capsys.readouterr() == ("", "criupy check: this command needs Linux, and this is darwin\n")
 
 
 # ---- streams -----------------------------------------------------------------------
 
-LINES = [["--version"], ["--help"], ["check", "--criu", "/nonexistent/criu"], ["check", "--help"]]
+ANYWHERE = [["--version"], ["--help"], ["check", "--help"]]
+NOTHING = ["check", "--criu", "/nonexistent/criu"]
+LINES = [*ANYWHERE, pytest.param(NOTHING, marks=linux_only)]
 
 
 @pytest.mark.parametrize("unbuffered", [False, True])
@@ -167,7 +171,7 @@ def test_a_full_disk(words: list[str], unbuffered: bool) -> None:
     assert (ended.returncode, ended.stderr) == (1, "criupy: standard output: No space left on device\n")
 
 
-@pytest.mark.parametrize("words", LINES, ids=" ".join)
+@pytest.mark.parametrize("words", [*ANYWHERE, NOTHING], ids=" ".join)
 def test_a_closed_output(words: list[str]) -> None:
     shell = ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, *words]
     ended = subprocess.run(shell, stderr=subprocess.PIPE, text=True, check=False)
@@ -190,7 +194,7 @@ def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="CRIU is for Linux")
+@linux_only
 def test_an_interrupt_while_criu_hangs(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "started")
     criu = tmp_path / "criu"

@@ -15,24 +15,30 @@ PACKAGE = SOURCE / "criupy"
 MAY_IMPORT = {
     "errors": frozenset[str](),
     "_descriptor": frozenset[str](),
+    "_elsewhere": frozenset({"errors"}),
     "_kill_linux": frozenset[str](),
     "_command": frozenset({"errors", "_tls"}),
-    "": frozenset({"errors", "rpc", "_tls"}),  # criupy/__init__.py; of _tls the files, which are only named
+    "": frozenset(
+        {"errors", "rpc", "_tls", "_elsewhere"}
+    ),  # criupy/__init__.py; of _tls the files, which are only named
     "wire": frozenset({"errors"}),
     "images": frozenset({"errors"}),
     "_uffd": frozenset({"errors"}),
     "_tls": frozenset({"errors"}),
-    "rpc": frozenset({"errors", "images", "_descriptor", "_kill_linux"}),
+    "rpc": frozenset({"errors", "images", "_descriptor", "_elsewhere", "_kill_linux"}),
+    "runc": frozenset({"errors", "rpc", "_descriptor", "_elsewhere", "_kill_linux"}),
     "policy": frozenset({"errors", "images", "wire"}),
     "trace": frozenset({"errors", "images", "wire", "_uffd"}),
     "lazy_pages": frozenset(
         {
             *("errors", "images", "wire", "_uffd", "_tls", "policy", "trace"),
-            *("_command", "_descriptor", "_kill_linux"),
+            *("_command", "_descriptor", "_elsewhere", "_kill_linux"),
         }
     ),
-    "page_server": frozenset({"errors", "images", "wire", "_uffd", "_tls", "policy", "trace", "_command"}),
-    "commands": frozenset({"errors", "images", "rpc", "_uffd"}),
+    "page_server": frozenset(
+        {"errors", "images", "wire", "_uffd", "_tls", "policy", "trace", "_command", "_elsewhere"}
+    ),
+    "commands": frozenset({"errors", "images", "rpc", "_uffd", "_elsewhere"}),
     "__main__": frozenset({"commands"}),
     # Stand-ins and harnesses may use everything; nobody uses them.
     "testing": frozenset(
@@ -40,9 +46,11 @@ MAY_IMPORT = {
             "errors",
             "images",
             "wire",
+            "_elsewhere",
             "_uffd",
             "_tls",
             "rpc",
+            "runc",
             "policy",
             "trace",
             "lazy_pages",
@@ -59,7 +67,7 @@ IO_MODULES = frozenset(
 )
 
 #: Rooms that promise to work on any system.
-PORTABLE = frozenset({"", "errors", "_descriptor", "wire", "images", "policy"})
+PORTABLE = frozenset({"", "errors", "_descriptor", "_elsewhere", "wire", "images", "policy"})
 
 #: Standard modules that not every system has.
 UNIX_ONLY = frozenset(
@@ -111,9 +119,9 @@ def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, int]]:
             for alias in node.names:
                 # Of a package of ours, the name may be a module.
                 joined = f"{base}.{alias.name}"
-                is_module = (SOURCE / Path(*joined.split("."))).with_suffix(".py").exists()
-                is_package = (SOURCE / Path(*joined.split("."))).is_dir()
-                yield (joined if is_module or is_package else base), node.lineno
+                path = SOURCE / Path(*joined.split("."))
+                is_module = path.is_dir() or any(path.with_suffix(end).exists() for end in (".py", ".pyi"))
+                yield (joined if is_module else base), node.lineno
 
 
 def top_level(tree: ast.Module) -> ast.Module:
@@ -132,6 +140,24 @@ def top_level(tree: ast.Module) -> ast.Module:
             return self.generic_visit(node)
 
     return ast.Module([kept for node in tree.body if (kept := Pruner().visit(node))], [])
+
+
+def needs_linux(name: str) -> bool:
+    """Tell whether a module of ours cannot be imported elsewhere."""
+    return room_of_import(name) is not None and name.endswith(("_linux", "._native"))
+
+
+def native_layouts(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield layouts of struct and array that are not the same on every machine."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        function = ast.unparse(node.func)
+        layout = ast.unparse(node.args[0]).removeprefix("f").strip("'")
+        # "=" is this machine's order, which is right between processes of one machine.
+        of_struct = function.split(".")[0] == "struct" and not layout.startswith(("<", ">", "!", "="))
+        if of_struct or (function == "array" and layout in {"l", "L", "u"}):
+            yield layout, node.lineno
 
 
 def broken_rules(path: Path, source: str) -> list[str]:
@@ -157,7 +183,11 @@ def broken_rules(path: Path, source: str) -> list[str]:
         broken += [
             f"{path.relative_to(SOURCE)}:{line}: {name}: only a module ending in _linux may need it"
             for name, line in imports(top_level(ast.parse(source)), package)
-            if name.split(".")[0] in UNIX_ONLY
+            if name.split(".")[0] in UNIX_ONLY or needs_linux(name)
+        ]
+        broken += [
+            f"{path.relative_to(SOURCE)}:{line}: {layout!r}: of another size, or order, on another machine"
+            for layout, line in native_layouts(tree)
         ]
     return broken
 
@@ -192,6 +222,13 @@ def test_every_package_folder_is_seen() -> None:
         ("_command/a.py", "from criupy._uffd import space"),
         ("_uffd/a.py", "import resource"),
         ("lazy_pages/a.py", "import criupy.testing"),
+        ("lazy_pages/a.py", "from criupy.lazy_pages._daemon_linux import LazyPages"),
+        ("lazy_pages/a.py", "from criupy.lazy_pages import _daemon_linux"),
+        ("page_server/a.py", "from criupy._uffd import _native"),
+        ("page_server/a.py", "from criupy._uffd._native import lib"),
+        ("wire/a.py", "import struct\nstruct.pack('IQ', 1, 2)"),
+        ("wire/a.py", "import struct\nSTATUS = struct.Struct('@i')"),
+        ("images/a.py", "from array import array\narray('L', ())"),
         ("lazy_pages/a.py", "try:\n    import fcntl\nexcept ImportError:\n    raise"),
         ("rpc/a.py", "import criupy.lazy_pages"),
         ("commands/a.py", "from criupy.lazy_pages import Config"),
@@ -218,6 +255,10 @@ def test_rules_refuse(module: str, source: str) -> None:
         ("lazy_pages/a_linux.py", "import fcntl, trio\nfrom criupy._uffd import space"),
         ("lazy_pages/a.py", "import sys\nif sys.platform == 'linux':\n    import fcntl"),
         ("lazy_pages/a.py", "def f():\n    import fcntl"),
+        ("lazy_pages/a.py", "def f():\n    from criupy.lazy_pages import _daemon_linux"),
+        ("lazy_pages/a.py", "if TYPE_CHECKING:\n    from criupy._uffd._native import Stats"),
+        ("lazy_pages/a_linux.py", "import struct\nstruct.pack('ii', 1, 0)"),
+        ("images/a.py", "import struct\nstruct.pack(f'<{n}I', *head)\narray('Q')"),
         ("page_server/a.py", "from criupy._command.parser import Group"),
         ("__init__.py", "from criupy.errors import ImageError"),
     ],

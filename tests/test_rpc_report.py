@@ -89,7 +89,7 @@ SENTENCES = [
     ("dump", 0, "unix: External socket is used. Consider using --ext-unix-sk option.", "external="),
     ("dump", 0, "The criu itself is within dumped tree.", "self_dump()"),
     ("dump", errno.ESRCH, "Unable to detach from 9: No such process", "no such process"),
-    ("dump", errno.EBADRQC, "", "refused the options"),
+    ("dump", 56, "", "refused the options"),  # EBADRQC of Linux
     ("restore", errno.EEXIST, "", "is in use here"),
     ("restore", 0, "Error (criu/cr-restore.c:1237): Can't fork for 31: File exists", "is in use here"),
     ("restore", 0, "Unexpected EOF on (empty-image)", "criupy images"),

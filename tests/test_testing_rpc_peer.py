@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from criupy.rpc import _schema_pb2 as schema
-from criupy.testing import _rpc_peer_program
-from criupy.testing._rpc_peer_program import integers, start_time
+from criupy.testing import _rpc_peer_program_linux
+from criupy.testing._rpc_peer_program_linux import integers, start_time
 from criupy.testing.criu_linux import Criu
 from criupy.testing.rpc_peer_linux import (
     Close,
@@ -664,7 +664,7 @@ def test_pid_of_another_process_is_left_alone(tmp_path: Path, monkeypatch: pytes
         client.ask(DUMP)
         assert peer.running == [client.process.pid]
         with monkeypatch.context() as patch:
-            patch.setattr(_rpc_peer_program, "start_time", lambda _: 1)
+            patch.setattr(_rpc_peer_program_linux, "start_time", lambda _: 1)
             assert peer.running == []
             peer.kill()
         assert client.process.poll() is None

@@ -8,8 +8,10 @@ what needs Linux says so when it is used.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
+from criupy import _elsewhere
 from criupy._tls.files import TlsFiles
 from criupy.errors import (
     CriuDied,
@@ -20,6 +22,7 @@ from criupy.errors import (
     ImageError,
     LazyPagesError,
     LocalProtocolError,
+    NeedsLinux,
     OptionError,
     PageServerError,
     ProtocolError,
@@ -62,6 +65,7 @@ __all__ = [
     "JoinNs",
     "LazyPagesError",
     "LocalProtocolError",
+    "NeedsLinux",
     "Notification",
     "OptionError",
     "PageServerError",
@@ -95,6 +99,10 @@ _OF_RPC = frozenset(
         "Version",
     }
 )
+
+
+if sys.platform != "linux":
+    sys.meta_path.insert(0, _elsewhere.Guard)
 
 
 def __getattr__(name: str) -> object:

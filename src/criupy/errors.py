@@ -19,6 +19,7 @@ __all__ = [
     "ImageError",
     "LazyPagesError",
     "LocalProtocolError",
+    "NeedsLinux",
     "OptionError",
     "PageServerError",
     "ProtocolError",
@@ -33,6 +34,15 @@ __all__ = [
 
 class CriupyError(Exception):
     """The root of criupy's errors."""
+
+
+class NeedsLinux(CriupyError, ImportError):
+    """Elsewhere than on Linux something was touched that needs it: ``what``. This is ``platform``."""
+
+    def __init__(self, what: str, platform: str) -> None:
+        super().__init__(f"{what} needs Linux, and this is {platform}")
+        self.what = what
+        self.platform = platform
 
 
 class ProtocolError(CriupyError):

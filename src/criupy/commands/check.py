@@ -8,8 +8,8 @@ import shutil
 import sys
 from typing import Final
 
+from criupy._elsewhere import need_linux
 from criupy.commands._findings import all_well, render, to_json
-from criupy.errors import CriupyError
 
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
 
@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Look at everything, print what was found, and return 0 when nothing essential is missing."""
-    if sys.platform != "linux":
-        raise CriupyError(f"CRIU is for Linux, and this is {sys.platform}")
+    need_linux("this command")
     from criupy.commands._survey_linux import survey
 
     findings = survey(arguments.criu, arguments.socket)

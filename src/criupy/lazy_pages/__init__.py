@@ -6,7 +6,10 @@ command. Importing this works on any system, using it needs Linux.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
+
+from criupy._elsewhere import from_linux
 
 if TYPE_CHECKING:
     from criupy.lazy_pages._config import Config
@@ -15,18 +18,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "Events", "LazyPages", "State", "Statistics", "open_lazy_pages"]
 
+_PORTABLE = {
+    "Config": "criupy.lazy_pages._config",
+    "Events": "criupy.lazy_pages._statistics",
+    "State": "criupy.lazy_pages._statistics",
+    "Statistics": "criupy.lazy_pages._statistics",
+}
+_OF_LINUX = {
+    "LazyPages": "criupy.lazy_pages._daemon_linux",
+    "open_lazy_pages": "criupy.lazy_pages._daemon_linux",
+}
+
 
 def __getattr__(name: str) -> object:
     # The daemon loads the native part and trio; neither is for those who only import.
-    if name in {"Config", "LazyPages", "open_lazy_pages"}:
-        from criupy.lazy_pages import _daemon_linux
-
-        return getattr(_daemon_linux, name)
-    if name in {"Events", "State", "Statistics"}:
-        from criupy.lazy_pages import _statistics
-
-        return getattr(_statistics, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _PORTABLE:
+        return getattr(importlib.import_module(_PORTABLE[name]), name)
+    return from_linux(__name__, name, _OF_LINUX)
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,7 @@ from functools import partial
 
 from criupy._command.log import open_log
 from criupy._command.run import check_writable, run_command
+from criupy._elsewhere import need_linux
 from criupy.lazy_pages._options import LazyPagesOptions, parse
 from criupy.lazy_pages._parser import PROGRAM
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: LazyPagesOptions) -> int:
+    need_linux("this command")
     # The order is CRIU's: log, socket, background, status; so is what is relative to the work dir.
     # Whatever may be wrong with what we were given is told before readiness: criu waits for nothing
     # once it has connected, and its tasks may run before we look. But the restore waits for

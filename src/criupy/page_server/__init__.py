@@ -9,9 +9,9 @@ system, using it needs Linux.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from criupy._elsewhere import from_linux
 from criupy.page_server._config import Config
 from criupy.page_server._relay_config import RelayConfig
 from criupy.page_server._statistics import Statistics
@@ -56,9 +56,7 @@ _OF_LINUX = {
 
 def __getattr__(name: str) -> object:
     # The server loads the native part and trio; neither is for those who only import.
-    if name in _OF_LINUX:
-        return getattr(importlib.import_module(_OF_LINUX[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return from_linux(__name__, name, _OF_LINUX)
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from criupy._command.log import open_log
 from criupy._command.run import check_writable, display, run_command, write_stats, write_whole
+from criupy._elsewhere import need_linux
 from criupy.errors import CommandError, PageServerError
 from criupy.page_server._access import at
 from criupy.page_server._options import PageServerOptions, parse
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: PageServerOptions) -> int:
+    need_linux("this command")
     # The order is CRIU's: log, socket, background, scripts, status. Whatever can be wrong with images
     # and addresses is told before the background, while there is somebody to tell it to.
     import trio
@@ -192,7 +194,7 @@ async def _serve(
     from criupy._command.signals_linux import stop_on_signal
 
     if options.upstream is not None:
-        from criupy.page_server._relay_cli import serve_relay
+        from criupy.page_server._relay_cli_linux import serve_relay
 
         return await serve_relay(options, config, awaited)
     async with _open(options, config, tasks) as server, trio.open_nursery() as nursery:

@@ -37,17 +37,17 @@ def reading(path: Path) -> Iterator[int]:
 
 def copy_range(path: Path, source: int, start: int, target: int, to: int, size: int) -> None:
     """Copy bytes from file to file, by the kernel where it can; ``path`` is the source's."""
-    by_kernel = hasattr(os, "copy_file_range")
+    by_kernel = True
     while size:
         done = 0
-        if by_kernel:
+        if by_kernel and hasattr(os, "copy_file_range"):
             try:
                 done = os.copy_file_range(source, target, size, start, to)
             except OSError as error:
                 if error.errno not in _NO_COPYING:
                     raise
-            # Some file systems answer with nothing instead of an error.
-            by_kernel = done > 0
+        # Some file systems answer with nothing instead of an error.
+        by_kernel = done > 0
         if not done:
             done = _copy_piece(path, source, start, target, to, min(size, _PIECE))
         start, to, size = start + done, to + done, size - done

@@ -260,8 +260,8 @@ class Spool:
             os.ftruncate(fd, size)
             try:
                 # A disk that is too small shows now. (Where the file system knows no such call, glibc
-                # touches every block instead.)
-                if size:
+                # touches every block instead. macOS has nothing like it.)
+                if size and hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(fd, 0, size)
             except OSError as error:
                 if error.errno not in _NO_RESERVING:

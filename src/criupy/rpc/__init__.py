@@ -7,11 +7,10 @@ clients need Linux.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from criupy._descriptor import Descriptor
-from criupy.errors import CriupyError
+from criupy._elsewhere import from_linux
 from criupy.rpc import external
 from criupy.rpc._notify import AsyncHooks, Hooks, Notification, Refused, Script
 from criupy.rpc._option_types import CriuPath, Directory, HasFileno, JoinNs
@@ -79,29 +78,23 @@ __all__ = [
     "external",
 ]
 
-_CLIENTS = {
-    "AsyncCriu": "_async_client_linux",
-    "AsyncLazyDump": "_async_lazy_client_linux",
-    "AsyncLazyRestore": "_async_lazy_client_linux",
-    "AsyncOperation": "_async_operation_linux",
-    "AsyncPageServerChild": "_async_held_linux",
-    "AsyncPreDumpLoop": "_async_held_linux",
-    "AsyncProcess": "_async_operation_linux",
-    "Criu": "_client_linux",
-    "LazyDump": "_lazy_client_linux",
-    "LazyRestore": "_lazy_client_linux",
-    "Operation": "_operation_linux",
-    "PageServerChild": "_held_linux",
-    "PreDumpLoop": "_held_linux",
-    "Process": "_operation_linux",
+_OF_LINUX = {
+    "AsyncCriu": "criupy.rpc._async_client_linux",
+    "AsyncLazyDump": "criupy.rpc._async_lazy_client_linux",
+    "AsyncLazyRestore": "criupy.rpc._async_lazy_client_linux",
+    "AsyncOperation": "criupy.rpc._async_operation_linux",
+    "AsyncPageServerChild": "criupy.rpc._async_held_linux",
+    "AsyncPreDumpLoop": "criupy.rpc._async_held_linux",
+    "AsyncProcess": "criupy.rpc._async_operation_linux",
+    "Criu": "criupy.rpc._client_linux",
+    "LazyDump": "criupy.rpc._lazy_client_linux",
+    "LazyRestore": "criupy.rpc._lazy_client_linux",
+    "Operation": "criupy.rpc._operation_linux",
+    "PageServerChild": "criupy.rpc._held_linux",
+    "PreDumpLoop": "criupy.rpc._held_linux",
+    "Process": "criupy.rpc._operation_linux",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _CLIENTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if not sys.platform.startswith("linux"):
-        raise CriupyError(f"criupy.rpc.{name} needs Linux: that is where CRIU runs")
-    from importlib import import_module
-
-    return getattr(import_module(f"criupy.rpc.{_CLIENTS[name]}"), name)
+    return from_linux(__name__, name, _OF_LINUX)

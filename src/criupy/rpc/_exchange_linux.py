@@ -15,14 +15,16 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
 
 from criupy._descriptor import Descriptor
 from criupy.errors import CriuDied, CriuError, CriuTimeout, LocalProtocolError, RemoteProtocolError
+from criupy.rpc import _schema_pb2 as schema
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
 from criupy.rpc._notify import Notification, Script, parse_script
-from criupy.rpc._report import MAX_LINES, NEVER_ATTACHED, failure, hint_for, why_not_attached
+from criupy.rpc._report import MAX_LINES, NEVER_ATTACHED, failure, hint_for
 from criupy.rpc._session import KEEP_OPEN, Answer, Notified, State
 from criupy.rpc._worker_linux import Worker
 
@@ -129,7 +131,7 @@ class Exchange(Generic[T]):
     def _failure(self, answer: Answer) -> CriuError:
         opts = self.call.request.opts
         error = failure(self.call.name, answer.response, log=self.call.log, output=self._output())
-        if error.message.startswith(NEVER_ATTACHED) and (why := why_not_attached(opts.pid, opts.ps)):
+        if error.message.startswith(NEVER_ATTACHED) and (why := _why_not_attached(opts.pid, opts.ps)):
             error.hint = why
         return error
 
@@ -230,3 +232,20 @@ class Exchange(Generic[T]):
         elif self.call.delicate:
             error.add_note(f"{self.call.name}: CRIU did not undo it in time and was killed")
         return False
+
+
+def _why_not_attached(pid: int, page_server: schema.PageServerInfo) -> str | None:
+    """Say why CRIU could not hold a process that is there; it says "No such process" in any case."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    if (tracer := fields.get("TracerPid", "0")) != "0":
+        return f"process {pid} is traced by process {tracer}: another CRIU, or a debugger"
+    if "VmSize" not in fields:
+        return f"process {pid} is a kernel thread, or has ended and waits to be reaped"
+    if page_server.address or page_server.port:
+        where = f"{page_server.address}:{page_server.port}"
+        return f"process {pid} is there: could the page server at {where} not be reached?"
+    return f"process {pid} is there, but CRIU may not attach to it (a warning in its log says why)"

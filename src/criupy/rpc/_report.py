@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ __all__ = [
     "errors_in",
     "failure",
     "hint_for",
-    "why_not_attached",
 ]
 
 _MAX_TAIL: Final = 256 * 1024
@@ -31,6 +29,10 @@ _ERROR: Final = re.compile(r"^(?:\([0-9.]+\)\s*)?(?:pie: \d+: |\s*\d+: )?(Error 
 _PREFIX: Final = re.compile(r"^Error \([^)]*\): ")
 #: Logged first, without CAP_SYS_RESOURCE or /dev/net/tun, and CRIU reports its first error as the message.
 _HARMLESS: Final = re.compile("Can't setup RLIMIT_NOFILE|tun: Unable to create tun")
+# Answers have Linux's numbers, whatever this system calls so.
+_ESRCH: Final = 3
+_EEXIST: Final = 17
+_EBADRQC: Final = 56
 #: Says only that something was said before.
 _EMPTY_WORDS: Final = ("Dumping FAILED", "Restoring FAILED", "Pre-dumping FAILED")
 
@@ -181,7 +183,7 @@ _PID_IN_USE: Final = (
 
 def hint_for(request: str, code: int | None, text: str, message: str = "") -> str | None:
     """Return what to do about a known failure; ``text`` is all that CRIU said, ``message`` the best of it."""
-    if request.endswith("restore") and (code == errno.EEXIST or re.search(_PID_TAKEN, text)):
+    if request.endswith("restore") and (code == _EEXIST or re.search(_PID_TAKEN, text)):
         return _PID_IN_USE
     text = _PLACE.sub("", text)
     if request == "cpuinfo_check" and re.search("empty-image|No cpuinfo image", text):
@@ -189,30 +191,13 @@ def hint_for(request: str, code: int | None, text: str, message: str = "") -> st
     for pattern, hint in _HINTS:
         if re.search(pattern, text):
             return hint
-    if code == errno.ESRCH:
+    if code == _ESRCH:
         return _NO_PROCESS
-    if code == errno.EBADRQC:
+    if code == _EBADRQC:
         return "CRIU refused the options: do they need another CRIU, kernel or privilege? (criupy check)"
     if message.startswith(NEVER_ATTACHED):
         return f"{_NO_PROCESS}; or a page server was given and cannot be reached"
     return None
-
-
-def why_not_attached(pid: int, page_server: schema.PageServerInfo) -> str | None:
-    """Say why CRIU could not hold a process that is there; it says "No such process" in any case."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-    if (tracer := fields.get("TracerPid", "0")) != "0":
-        return f"process {pid} is traced by process {tracer}: another CRIU, or a debugger"
-    if "VmSize" not in fields:
-        return f"process {pid} is a kernel thread, or has ended and waits to be reaped"
-    if page_server.address or page_server.port:
-        where = f"{page_server.address}:{page_server.port}"
-        return f"process {pid} is there: could the page server at {where} not be reached?"
-    return f"process {pid} is there, but CRIU may not attach to it (a warning in its log says why)"
 
 
 def failure(request: str, response: schema.Response, *, log: LogWatch | None, output: str) -> CriuError:

@@ -18,6 +18,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from criupy._elsewhere import need_linux
 from criupy.errors import OptionError
 from criupy.rpc import _option_checks as check
 from criupy.rpc._option_types import HasFileno, StrPath
@@ -140,6 +141,7 @@ def key_of(fd: int | HasFileno) -> str:
     in a file system ``file[MNT_ID:INODE]``, if it was dumped with these very
     strings in ``external``; the images know other files by path.
     """
+    need_linux("criupy.rpc.external.key_of")
     number, status = check.descriptor("inherit_fd", fd)
     mode = status.st_mode
     link = os.readlink(f"/proc/self/fd/{number}")  # noqa: PTH115 (it is not a path)

@@ -8,10 +8,10 @@ the clients need Linux.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
-from criupy.errors import CriupyError, RuncError, RuncTimeout
+from criupy._elsewhere import from_linux
+from criupy.errors import RuncError, RuncTimeout
 from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
 
 if TYPE_CHECKING:
@@ -37,21 +37,15 @@ __all__ = [
     "RuncTimeout",
 ]
 
-_CLIENTS = {
-    "AsyncContainerCheckpoint": "_async_checkpoint_linux",
-    "AsyncContainerRestore": "_async_restore_linux",
-    "AsyncRunc": "_async_runc_linux",
-    "ContainerCheckpoint": "_checkpoint_linux",
-    "ContainerRestore": "_restore_linux",
-    "Runc": "_runc_linux",
+_OF_LINUX = {
+    "AsyncContainerCheckpoint": "criupy.runc._async_checkpoint_linux",
+    "AsyncContainerRestore": "criupy.runc._async_restore_linux",
+    "AsyncRunc": "criupy.runc._async_runc_linux",
+    "ContainerCheckpoint": "criupy.runc._checkpoint_linux",
+    "ContainerRestore": "criupy.runc._restore_linux",
+    "Runc": "criupy.runc._runc_linux",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _CLIENTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if not sys.platform.startswith("linux"):
-        raise CriupyError(f"criupy.runc.{name} needs Linux: that is where runC runs")
-    from importlib import import_module
-
-    return getattr(import_module(f"criupy.runc.{_CLIENTS[name]}"), name)
+    return from_linux(__name__, name, _OF_LINUX)

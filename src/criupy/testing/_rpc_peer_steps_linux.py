@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 from criupy.rpc import _schema_pb2 as schema
-from criupy.testing import _rpc_peer_program as program
+from criupy.testing import _rpc_peer_program_linux as program
 
 __all__ = [
     "Close",

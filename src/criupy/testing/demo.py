@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from criupy.errors import CriupyError
+from criupy._elsewhere import need_linux
+from criupy.errors import CriupyError, NeedsLinux
 from criupy.testing._demo_report import Measured, summary
 
 if TYPE_CHECKING:
@@ -232,8 +233,10 @@ def _keep_logs(room: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit status: 0 when every byte arrived."""
     options = _parser().parse_args(argv)
-    if not sys.platform.startswith("linux"):
-        print("demo: it needs Linux", file=sys.stderr)
+    try:
+        need_linux("the demo")
+    except NeedsLinux as why:
+        print(f"demo: {why}", file=sys.stderr)
         return 1
     narrator = _Narrator()
     room = Path(tempfile.mkdtemp(prefix="criupy-demo-"))

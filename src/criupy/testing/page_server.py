@@ -274,7 +274,7 @@ class PageServer:
 
     async def _cut(self, connection: trio.socket.SocketType) -> None:
         if self.behaviour.cut_with == "reset":
-            linger = struct.pack("ii", 1, 0)
+            linger = struct.pack("=ii", 1, 0)
             connection.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, linger)
         else:
             # closing with unread requests would be a reset: say the end, then wait for the peer's

@@ -40,7 +40,7 @@ from pathlib import Path
 
 from criupy.errors import CriupyError
 from criupy.rpc import _schema_pb2 as schema
-from criupy.testing import _rpc_peer_program as program
+from criupy.testing import _rpc_peer_program_linux as program
 from criupy.testing._rpc_peer_steps_linux import (
     Close,
     DoNotRead,
