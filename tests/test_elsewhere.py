@@ -35,7 +35,7 @@ PORTABLE = (
     "test_images_tasks",
     *("test_page_server_options", "test_page_server_session", "test_page_server_writer"),
     *("test_rpc_external", "test_rpc_options", "test_rpc_portable", "test_rpc_report", "test_rpc_results"),
-    *("test_rpc_schema", "test_rpc_session"),
+    *("test_rpc_schema", "test_rpc_session", "test_runc_words", "test_pre_copy"),
     "test_testing_page_server",
     *("test_wire_extension", "test_wire_page_client", "test_wire_page_server", "test_wire_page_service"),
     "test_wire_restore_socket",
@@ -49,8 +49,9 @@ NOT_LOADED = {
     # ... only what needs Linux uses them
     *("criupy._uffd", "criupy.page_server._images", "criupy.page_server._spool"),
     *("criupy.page_server._copying", "criupy.lazy_pages._config", "criupy.lazy_pages._extension"),
-    *("criupy.rpc._transport", "criupy.runc", "criupy.runc._words"),
+    "criupy.rpc._transport",
     *("criupy.testing.demo", "criupy.testing._demo_report", "criupy.testing.wait"),
+    "criupy.testing.web_client",
 }
 
 

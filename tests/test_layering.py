@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "_tls": frozenset({"errors"}),
     "rpc": frozenset({"errors", "images", "_descriptor", "_elsewhere", "_kill_linux"}),
     "runc": frozenset({"errors", "rpc", "_descriptor", "_elsewhere", "_kill_linux"}),
+    "pre_copy": frozenset({"errors", "images"}),
     "policy": frozenset({"errors", "images", "wire"}),
     "trace": frozenset({"errors", "images", "wire", "_uffd"}),
     "lazy_pages": frozenset(
@@ -51,6 +52,7 @@ MAY_IMPORT = {
             "_tls",
             "rpc",
             "runc",
+            "pre_copy",
             "policy",
             "trace",
             "lazy_pages",
@@ -61,13 +63,13 @@ MAY_IMPORT = {
 }
 
 #: Rooms without input and output beyond reading files.
-PURE = frozenset({"wire", "images", "policy"})
+PURE = frozenset({"wire", "images", "policy", "pre_copy"})
 IO_MODULES = frozenset(
     {"trio", "socket", "_socket", "socketserver", "ssl", "select", "selectors", "asyncio", "anyio", "cffi"}
 )
 
 #: Rooms that promise to work on any system.
-PORTABLE = frozenset({"", "errors", "_descriptor", "_elsewhere", "wire", "images", "policy"})
+PORTABLE = frozenset({"", "errors", "_descriptor", "_elsewhere", "wire", "images", "policy", "pre_copy"})
 
 #: Standard modules that not every system has.
 UNIX_ONLY = frozenset(

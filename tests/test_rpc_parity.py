@@ -120,6 +120,7 @@ def test_what_is_awaited(blocking: type, other: type) -> None:
         "open_dump",
         "open_restore",
         "pre_dump_loop",
+        "lazy_checkpoint",
         "lazy_dump",
         "lazy_restore",
         # signals, and looking

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict, get_args, get_type_hints
 
 from criupy.errors import OptionError
 
@@ -91,18 +91,24 @@ def check_container(name: str) -> str:
 
 def option_words(kind: type, options: Mapping[str, object]) -> list[str]:
     """Spell options as runC takes them."""
-    known: Mapping[str, Any] = kind.__annotations__
+    known = get_type_hints(kind)
     words = []
     for name, value in options.items():
         if name not in known:
             raise OptionError(name, f"is no option here; there are {', '.join(sorted(known))}")
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
+        if known[name] is bool:
+            if not isinstance(value, bool):
+                raise OptionError(name, f"expected a bool, got {value!r}")
             words += [flag] if value else []
+        elif choices := get_args(known[name]):
+            if value not in choices:
+                raise OptionError(name, f"expected one of {', '.join(choices)}; got {value!r}")
+            words += [flag, str(value)]
         elif isinstance(value, str) and value and not value.startswith("-"):
             words += [flag, value]
         else:
-            raise OptionError(name, f"expected a bool or a word, got {value!r}")
+            raise OptionError(name, f"expected a word, got {value!r}")
     return words
 
 
@@ -135,5 +141,5 @@ def parse_state(text: str) -> ContainerState:
         return ContainerState(
             str(found["id"]), str(found["status"]), int(found["pid"]), Path(found["bundle"])
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"no state of a container: {text!r}") from error
