@@ -16,7 +16,7 @@ from criupy.rpc import _options
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 #: What the pages' shorter pieces of code take as given.
 GIVEN = """
@@ -99,7 +99,8 @@ def as_module(code: str) -> str:
 def test_code_type_checks(tmp_path: Path, mypy_cache: Path) -> None:
     for page in PAGES:
         for number, code in enumerate(pieces(page)):
-            (tmp_path / f"{page.stem.replace('-', '_').lower()}_{number}.py").write_text(as_module(code))
+            name = re.sub(r"\W", "_", str(page.relative_to(ROOT).with_suffix(""))).lower()
+            (tmp_path / f"{name}_{number}.py").write_text(as_module(code))
     modules = sorted(tmp_path.glob("*.py"))
     assert len(modules) > 10
     words: list[str | Path] = ["--strict", "--config-file", os.devnull, "--cache-dir", mypy_cache]
