@@ -12,7 +12,7 @@ project = "criupy"
 copyright = "the authors of criupy"  # noqa: A001 - the name that Sphinx reads
 release = importlib.metadata.version("criupy")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "rpc_options", "command_options"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "rpc_options", "command_options", "state_tables"]
 exclude_patterns = ["_ext"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
