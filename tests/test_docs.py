@@ -112,3 +112,9 @@ def test_code_type_checks(tmp_path: Path, mypy_cache: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_the_design_names_every_room() -> None:
+    page = (DOCS / "design.md").read_text()
+    rooms = {path.parent.name for path in (ROOT / "src" / "criupy").glob("*/__init__.py")} | {"errors"}
+    assert [room for room in sorted(rooms) if f"| `{room}` |" not in page] == []
