@@ -8,9 +8,7 @@ import typing
 from typing import Any
 
 from docutils import nodes
-from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
-from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 
 import criupy.rpc
@@ -75,29 +73,6 @@ def place_of(group: type) -> str:
     return f"{module}.{group.__name__}"
 
 
-def public_names(name: str) -> list[str]:
-    """Return under which names a class of a private module may be documented."""
-    last = name.rpartition(".")[2]
-    rooms = (
-        *("criupy.rpc", "criupy.errors", "criupy.page_server", "criupy"),
-        *(_options.__name__, "criupy.testing.rpc_peer_linux"),
-    )
-    return [f"{room}.{last}" for room in rooms]
-
-
-def find_reference(
-    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element
-) -> nodes.Element | None:
-    """Let annotations, which name private modules, lead to the public names."""
-    if node.get("refdomain") != "py":
-        return None
-    domain = env.domains.python_domain
-    for name in public_names(node["reftarget"]):
-        if name in domain.objects:
-            return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, content)
-    return None
-
-
 class OptionTable(SphinxDirective):
     """Every option, the requests that heed it, and the first CRIU that reads it."""
 
@@ -121,6 +96,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     show_only_types()
     app.connect("autodoc-process-docstring", name_groups)
     app.connect("autodoc-process-signature", link_aliases)
-    app.connect("missing-reference", find_reference)
     app.add_directive("option-table", OptionTable)
     return {"parallel_read_safe": True}
