@@ -13,7 +13,8 @@ __all__ = ["setup"]
 
 #: Where a class of a private module may be documented: the first that has it.
 ROOMS: Final = (
-    *("criupy.rpc", "criupy.errors", "criupy.lazy_pages", "criupy.page_server", "criupy.images", "criupy"),
+    *("criupy.rpc", "criupy.errors", "criupy.lazy_pages", "criupy.page_server", "criupy.runc"),
+    *("criupy.images", "criupy"),
     *("criupy.rpc._options", "criupy.testing", "criupy.testing.rpc_peer_linux"),
 )
 
