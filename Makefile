@@ -23,7 +23,7 @@ help:
 	@echo "make lint    check style and types"
 	@echo "make format  let ruff format the sources"
 	@echo "make build   only set up .venv and build"
-	@echo "make docs    make the documentation, in build/docs"
+	@echo "make docs    make the documentation and the man pages, in build/docs"
 	@echo "make clean   remove what was built (not what is in the cache: CRIUs, a root file system)"
 
 demo:
@@ -63,8 +63,10 @@ build:
 	@tools/setup build
 
 docs: build
-	$(PYTHON3) -m sphinx -q -W --keep-going -n docs build/docs
-	@echo "docs: build/docs/index.html"
+	@for builder in html man; do \
+		$(PYTHON3) -m sphinx -q -W --keep-going -n -b $$builder -d build/doctrees docs build/docs/$$builder || exit 1; \
+	done
+	@echo "docs: build/docs/html/index.html, and man -l build/docs/man/criupy-lazy-pages.1"
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

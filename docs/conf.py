@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
-import re
-import typing
-from typing import Any
+import sys
+from pathlib import Path
 
-from docutils import nodes
-from sphinx.addnodes import pending_xref
-from sphinx.application import Sphinx
-from sphinx.environment import BuildEnvironment
-from sphinx.util.docutils import SphinxDirective
-
-import criupy.rpc
-import criupy.rpc._option_encoding  # reads the annotations before they are cut down below
-from criupy.rpc import _options
-from criupy.rpc._fields import OLDEST, Field
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "criupy"
 copyright = "the authors of criupy"  # noqa: A001 - the name that Sphinx reads
 release = importlib.metadata.version("criupy")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = [
+    *("myst_parser", "sphinx.ext.autodoc"),
+    *("command_options", "public_names", "rpc_options", "state_tables"),  # in _ext
+]
+exclude_patterns = ["_ext"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 html_theme = "furo"
@@ -41,109 +34,15 @@ autodoc_type_aliases = {name: name for name in ("Directory", "FeatureName", "Str
 autodoc_preserve_defaults = True
 nitpicky = True
 # What is documented elsewhere or not at all: the standard library, trio, type variables, CRIU's messages.
-nitpick_ignore_regex = [("py:.*", r"(?!criupy).*"), ("py:.*", r"criupy\..*\.(P|T|_Message|_schema_pb2\.\w+)")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!criupy).*"),
+    ("py:.*", r"criupy\..*\.(D|P|T|_Message|_schema_pb2\.\w+)"),
+    ("py:.*", r"criupy\.testing\.(_keeper_linux\.\w+|criu_linux\.Source)"),  # what harnesses hand on
+]
 
-REQUESTS = {
-    "dump": _options.DumpOptions,
-    "lazy dump": _options.LazyDumpOptions,
-    "pre-dump": _options.PreDumpOptions,
-    "restore": _options.RestoreOptions,
-    "lazy restore": _options.LazyRestoreOptions,
-    "page server": _options.PageServerOptions,
-    "check": _options.CheckOptions,
-    "cpuinfo": _options.CpuinfoOptions,
-}
-
-#: Groups of options and requests' options, each after those that it has besides its own.
-GROUPS = [group for group in vars(_options).values() if typing.is_typeddict(group)]
-
-#: Of every option, the group that declares it and how it travels.
-OPTIONS: dict[str, tuple[type, Field]] = {}
-for declaring in GROUPS:
-    for option, hint in typing.get_type_hints(declaring, include_extras=True).items():
-        OPTIONS.setdefault(option, (declaring, hint.__metadata__[0]))
-
-
-def show_only_types() -> None:
-    """Leave of ``Annotated[TYPE, Field(...)]`` only the type, as it is written."""
-    for group in GROUPS:
-        for name, reference in group.__annotations__.items():
-            tree = ast.parse(reference.__forward_arg__, mode="eval").body
-            if isinstance(tree, ast.Subscript) and isinstance(tree.slice, ast.Tuple):
-                written = ast.unparse(tree.slice.elts[0])
-                group.__annotations__[name] = typing.ForwardRef(written, module=_options.__name__)
-
-
-def name_groups(_app: Sphinx, what: str, _name: str, obj: object, _options: object, lines: list[str]) -> None:
-    """Say in the documentation of a request's options which groups they have, as a TypedDict cannot."""
-    if what != "class" or obj not in REQUESTS.values():
-        return
-    taken = dict.fromkeys(OPTIONS[option][0] for option in obj.__annotations__)
-    links = [f":py:class:`~{place_of(group)}`" for group in taken if group is not obj]
-    own = any(group is obj for group in taken)
-    lines += ["", f"{'Besides these it has' if own else 'It has'} those of {', '.join(links)}."]
-
-
-def link_aliases(*details: Any) -> tuple[str | None, str | None]:
-    """Write the names of types that Sphinx shows as objects of its own."""
-    signature, returns = details[-2:]
-    if signature is not None:
-        signature = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature)
-    return signature, returns
-
-
-def place_of(group: type) -> str:
-    """Return where a group is documented."""
-    module = "criupy.rpc" if group.__name__ in criupy.rpc.__all__ else _options.__name__
-    return f"{module}.{group.__name__}"
-
-
-def public_names(name: str) -> list[str]:
-    """Return under which names a class of a private module may be documented."""
-    last = name.rpartition(".")[2]
-    rooms = (
-        *("criupy.rpc", "criupy.errors", "criupy.page_server", "criupy"),
-        *(_options.__name__, "criupy.testing.rpc_peer_linux"),
-    )
-    return [f"{room}.{last}" for room in rooms]
-
-
-def find_reference(
-    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element
-) -> nodes.Element | None:
-    """Let annotations, which name private modules, lead to the public names."""
-    if node.get("refdomain") != "py":
-        return None
-    domain = env.domains.python_domain
-    for name in public_names(node["reftarget"]):
-        if name in domain.objects:
-            return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, content)
-    return None
-
-
-class OptionTable(SphinxDirective):
-    """Every option, the requests that heed it, and the first CRIU that reads it."""
-
-    def run(self) -> list[nodes.Node]:
-        """Make the table as reStructuredText and let Sphinx read that."""
-        lines = [".. list-table::", "   :header-rows: 1", "   :class: options", ""]
-        lines += self.row("option", *REQUESTS, "since")
-        for name, (group, field) in OPTIONS.items():
-            marks = ["✓" if name in taken.__annotations__ else "" for taken in REQUESTS.values()]
-            since = "" if field.since == OLDEST else ".".join(map(str, field.since))
-            lines += self.row(f":py:attr:`~{place_of(group)}.{name}`", *marks, since)
-        return list(self.parse_text_to_nodes("\n".join(lines)))
-
-    def row(self, *cells: str) -> list[str]:
-        """Return one row of the table."""
-        return [f"   {' ' if number else '*'} - {cell}" for number, cell in enumerate(cells)]
-
-
-def setup(app: Sphinx) -> dict[str, Any]:
-    """Add what is ours."""
-    show_only_types()
-    app.connect("autodoc-process-docstring", name_groups)
-    app.connect("autodoc-process-signature", link_aliases)
-    app.connect("missing-reference", find_reference)
-    app.add_directive("option-table", OptionTable)
-    return {"parallel_read_safe": True}
+man_pages = [
+    ("commands/criupy", "criupy", "look at machines and checkpoints", "", 1),
+    ("commands/criupy-lazy-pages", "criupy-lazy-pages", "serve the memory of a lazy restore", "", 1),
+    ("commands/criupy-page-server", "criupy-page-server", "give out, relay or receive memory", "", 1),
+]
+man_show_urls = False

@@ -193,6 +193,28 @@ def nothing_is_left() -> Iterator[None]:
     assert kept() == before
 
 
+def running(room: Path) -> list[int]:
+    """List the processes that were started with this directory for temporary files."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(f"TMPDIR={room}") in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.fixture
+def nothing_runs_on(tmp_path: Path) -> Iterator[None]:
+    """No process that was started with the test's own directory for temporary files outlives it."""
+    yield
+    deadline = time.monotonic() + 5  # what was killed needs a moment
+    while (left := running(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     """A certificate authority and what it signed."""

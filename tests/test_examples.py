@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,27 +67,6 @@ PRINTS["lazy_migration_blocking"] = PRINTS["lazy_migration"]
 
 def test_no_example_is_left_out() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PRINTS)
-
-
-def running(room: Path) -> list[int]:
-    """List the processes that were started with this directory for temporary files."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if os.fsencode(f"TMPDIR={room}") in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found
-
-
-@pytest.fixture
-def nothing_runs_on(tmp_path: Path) -> Iterator[None]:
-    yield
-    deadline = time.monotonic() + 5  # what was killed needs a moment
-    while (left := running(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert left == []
 
 
 @pytest.mark.spread

@@ -17,7 +17,7 @@ from typing import IO, Final, Protocol, cast
 
 from criupy.errors import CriupyError
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 PROGRAM: Final = "criupy"
 _COMMANDS: Final = ("check", "images")
@@ -59,15 +59,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _main(argv: Sequence[str]) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with every subcommand, for those who describe it."""
+    return _build(_COMMANDS)[0]
+
+
+def _build(names: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, _Command]]:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Checkpoint, restore and migrate with CRIU.")
     parser.add_argument("--version", action="store_true", help="show criupy's version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    # Options of criupy itself have no arguments: the first word without a dash is the command.
-    asked = next((word for word in argv if not word.startswith("-")), None)
-    commands = {command.NAME: command for command in _load([asked] if asked in _COMMANDS else _COMMANDS)}
+    commands = {command.NAME: command for command in _load(names)}
     for name, command in commands.items():
         command.add_arguments(subparsers.add_parser(name, help=command.HELP, description=command.HELP))
+    return parser, commands
+
+
+def _main(argv: Sequence[str]) -> int:
+    # Options of criupy itself have no arguments: the first word without a dash is the command.
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    parser, commands = _build([asked] if asked in _COMMANDS else _COMMANDS)
     # argparse is content when its help cannot be written, so the help is written here.
     text = io.StringIO()
     try:

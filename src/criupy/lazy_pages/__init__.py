@@ -14,13 +14,14 @@ from criupy._elsewhere import from_linux
 if TYPE_CHECKING:
     from criupy.lazy_pages._config import Config
     from criupy.lazy_pages._daemon_linux import LazyPages, open_lazy_pages
-    from criupy.lazy_pages._statistics import Events, State, Statistics
+    from criupy.lazy_pages._statistics import Events, Rates, State, Statistics
 
-__all__ = ["Config", "Events", "LazyPages", "State", "Statistics", "open_lazy_pages"]
+__all__ = ["Config", "Events", "LazyPages", "Rates", "State", "Statistics", "open_lazy_pages"]
 
 _PORTABLE = {
     "Config": "criupy.lazy_pages._config",
     "Events": "criupy.lazy_pages._statistics",
+    "Rates": "criupy.lazy_pages._statistics",
     "State": "criupy.lazy_pages._statistics",
     "Statistics": "criupy.lazy_pages._statistics",
 }

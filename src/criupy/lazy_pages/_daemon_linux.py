@@ -547,13 +547,13 @@ async def open_lazy_pages(
     """Serve one restore; the socket listens when the block is entered.
 
     ``work_dir`` is where ``lazy-pages.socket`` appears (the images directory by
-    default). ``dumped`` is what load_tasks read and ``listener`` a socket that
-    listens there, ``tls`` what was made of ``config.tls``, for a caller that had
-    to do these before trio. Raises TlsError for files that TLS cannot be done with. Leaving the
+    default). Raises TlsError for files that TLS cannot be done with. Leaving the
     block waits for the end and raises LazyPagesError if the restore could not
     be served; leaving it by an exception or cancellation stops at once, as the
     second stop() does.
     """
+    # For the command, which does these before it loads trio: dumped is what load_tasks read, listener a
+    # socket that listens there, tls what was made of config.tls.
     directory = Path(config.images_dir if work_dir is None else work_dir)
     if config.tls is not None and config.remote and tls is None:
         tls = TlsContext(config.tls, server=False)

@@ -5,24 +5,14 @@ connection) on an AF_UNIX SOCK_SEQPACKET socket: one protobuf message a packet,
 requests this way, answers and notifications that way. (CRIU:
 criu/cr-service.c.)
 
-    state      we may send                  CRIU may send
-    IDLE       a request -> BUSY            nothing; it may close
-    BUSY       nothing                      a notification -> NOTIFIED
-                                            the answer -> IDLE, if kept open
-                                                       -> PRE_DUMPED, to a PRE_DUMP that went well
-                                                       -> LAST, otherwise
-    NOTIFIED   the answer to it -> BUSY     nothing
-    PRE_DUMPED PRE_DUMP or DUMP -> BUSY     nothing
-    LAST       nothing                      it closes
-    CLOSED     nothing
-    FAILED     nothing                      (it broke the protocol)
-
-CRIU closes in any state when it dies. It keeps a connection open only when the
-request asks for it and is of a type in KEEP_OPEN; any other type with
-keep_open set is closed without an answer, so that is refused here. Only DUMP
-and RESTORE notify, and only when the request says notify_scripts. An answer has
-the type of its request, but for PAGE_SERVER_CHLD, which is answered as
-PAGE_SERVER, and EMPTY, which is CRIU's way to refuse what it does not know.
+``TRANSITIONS`` is the table of states: what it does not have may not be sent, and
+breaks the protocol when it is received. CRIU closes in any state when it dies. It
+keeps a connection open only when the request asks for it and is of a type in
+KEEP_OPEN; any other type with keep_open set is closed without an answer, so that is
+refused here. Only DUMP and RESTORE notify, and only when the request says
+notify_scripts. An answer has the type of its request, but for PAGE_SERVER_CHLD,
+which is answered as PAGE_SERVER, and EMPTY, which is CRIU's way to refuse what it
+does not know.
 
 Rules of this file: packets go in and out as bytes, descriptors as numbers that
 are looked at by nobody; what breaks the protocol raises and ends the session.
@@ -31,7 +21,7 @@ are looked at by nobody; what breaks the protocol raises and ends the session.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
@@ -40,7 +30,7 @@ from google.protobuf.message import DecodeError
 from criupy.errors import LocalProtocolError, RemoteProtocolError
 from criupy.rpc import _schema_pb2 as schema
 
-__all__ = ["KEEP_OPEN", "Answer", "Notified", "Session", "State", "type_name"]
+__all__ = ["KEEP_OPEN", "TRANSITIONS", "Answer", "Notified", "Session", "State", "Step", "type_name"]
 
 KEEP_OPEN: Final = frozenset(
     {
@@ -70,7 +60,7 @@ _PAYLOAD: Final[dict[schema.RequestType.ValueType, _Payload]] = {
 
 
 class State(enum.Enum):
-    """Where a session stands; the table above says what each allows."""
+    """Where a session stands; failed when CRIU broke the protocol."""
 
     IDLE = "idle"
     BUSY = "busy"
@@ -79,6 +69,36 @@ class State(enum.Enum):
     LAST = "last"
     CLOSED = "closed"
     FAILED = "failed"
+
+
+class Step(enum.Enum):
+    """What is sent or received."""
+
+    REQUEST = "we send a request"
+    NEXT = "we send PRE_DUMP or DUMP"
+    NOTIFICATION = "CRIU notifies"
+    REPLY = "we answer that"
+    KEPT = "CRIU answers, and the connection is kept open"
+    PRE_DUMPED = "CRIU answers a PRE_DUMP that went well"
+    LAST = "CRIU answers otherwise"
+    END = "CRIU closes"
+
+
+TRANSITIONS: Final[Mapping[State, Mapping[Step, State]]] = {
+    State.IDLE: {Step.REQUEST: State.BUSY, Step.END: State.CLOSED},
+    State.BUSY: {
+        Step.NOTIFICATION: State.NOTIFIED,
+        Step.KEPT: State.IDLE,
+        Step.PRE_DUMPED: State.PRE_DUMPED,
+        Step.LAST: State.LAST,
+        Step.END: State.CLOSED,
+    },
+    State.NOTIFIED: {Step.REPLY: State.BUSY, Step.END: State.CLOSED},
+    State.PRE_DUMPED: {Step.NEXT: State.BUSY, Step.END: State.CLOSED},
+    State.LAST: {Step.END: State.CLOSED},
+    State.CLOSED: {Step.END: State.CLOSED},
+    State.FAILED: {Step.END: State.CLOSED},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +154,12 @@ class Session:
         """Return the packet that asks this; its answer has to be received before another request."""
         kind = request.type
         name = type_name(kind)
-        if self._state is State.PRE_DUMPED:
-            if kind not in {schema.PRE_DUMP, schema.DUMP}:
-                raise LocalProtocolError(f"{name}: after PRE_DUMP the connection takes only PRE_DUMP or DUMP")
-        elif self._state is not State.IDLE:
+        allowed = TRANSITIONS[self._state]
+        step = Step.REQUEST if Step.REQUEST in allowed else Step.NEXT
+        if step not in allowed:
             raise LocalProtocolError(f"{name}: {self._why_not()}")
+        if step is Step.NEXT and kind not in {schema.PRE_DUMP, schema.DUMP}:
+            raise LocalProtocolError(f"{name}: after PRE_DUMP the connection takes only PRE_DUMP or DUMP")
         if kind in {schema.EMPTY, schema.NOTIFY}:
             raise LocalProtocolError(f"{name}: no request of its own")
         if request.keep_open and kind not in KEEP_OPEN:
@@ -151,7 +172,7 @@ class Session:
         if kind == schema.FEATURE_CHECK and not request.HasField("features"):
             raise LocalProtocolError("FEATURE_CHECK: without features CRIU crashes")
         packet = request.SerializeToString()
-        self._state = State.BUSY
+        self._state = allowed[step]
         self._request = kind
         self._keep_open = request.keep_open
         self._notifies = request.opts.notify_scripts
@@ -159,7 +180,7 @@ class Session:
 
     def send_answer(self, *, accept: bool, external: Sequence[str] = ()) -> bytes:
         """Return the packet that answers a notification; ``external`` is for query-ext-files."""
-        if self._state is not State.NOTIFIED:
+        if Step.REPLY not in TRANSITIONS[self._state]:
             raise LocalProtocolError("there is no notification to answer")
         message = schema.Request(type=schema.NOTIFY, notify_success=accept)
         if external:
@@ -167,7 +188,7 @@ class Session:
             message.opts.images_dir_fd = -1
             message.opts.external.extend(external)
         packet = message.SerializeToString()
-        self._state = State.BUSY
+        self._advance(Step.REPLY)
         return packet
 
     def receive(
@@ -179,7 +200,7 @@ class Session:
         """
         offset = self._received
         self._received += len(packet)
-        if self._state is not State.BUSY:
+        if Step.LAST not in TRANSITIONS[self._state]:
             raise self._fail(f"CRIU sent something unasked ({self._state.value})", offset, packet)
         if truncated:
             raise self._fail(
@@ -195,10 +216,10 @@ class Session:
             return self._notified(response, descriptors, offset, packet)
         self._check_answer(response, descriptors, offset, packet)
         if self._request == schema.PRE_DUMP and response.success:
-            self._state = State.PRE_DUMPED
+            self._advance(Step.PRE_DUMPED)
         else:
             self._last = self._request
-            self._state = State.IDLE if self._keep_open else State.LAST
+            self._advance(Step.KEPT if self._keep_open else Step.LAST)
         return Answer(self._request, response)
 
     def _check_answer(
@@ -222,7 +243,7 @@ class Session:
     def receive_end(self) -> bool:
         """Take in that CRIU closed; tell whether it still owed an answer."""
         owed = self._state in {State.BUSY, State.NOTIFIED}
-        self._state = State.CLOSED
+        self._advance(Step.END)
         return owed
 
     def _notified(
@@ -238,9 +259,12 @@ class Session:
             raise self._fail(
                 f"{len(descriptors)} descriptors came with {response.notify.script}", offset, packet
             )
-        self._state = State.NOTIFIED
+        self._advance(Step.NOTIFICATION)
         pid = response.notify.pid if response.notify.HasField("pid") else None
         return Notified(response.notify.script, pid, descriptors)
+
+    def _advance(self, step: Step) -> None:
+        self._state = TRANSITIONS[self._state][step]
 
     def _why_not(self) -> str:
         match self._state:

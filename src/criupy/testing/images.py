@@ -1,7 +1,7 @@
 """Write checkpoint images for a workload, without CRIU and without criupy.images.
 
 The writer is independent of our reader on purpose, so that one can test the other. Formats are CRIU's:
-magics from criu/include/magic.h, fields from images/*.proto.
+magics from criu/include/magic.h, fields from the schemas in images/.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 It stands between two ends on one machine: connections to the link's address are
 passed on to a target. What arrives is spliced into pipes, which lie in a queue
 until they are due at the other side; bytes are never copied here unless they are
-few, so one core passes gigabytes a second.
+few, so one core passes gigabytes a second. A piece has two moments::
 
     departure   when what was sent before has left, at ``bandwidth``, which all
                 connections share

@@ -3,7 +3,7 @@
 A connection is extended when its first frame is HELLO, and only a client that was
 told so (by an option, or by a marker beside the images) begins like that: a stock
 source dies of a command that it does not know. All frames of an extended connection
-have 32 bytes; GET and its answer are CRIU's.
+have 32 bytes; GET and its answer are CRIU's::
 
     HELLO     nr_pages = 64       then a body: which session, and proof of it; not answered
     GETV      nr_pages in all, address = number of runs, dst_id = pid

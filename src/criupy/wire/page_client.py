@@ -1,10 +1,7 @@
 """The client of a page server, sans IO: the daemon that fetches pages.
 
-    state     sends                     expects
-    OPEN      GET, CLOSE, FORCE_CLOSE   one answer per GET, in order
-    CLOSING   -                         the answers outstanding, then int32 status
-    CLOSED    -                         end of stream
-    FAILED    -                         (the peer broke the protocol, or left)
+``TRANSITIONS`` is the table of states; what is not in it is an error, ours or the
+server's. Each GET has one answer, in order, and the status comes after the last of them.
 
 An answer is a frame ``ADD_F`` with PRESENT, the address and pid of the GET,
 and 1 to as many pages as were asked for, followed by their bytes. A shorter
@@ -24,6 +21,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -92,12 +90,30 @@ ClientEvent: TypeAlias = Reply | Payload | Status | ConnectionClosed | NeedData
 
 
 class State(enum.Enum):
-    """Where a connection is; the table is at the top of the file."""
+    """Where a connection is; FAILED when the server broke the protocol, or left."""
 
     OPEN = enum.auto()
     CLOSING = enum.auto()
     CLOSED = enum.auto()
     FAILED = enum.auto()
+
+
+class Step(enum.Enum):
+    """What is sent or received."""
+
+    GET = "we send GET"
+    CLOSE = "we send CLOSE or FORCE_CLOSE"
+    ANSWER = "the answer to a GET"
+    STATUS = "the status"
+    END = "end of stream"
+
+
+TRANSITIONS: Final[Mapping[State, Mapping[Step, State]]] = {
+    State.OPEN: {Step.GET: State.OPEN, Step.CLOSE: State.CLOSING, Step.ANSWER: State.OPEN},
+    State.CLOSING: {Step.ANSWER: State.CLOSING, Step.STATUS: State.CLOSED},
+    State.CLOSED: {Step.END: State.CLOSED},
+    State.FAILED: {},
+}
 
 
 class PageClient:
@@ -138,7 +154,7 @@ class PageClient:
         Only lazy pages of a known task may be asked for: a stock source hangs
         or crashes on others. This codec cannot know which those are.
         """
-        self._expect_open("get")
+        self._expect("get", Step.GET)
         if not 0 < pid < 1 << 31:
             raise LocalProtocolError(f"get: pid {pid} is none")
         if problem := check_run(address, nr_pages):
@@ -147,6 +163,7 @@ class PageClient:
             raise LocalProtocolError(f"get: {nr_pages} pages, expected at most {MAX_GET_PAGES}")
         data = Frame(Command.GET, nr_pages, address, pid).encode(self._frame_size)
         self._requests.append(Request(pid, address, nr_pages))
+        self._advance(Step.GET)
         return data
 
     def close(self, *, force: bool = False) -> bytes:
@@ -155,8 +172,8 @@ class PageClient:
         ``force`` is for a socket that someone else holds too, whose end the
         server would never see.
         """
-        self._expect_open("close")
-        self._state = State.CLOSING
+        self._expect("close", Step.CLOSE)
+        self._advance(Step.CLOSE)
         return Frame(Command.FORCE_CLOSE if force else Command.CLOSE).encode(self._frame_size)
 
     def receive(self, data: bytes | bytearray | memoryview) -> None:
@@ -177,7 +194,10 @@ class PageClient:
             case State.CLOSED:
                 if self._incoming.length:
                     raise self._fail("something follows the status")
-                return ConnectionClosed() if self._incoming.eof else NEED_DATA
+                if not self._incoming.eof:
+                    return NEED_DATA
+                self._advance(Step.END)
+                return ConnectionClosed()
             case _:
                 if self._incoming.length:
                     raise self._fail("received something that was not asked for")
@@ -218,13 +238,14 @@ class PageClient:
         if last:
             self._requests.popleft()
             self._length = 0
+            self._advance(Step.ANSWER)
         return Payload(request, offset, data, last)
 
     def _next_status(self) -> ClientEvent:
         data = self._incoming.take(STATUS.size)
         if data is None:
             return self._need_data("before its status")
-        self._state = State.CLOSED
+        self._advance(Step.STATUS)
         (status,) = STATUS.unpack(data)
         return Status(status)
 
@@ -233,8 +254,11 @@ class PageClient:
             raise self._fail(f"the page server closed the connection {when}")
         return NEED_DATA
 
-    def _expect_open(self, what: str) -> None:
-        if self._state is not State.OPEN:
+    def _advance(self, step: Step) -> None:
+        self._state = TRANSITIONS[self._state][step]
+
+    def _expect(self, what: str, step: Step) -> None:
+        if step not in TRANSITIONS[self._state]:
             raise LocalProtocolError(f"{what}: the connection is {self._state.name.lower()}")
 
     def _fail(self, message: str, data: bytes = b"") -> RemoteProtocolError:

@@ -1,14 +1,15 @@
 """The server's side of the page-server protocol, sans IO.
 
-    state     receives                        answers
-    OPEN      GET                             frame and pages
-              OPEN2                           one byte, whether there is a parent image
-              PARENT                          int32, the same
-              OPEN, HOLE                      -
-              ADD, ADD_F (PRESENT: pages)     -
-              CLOSE, FORCE_CLOSE              int32 status
-    CLOSED    up to 8 bytes of a long CLOSE, end of stream
-    FAILED    (the peer broke the protocol)
+    receives                        answers
+    GET                             frame and pages
+    OPEN2                           one byte, whether there is a parent image
+    PARENT                          int32, the same
+    OPEN, HOLE                      -
+    ADD, ADD_F (PRESENT: pages)     -
+    CLOSE, FORCE_CLOSE              int32 status
+
+``TRANSITIONS`` is the table of states; what is not in it breaks the protocol. After
+a CLOSE as the first frame, up to 8 bytes may follow that a long one has more.
 
 Answers go out in the order of the requests; the codec holds the caller to
 that. How large the client's frames are shows in the first one.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -116,11 +118,44 @@ ServerEvent: TypeAlias = Get | Open | Parent | Add | Payload | Close | Connectio
 
 
 class State(enum.Enum):
-    """Where a connection is; the table is at the top of the file."""
+    """Where a connection is; FAILED when the client broke the protocol."""
 
     OPEN = enum.auto()
     CLOSED = enum.auto()
     FAILED = enum.auto()
+
+
+class Step(enum.Enum):
+    """What a client sends."""
+
+    ASK = "GET, OPEN2 or PARENT, which are answered"
+    UPLOAD = "OPEN, HOLE, ADD or ADD_F, which are not"
+    CLOSE = "CLOSE or FORCE_CLOSE, which are answered"
+    END = "end of stream"
+
+
+_STEPS: Final = {
+    Command.GET: Step.ASK,
+    Command.OPEN2: Step.ASK,
+    Command.PARENT: Step.ASK,
+    Command.OPEN: Step.UPLOAD,
+    Command.HOLE: Step.UPLOAD,
+    Command.ADD: Step.UPLOAD,
+    Command.ADD_F: Step.UPLOAD,
+    Command.CLOSE: Step.CLOSE,
+    Command.FORCE_CLOSE: Step.CLOSE,
+}
+
+TRANSITIONS: Final[Mapping[State, Mapping[Step, State]]] = {
+    State.OPEN: {
+        Step.ASK: State.OPEN,
+        Step.UPLOAD: State.OPEN,
+        Step.CLOSE: State.CLOSED,
+        Step.END: State.CLOSED,
+    },
+    State.CLOSED: {Step.END: State.CLOSED},
+    State.FAILED: {},
+}
 
 
 class PageService:
@@ -220,14 +255,20 @@ class PageService:
         data = self._incoming.take(size)
         if data is None:
             return self._need_frame()
-        return self._dispatch(Frame.decode(data, size), data)
+        frame = Frame.decode(data, size)
+        step = _STEPS.get(frame.command)
+        if step is None:
+            raise self._fail(f"unknown command {frame.command.value}", data)
+        event = self._dispatch(frame, data)
+        self._advance(step)
+        return event
 
     def _need_frame(self) -> ServerEvent:
         if not self._incoming.eof:
             return NEED_DATA
         if self._incoming.length:
             raise self._fail("the connection ended inside a frame")
-        self._state = State.CLOSED
+        self._advance(Step.END)
         return ConnectionClosed(after_close=False)
 
     def _dispatch(self, frame: Frame, data: bytes) -> ServerEvent:
@@ -241,7 +282,6 @@ class PageService:
             case Command.CLOSE | Command.FORCE_CLOSE:
                 close = Close(frame.command is Command.FORCE_CLOSE)
                 self._pending.append(close)
-                self._state = State.CLOSED
                 return close
             case Command.OPEN | Command.OPEN2:
                 opened = Open(*self._image_id(frame, data), frame.command is Command.OPEN2)
@@ -252,10 +292,8 @@ class PageService:
                 parent = Parent(*self._image_id(frame, data))
                 self._pending.append(parent)
                 return parent
-            case Command.ADD | Command.ADD_F | Command.HOLE:
-                return self._add(frame, data)
             case _:
-                raise self._fail(f"unknown command {frame.command.value}", data)
+                return self._add(frame, data)
 
     def _add(self, frame: Frame, data: bytes) -> Add:
         flags = frame.flags
@@ -294,7 +332,13 @@ class PageService:
             self._ignored -= len(self._incoming.take_piece(self._ignored))
         if self._incoming.length or (self._incoming.eof and 0 < self._ignored < _LONG_CLOSE_REST):
             raise self._fail("something follows CLOSE")
-        return ConnectionClosed(after_close=True) if self._incoming.eof else NEED_DATA
+        if not self._incoming.eof:
+            return NEED_DATA
+        self._advance(Step.END)
+        return ConnectionClosed(after_close=True)
+
+    def _advance(self, step: Step) -> None:
+        self._state = TRANSITIONS[self._state][step]
 
     def _fail(self, message: str, data: bytes = b"") -> RemoteProtocolError:
         self._state = State.FAILED

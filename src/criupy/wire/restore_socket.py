@@ -10,12 +10,8 @@ every process of the tree in any order:
 When all tasks are restored it sends the u32 0x52535446, and some time later
 it closes. (CRIU: criu/uffd.c, send_uffd and lazy_pages_finish_restore.)
 
-    state      wants              then
-    PID        4 bytes            pid > 0: UFFD;  pid < 0: PID;  finished: FINISHED
-    UFFD       1 byte + uffd      PID
-    FINISHED   end of stream      CLOSED
-    CLOSED     -
-    FAILED     -                  (the peer broke the protocol)
+``TRANSITIONS`` is the table of states, which both ends here follow; what is not
+in it breaks the protocol.
 
 Rules of this file: ``receive`` only takes in, ``next_event`` decides. A
 descriptor travels with one particular byte, so nothing may be read beyond the
@@ -28,7 +24,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias, TypeVar
 
@@ -82,13 +78,32 @@ Event: TypeAlias = Task[D] | Zombie | RestoreFinished | ConnectionClosed | NeedD
 
 
 class State(enum.Enum):
-    """Where a connection is; the table is at the top of the file."""
+    """Where a connection is: what comes next, or FAILED when the peer broke the protocol."""
 
     PID = enum.auto()
     UFFD = enum.auto()
     FINISHED = enum.auto()
     CLOSED = enum.auto()
     FAILED = enum.auto()
+
+
+class Step(enum.Enum):
+    """What criu restore sends."""
+
+    PID = "the pid of a process"
+    ZOMBIE = "the pid of a zombie, negated"
+    UFFD = "a byte with the userfaultfd"
+    FINISHED = "restore-finished"
+    END = "end of stream"
+
+
+TRANSITIONS: Final[Mapping[State, Mapping[Step, State]]] = {
+    State.PID: {Step.PID: State.UFFD, Step.ZOMBIE: State.PID, Step.FINISHED: State.FINISHED},
+    State.UFFD: {Step.UFFD: State.PID},
+    State.FINISHED: {Step.END: State.CLOSED},
+    State.CLOSED: {},
+    State.FAILED: {},
+}
 
 
 # One byte is wanted in FINISHED to notice the end, or what should not be there.
@@ -169,7 +184,7 @@ class RestoreSocketDecoder(Generic[D]):
             return NEED_DATA
         (value,) = _PID.unpack(self._buffer)
         if value == RESTORE_FINISHED_WORD:
-            self._advance(State.FINISHED)
+            self._advance(Step.FINISHED)
             return RestoreFinished()
         pid = abs(value)
         if not 0 < pid <= PID_MAX:
@@ -178,10 +193,10 @@ class RestoreSocketDecoder(Generic[D]):
             raise self._fail(f"pid {pid} was announced twice")
         self._seen.add(pid)
         if value < 0:
-            self._advance(State.PID)
+            self._advance(Step.ZOMBIE)
             return Zombie(pid)
         self._pid = pid
-        self._advance(State.UFFD)
+        self._advance(Step.PID)
         return NEED_DATA
 
     def _next_uffd(self) -> Event[D]:
@@ -196,7 +211,7 @@ class RestoreSocketDecoder(Generic[D]):
                 f"expected one userfaultfd for pid {self._pid}, received {len(self._descriptors)} descriptors"
             )
         uffd = self._descriptors.pop()
-        self._advance(State.PID)
+        self._advance(Step.UFFD)
         return Task(self._pid, uffd)
 
     def _next_end(self) -> Event[D]:
@@ -204,13 +219,13 @@ class RestoreSocketDecoder(Generic[D]):
             raise self._fail("something follows restore-finished")
         if not self._eof:
             return NEED_DATA
-        self._state = State.CLOSED
+        self._advance(Step.END)
         return ConnectionClosed()
 
-    def _advance(self, state: State) -> None:
+    def _advance(self, step: Step) -> None:
         self._offset += len(self._buffer)
         self._buffer = b""
-        self._state = state
+        self._state = TRANSITIONS[self._state][step]
 
     def _fail(self, message: str) -> RemoteProtocolError:
         self._state = State.FAILED
@@ -225,34 +240,32 @@ class RestoreSocketEncoder:
 
     def task(self, pid: int) -> bytes:
         """Announce a process; send ``descriptor_byte()`` with its uffd next."""
-        data = self._pid(pid, pid)
-        self._state = State.UFFD
-        return data
+        return self._pid(pid, pid, Step.PID)
 
     def descriptor_byte(self) -> bytes:
         """Return the byte that carries the uffd as SCM_RIGHTS."""
-        if self._state is not State.UFFD:
+        if Step.UFFD not in TRANSITIONS[self._state]:
             raise LocalProtocolError("descriptor_byte: announce a task first")
-        self._state = State.PID
+        self._advance("descriptor_byte", Step.UFFD)
         return b"\0"
 
     def zombie(self, pid: int) -> bytes:
         """Announce a dead process."""
-        return self._pid(pid, -pid)
+        return self._pid(pid, -pid, Step.ZOMBIE)
 
     def finished(self) -> bytes:
         """Say that every task has been restored."""
-        self._expect_pid("finished")
-        self._state = State.FINISHED
+        self._advance("finished", Step.FINISHED)
         return _PID.pack(RESTORE_FINISHED_WORD)
 
-    def _pid(self, pid: int, value: int) -> bytes:
-        self._expect_pid(f"pid {pid}")
-        if not 0 < pid <= PID_MAX:
+    def _pid(self, pid: int, value: int, step: Step) -> bytes:
+        if self._state is State.PID and not 0 < pid <= PID_MAX:
             raise LocalProtocolError(f"pid {pid}: expected 1 to {PID_MAX}")
+        self._advance(f"pid {pid}", step)
         return _PID.pack(value)
 
-    def _expect_pid(self, what: str) -> None:
-        if self._state is not State.PID:
+    def _advance(self, what: str, step: Step) -> None:
+        if step not in TRANSITIONS[self._state]:
             why = "a userfaultfd is to be sent" if self._state is State.UFFD else "the restore has finished"
             raise LocalProtocolError(f"{what}: out of order, {why}")
+        self._state = TRANSITIONS[self._state][step]
