@@ -75,6 +75,7 @@ REFERENCE = {
     "reference": ["criupy.rpc", "criupy.rpc.external", "criupy.errors"],
     "reference-daemons": ["criupy.lazy_pages", "criupy.page_server"],
     "reference-runc": ["criupy.runc"],
+    "reference-pre-copy": ["criupy.pre_copy"],
     "reference-images": ["criupy.images"],
     "reference-wire": [f"criupy.wire.{path.stem}" for path in WIRE.glob("[a-z]*.py")],
     "reference-testing": [

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from container_hosts import usable
 from criupy.testing.criu_linux import Criu
 from tutorials import Block, Shell, blocks
 
@@ -83,7 +84,7 @@ def hosts(tmp_path: Path) -> Iterator[dict[str, list[str]]]:
             # A new machine has used few pids: those of one are not in use on the other.
             first = {"Source": 20000, "Destination": 10000}[name]
             own = f"mount --bind {folder} /srv && mount -t tmpfs run /run"
-            begin = f"{own} && echo {first} >/proc/sys/kernel/ns_last_pid"
+            begin = f"{own} && hostname {space} && echo {first} >/proc/sys/kernel/ns_last_pid"
             prefixes[name] = [
                 *("nsenter", f"--net=/run/netns/{space}"),
                 *("unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"),
@@ -126,6 +127,33 @@ def machines(
             folder.mkdir()
             shells[name] = stack.enter_context(Shell(folder, variables, prefix))
         yield Machines(shells)
+
+
+#: In place of debootstrap: what the set-up has made with it.
+DEBOOTSTRAP = """#!/bin/sh
+[ "$1 $2 $3" = "--variant=minbase --include=nginx-light bookworm" ] || { echo "unexpected: $*" >&2; exit 1; }
+exec cp -a "$ROOT" "$4"
+"""
+
+
+def test_with_runc(machines: Machines, criu: Criu, tmp_path: Path) -> None:
+    criu_of_containers, root = usable()
+    if criu != criu_of_containers:
+        pytest.skip(f"a server's sockets need {criu_of_containers} on this kernel")
+    (tmp_path / "tools" / "debootstrap").write_text(DEBOOTSTRAP.replace("$ROOT", str(root)))
+    (tmp_path / "tools" / "debootstrap").chmod(0o755)
+    for block in blocks("tutorials/with-runc.md"):
+        machines.run(block)
+    told = machines.told
+    before, after = (
+        int(re.findall(r"^ (\d+) \d+ \d+ $", told[title], re.MULTILINE)[-1])
+        for title in ("Source: Start it", "Destination: Restore")
+    )
+    assert after == before + 1
+    assert '"state": "complete"' in told["Destination: Wait for the memory"]
+    gone, *rest = told["Source: It has left"].splitlines()
+    assert gone == "it runs elsewhere"
+    assert not any("httpd" in line for line in rest)
 
 
 def test_two_machines(machines: Machines) -> None:

@@ -5,7 +5,7 @@ run; what the dump at the end has left to do shrinks with each, until the tasks
 change memory as fast as it is written. ``PreCopy`` is an iterator of rounds that
 stops there. It does no work itself: whoever iterates makes each pre-dump, with
 any of criupy's clients, and CRIU's statistics of it decide whether there is
-another.
+another::
 
     rounds = PreCopy("ckpt")
     for this in rounds:
