@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from criupy.testing.criu_linux import (
     lazy_pages_daemon,
     our_command,
     restore,
+    stock_command,
 )
 from criupy.testing.link_linux import Conditions, Link, open_link
 from criupy.testing.spec import WorkloadSpec
@@ -86,16 +87,23 @@ async def migrate(
     spec: WorkloadSpec,
     room: Path,
     *,
+    stock: bool = False,
     rate: float | None = None,
+    prepare: Callable[[Workload], Awaitable[None]] | None = None,
     before: Callable[[Control], None] | None = None,
     dump_extra: Iterable[str] = (),
     daemon_extra: Iterable[str] = (),
     restore_extra: Iterable[str] = (),
 ) -> AsyncIterator[Migration]:
-    """Dump lazily, start our daemon and the restore; `before` gives the process orders while it is frozen."""
+    """Dump lazily, start our daemon, or a stock one, and the restore.
+
+    `prepare` is done before the dump; `before` gives the process orders while it is frozen.
+    """
     images, work = room / "images", room / "work"
     async with contextlib.AsyncExitStack() as stack:
         source = await stack.enter_async_context(start_workload(spec, room))
+        if prepare is not None:
+            await prepare(source)
         pages = await stack.enter_async_context(lazy_dump(criu, source.pid, images, extra=dump_extra))
         link = None
         address = (pages.address, pages.port)
@@ -106,13 +114,14 @@ async def migrate(
         stack.callback(control.close)
         if before is not None:
             before(control)
+        ours = [] if stock else ["--stats-file", "stats.json"]
         daemon = await stack.enter_async_context(
             lazy_pages_daemon(
-                our_command(),
+                stock_command(criu) if stock else our_command(),
                 images,
                 work,
                 source=address,
-                extra=["--stats-file", "stats.json", *daemon_extra],
+                extra=[*ours, *daemon_extra],
             )
         )
         restored = await stack.enter_async_context(

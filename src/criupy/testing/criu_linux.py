@@ -32,6 +32,9 @@ __all__ = [
     "lazy_pages_daemon",
     "our_command",
     "page_server",
+    "parent_options",
+    "pre_dump",
+    "relay",
     "restore",
     "stock_command",
 ]
@@ -57,6 +60,11 @@ class Criu:
     def frame_size(self) -> Literal[24, 32]:
         """Bytes of a page-server frame; it grew in 4.2 (criu/page-xfer.c)."""
         return 32 if self.version >= (4, 2) else 24
+
+    @property
+    def unlocked(self) -> tuple[str, ...]:
+        """Options of a dump that leaves the network as it is, for sources that go on; 3.19 can do that."""
+        return ("--network-lock", "skip") if self.version >= (3, 19) else ()
 
     def __str__(self) -> str:
         return f"criu-{'.'.join(map(str, self.version))}"
@@ -194,8 +202,26 @@ async def dump(
     """Dump a tree fully; it is gone afterwards unless `leave_running`."""
     await trio.Path(images_dir).mkdir(parents=True, exist_ok=True)
     words = [criu.path, "dump", "-t", str(pid), *_common(images_dir, images_dir, "dump.log")]
-    words += ["--network-lock", "skip", *(["--leave-running"] if leave_running else []), *extra]
+    words += [*criu.unlocked, *(["--leave-running"] if leave_running else []), *extra]
     async with _start("dump", words, images_dir, log=images_dir / "dump.log", ready=False) as job:
+        await job.succeed()
+
+
+def parent_options(images_dir: Path, parent: Path | None) -> list[str]:
+    """Return the options of a dump that leaves to `parent` what did not change since, or of the first one."""
+    if parent is None:
+        return ["--track-mem"]
+    return ["--track-mem", "--prev-images-dir", os.path.relpath(parent, images_dir)]
+
+
+async def pre_dump(
+    criu: Criu, pid: int, images_dir: Path, *, parent: Path | None = None, extra: Iterable[str] = ()
+) -> None:
+    """Copy the memory of a tree that goes on, without what `parent`, an earlier pre-dump, has of it."""
+    await trio.Path(images_dir).mkdir(parents=True, exist_ok=True)
+    words = [criu.path, "pre-dump", "-t", str(pid), *_common(images_dir, images_dir, "pre-dump.log")]
+    words += [*parent_options(images_dir, parent), *extra]
+    async with _start("pre-dump", words, images_dir, log=images_dir / "pre-dump.log", ready=False) as job:
         await job.succeed()
 
 
@@ -220,7 +246,7 @@ async def lazy_dump(
     await trio.Path(images_dir).mkdir(parents=True, exist_ok=True)
     port = free_port()
     words = [criu.path, "dump", "-t", str(pid), *_common(images_dir, images_dir, "dump.log")]
-    words += ["--lazy-pages", "--address", ADDRESS, "--port", str(port), "--network-lock", "skip", *extra]
+    words += ["--lazy-pages", "--address", ADDRESS, "--port", str(port), *criu.unlocked, *extra]
     async with _start("dump", words, images_dir, log=images_dir / "dump.log", ready=True) as job:
         yield Source(job, ADDRESS, port, criu.frame_size)
 
@@ -235,6 +261,33 @@ async def page_server(
     words += ["--address", ADDRESS, "--port", str(port), *extra]
     async with _start("page-server", words, work_dir, log=work_dir / "page-server.log", ready=True) as job:
         yield Source(job, ADDRESS, port, criu.frame_size)
+
+
+@contextlib.asynccontextmanager
+async def relay(
+    source: Source,
+    images_dir: Path,
+    work_dir: Path,
+    *,
+    address: str = ADDRESS,
+    port: int | None = None,
+    extra: Iterable[str] = (),
+) -> AsyncIterator[Source]:
+    """Stand between a live lazy dump and its destination with criupy's relay."""
+    port = free_port() if port is None else port
+    words: list[str | os.PathLike[str]] = [sys.executable, "-m", "criupy.page_server"]
+    words += ["-D", images_dir, "-W", work_dir, "-o", "relay.log", "-v4"]
+    words += [
+        "--upstream",
+        f"{source.address}:{source.port}",
+        "--address",
+        address,
+        "--port",
+        str(port),
+        *extra,
+    ]
+    async with _start("relay", words, work_dir, log=work_dir / "relay.log", ready=True) as job:
+        yield Source(job, address, port, source.frame_size)
 
 
 def stock_command(criu: Criu) -> tuple[str, ...]:
