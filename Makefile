@@ -7,7 +7,7 @@ export PATH
 PYTHON3 := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit bench lint format build docs clean
+.PHONY: help demo test test-vm unit bench lint format build docs clean
 
 # Each with the document that it refreshes.
 BENCHMARKS := "limits --readme docs/benchmarks.md" "lazy_pages --readme README.md" \
@@ -17,6 +17,7 @@ BENCHMARKS := "limits --readme docs/benchmarks.md" "lazy_pages --readme README.m
 help:
 	@echo "make demo    migrate a process and watch it happen"
 	@echo "make test    run every test"
+	@echo "make test-vm run those that need virtual machines, in some minutes: old kernel and CRIU, pre-copy, two hosts"
 	@echo "make unit    run the quick tests, which need neither CRIU nor root"
 	@echo "make bench   measure everything and refresh the README's numbers, in half an hour"
 	@echo "             (ARGS=\"--case random --rounds 3\": some cases of lazy_pages only, and change no file)"
@@ -33,6 +34,10 @@ demo:
 test:
 	@tools/setup
 	@$(PYTHON3) -m pytest $(ARGS)
+
+test-vm:
+	@tools/setup build criu root vm
+	@$(PYTHON3) -m pytest tests/vm $(ARGS)
 
 unit: build
 	@$(PYTHON3) -m pytest -m "not criu and not slow" $(ARGS)

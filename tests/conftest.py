@@ -38,6 +38,7 @@ PIPE_SIZE = 8 << 20
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "criu: needs root and a CRIU that starts on this kernel")
     config.addinivalue_line("markers", "slow: takes many seconds")
+    config.addinivalue_line("markers", "vm: runs in virtual machines")
     config.addinivalue_line("markers", "spread: each combination of the other parameters with one CRIU")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell that ran us in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,7 +54,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
 
     async def main() -> None:
-        with trio.fail_after(HANG):
+        with trio.fail_after(HANG * (3 if pyfuncitem.get_closest_marker("vm") else 1)):
             await function(**arguments)
 
     trio.run(main)
