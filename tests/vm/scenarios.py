@@ -1,0 +1,224 @@
+"""What happens inside one guest: `python3 scenarios.py NAME CRIU ROOM [KEY=VALUE...]`.
+
+Each scenario is a migration in which every byte is checked, or one side of it; its files are in the
+directory ROOM. What it found is the last line of its standard output, as JSON. Runs with the guest's
+Python, with criupy and the tests' `migrating` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from criupy.images import PAGE_SIZE as PAGE
+from criupy.images import PageFlags, read_pagemap
+from criupy.testing.control_linux import Control, Order
+from criupy.testing.criu_linux import (
+    Criu,
+    lazy_dump,
+    lazy_pages_daemon,
+    our_command,
+    parent_options,
+    pre_dump,
+    relay,
+    restore,
+)
+from criupy.testing.spec import WorkloadSpec
+from criupy.testing.workload_linux import Workload, start_workload
+from migrating import MIB, migrate
+
+HANG = 120
+FAST = 1e12
+SPEC = WorkloadSpec(size=8 * MIB)
+
+Found = dict[str, Any]
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+"""One written byte makes all of a huge page dirty."""
+
+
+async def plain(criu: Criu, room: Path, **_: str) -> Found:
+    """Lazily, with our daemon between, while the process touches its pages."""
+    spec = WorkloadSpec(size=8 * MIB, areas=2, tree=2, threads=2)
+
+    def touch(control: Control) -> None:
+        for task in range(spec.tree):
+            control.worker(task, 1).start_touching(Order.RANDOM, count=300)
+
+    async with migrate(criu, spec, room, before=touch) as m:
+        for task in range(spec.tree):
+            assert (await m.control.worker(task, 1).wait()).is_good
+        await m.ends_well()
+        await m.verify_all()
+        return {"stats": m.stats, "log": m.log}
+
+
+async def lost(criu: Criu, room: Path, **_: str) -> Found:
+    """The source dies while its tasks run here without all of their memory."""
+    spec = WorkloadSpec(size=16 * MIB, children=1)
+    async with migrate(criu, spec, room, rate=4 * MIB) as m:
+        await m.transferring()
+        child = await m.control.worker().fork(m.control.child())
+        m.dump.job.kept.kill()
+        ended = await m.daemon.wait()
+        return {
+            "daemon": ended.code,
+            "error": m.daemon.errors()[-1],
+            "task": (await m.restored.task_ended()).signal,
+            "child": m.restored.gone(child),
+        }
+
+
+def pre_copy(criu: Criu, room: Path, rounds: int) -> tuple[Callable[[Workload], Awaitable[None]], list[str]]:
+    """Return what makes so many pre-dumps while the process writes, and the options of the dump after."""
+    folders = [room / str(number) for number in range(1, rounds + 1)]
+
+    async def prepare(source: Workload) -> None:
+        parent = None
+        for generation, folder in enumerate(folders, 1):
+            await pre_dump(criu, source.pid, folder, parent=parent)
+            # ever less, as it should be: a quarter, then an eighth, in pieces that lie apart
+            for first in range(0, source.spec.main_pages, 512):
+                await source.worker().write(first, 256 >> generation, generation)
+            parent = folder
+
+    return prepare, parent_options(room / "images", folders[-1]) if folders else []
+
+
+async def hybrid(
+    criu: Criu, room: Path, *, daemon: str = "ours", track: str = "yes", huge: str = "never"
+) -> Found:
+    """Two pre-dumps and a lazy dump of the rest, whose pages are counted on their way."""
+    prepare, options = pre_copy(criu, room, rounds=2)
+
+    if track == "no":
+        options.remove("--track-mem")
+    HUGE_PAGES.write_text(huge)
+    async with migrate(
+        criu,
+        SPEC,
+        room,
+        stock=daemon == "stock",
+        rate=FAST,
+        prepare=prepare,
+        dump_extra=options,
+    ) as m:
+        await m.ends_well()
+        await m.verify_all()
+        assert m.link is not None
+        return {
+            "levels": [count(room / name, m.source.pid) for name in ("1", "2", "images")],
+            "fetched": m.link.down // PAGE,
+            "stats": m.stats if daemon == "ours" else {},
+        }
+
+
+def count(images: Path, pid: int) -> dict[str, int]:
+    """Count the pages of a pagemap by their flags."""
+    pagemap = read_pagemap(images, pid)
+    counts: collections.Counter[str] = collections.Counter()
+    for nr_pages, flags in zip(pagemap.nr_pages, pagemap.flags, strict=True):
+        counts["|".join(flag.name or "" for flag in PageFlags(flags)) or "PRESENT"] += nr_pages
+    return dict(counts)
+
+
+async def source(criu: Criu, room: Path, *, rounds: str = "0", address: str = "", port: str = "0") -> Found:
+    """One host of two: a frozen process, and a relay that keeps it while the link is down."""
+    HUGE_PAGES.write_text("never")
+    images, work = room / "images", room / "relay"
+    work.mkdir()
+    prepare, options = pre_copy(criu, room, int(rounds))
+    async with start_workload(SPEC, room) as workload:
+        await prepare(workload)
+        async with (
+            lazy_dump(criu, workload.pid, images, extra=options) as dump,
+            relay(dump, images, work, address=address, port=int(port)) as relaying,
+        ):
+            say(pid=workload.pid, counts=count(images, workload.pid))
+            await dump.job.succeed()
+            await relaying.job.succeed()
+            return {"killed": (await workload.wait()).signal, "log": relaying.job.log.read_text()}
+
+
+async def destination(criu: Criu, room: Path, *, pid: str = "0", address: str = "", port: str = "0") -> Found:
+    """The other host, with the same files as the first: restore, touch all pages and look at every byte."""
+    images, work = room / "images", room / "work"
+    control = Control(room / "workload.control")
+    control.worker().start_touching(Order.RANDOM, count=1000)
+    async with (
+        lazy_pages_daemon(
+            our_command(),
+            images,
+            work,
+            source=(address, int(port)),
+            extra=["--stats-file", "stats.json", "--link-timeout", "2", "--reconnect", "60"],
+        ) as daemon,
+        restore(criu, images, work, int(pid)) as restored,
+    ):
+        control.gone = restored.gone
+        await restored.finished()
+        say(running=True)
+        result = await control.worker().wait()
+        assert result.is_good, result
+        await daemon.succeed()
+        result = await control.worker().verify()
+        assert result.is_good, result
+        return {"stats": json.loads((work / "stats.json").read_text()), "log": daemon.log.read_text()}
+
+
+def say(**found: Any) -> None:
+    """Tell the host at once."""
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()
+
+
+SCENARIOS: dict[str, Callable[..., Awaitable[Found]]] = {
+    "plain": plain,
+    "lost": lost,
+    "hybrid": hybrid,
+    "source": source,
+    "destination": destination,
+}
+
+
+def criu_at(path: str) -> Criu:
+    shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"^Version: (\d+(?:\.\d+)*)", shown.stdout, re.MULTILINE)
+    assert found is not None, shown
+    return Criu(Path(path), tuple(map(int, found[1].split("."))))
+
+
+async def run(name: str, criu: Criu, room: Path, options: dict[str, str]) -> Found:
+    (room / "work").mkdir(parents=True, exist_ok=True)
+    try:
+        with trio.fail_after(HANG):
+            return await SCENARIOS[name](criu, room, **options)
+    except BaseException:
+        for log in sorted(room.rglob("*.log")):
+            tail = "\n".join(log.read_text().splitlines()[-25:])
+            sys.stdout.write(f"---- {log.relative_to(room)}\n{tail}\n")
+        raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=SCENARIOS)
+    parser.add_argument("criu", type=criu_at)
+    parser.add_argument("room", type=Path)
+    parser.add_argument("options", nargs="*", metavar="KEY=VALUE")
+    chosen = parser.parse_args()
+    options = dict(word.split("=", 1) for word in chosen.options)
+    say(**trio.run(run, chosen.name, chosen.criu, chosen.room, options))
+
+
+if __name__ == "__main__":
+    main()
