@@ -11,6 +11,8 @@ import argparse
 import collections
 import json
 import re
+import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -20,10 +22,13 @@ from typing import Any
 import trio
 
 from criupy.images import PAGE_SIZE as PAGE
-from criupy.images import PageFlags, read_pagemap
-from criupy.testing.control_linux import Control, Order
+from criupy.images import PageFlags, read_pagemap, read_pstree
+from criupy.pre_copy import PreCopy
+from criupy.runc import AsyncRunc
+from criupy.testing.control_linux import CONTROL_MAGIC, Control, Order
 from criupy.testing.criu_linux import (
     Criu,
+    free_port,
     lazy_dump,
     lazy_pages_daemon,
     our_command,
@@ -33,7 +38,8 @@ from criupy.testing.criu_linux import (
     restore,
 )
 from criupy.testing.spec import WorkloadSpec
-from criupy.testing.workload_linux import Workload, start_workload
+from criupy.testing.wait import until
+from criupy.testing.workload_linux import Workload, find_workload, start_workload
 from migrating import MIB, migrate
 
 HANG = 120
@@ -175,6 +181,81 @@ async def destination(criu: Criu, room: Path, *, pid: str = "0", address: str = 
         return {"stats": json.loads((work / "stats.json").read_text()), "log": daemon.log.read_text()}
 
 
+async def container(criu: Criu, room: Path, **_: str) -> Found:
+    """A container of runC: rounds of pre-copy, a lazy checkpoint, a lazy restore; and every byte."""
+    HUGE_PAGES.write_text("never")
+    cgroups = Path("/sys/fs/cgroup")
+    if not (cgroups / "cgroup.procs").exists():
+        await trio.run_process(["mount", "-t", "cgroup2", "cgroup2", str(cgroups)])
+    source, destination = (
+        AsyncRunc(root=room / f"state-{name}", criu=criu.path, request_timeout=60) for name in "ab"
+    )
+    control_dir = room / "control"
+    control_dir.mkdir()
+    bundles = {name: make_bundle(room, name, control_dir) for name in "ab"}
+    words: list[str | Path] = ["runc", "--root", room / "state-a", "run", "--detach"]
+    words += ["--bundle", bundles["a"], "work"]
+    null = subprocess.DEVNULL
+    await trio.run_process(words, stdin=null, stdout=null, stderr=null)
+    path = control_dir / "workload.control"
+    magic = struct.pack("=I", CONTROL_MAGIC)  # it comes last
+    await until(lambda: path.exists() and path.read_bytes()[:4] == magic)
+    control = Control(path, gone=lambda _: None)
+    await until(lambda: control.get("nr_ready") == 1)
+    rounds = PreCopy(room / "ckpt", max_rounds=3)
+    for this in rounds:
+        await source.pre_dump("work", image_path=this.images_dir, parent_path=this.parent)
+        for first in range(0, SPEC.main_pages, 512):
+            await control.worker().write(first, 256 >> this.number, this.number)
+    at = ("127.0.0.1", free_port())
+    async with source.lazy_checkpoint(
+        "work", image_path=rounds.last.images_dir, parent_path=rounds.last.parent, page_server=at
+    ) as checkpoint:
+        async with destination.lazy_restore(
+            "work", bundle=bundles["b"], image_path=rounds.last.images_dir, page_server=at
+        ) as restored:
+            result = await control.worker().touch(Order.RANDOM, count=1000)
+            assert result.is_good, result
+            await restored.wait()
+        outcome = await checkpoint.wait()
+    result = await control.worker().verify()
+    assert result.is_good, result
+    state = await destination.state("work")
+    assert state is not None
+    there = await source.state("work")
+    await trio.run_process(["runc", "--root", room / "state-b", "delete", "--force", "work"])
+    pid = next(task.pid for task in read_pstree(rounds.last.images_dir))
+    return {
+        "outcome": outcome.value,
+        "there": state.status,
+        "here": None if there is None else there.status,
+        "written": [stats.pages_written for stats in rounds.stats],
+        "stopped": rounds.stopped.name if rounds.stopped else None,
+        "counts": count(rounds.last.images_dir, pid),
+    }
+
+
+def make_bundle(room: Path, name: str, control_dir: Path) -> Path:
+    """Make a bundle whose container is a workload, which needs nothing but itself."""
+    bundle = room / f"bundle-{name}"
+    (bundle / "rootfs").mkdir(parents=True)
+    shutil.copy(find_workload(), bundle / "rootfs" / "workload")
+    subprocess.run(["runc", "spec", "--bundle", bundle], check=True)
+    config = json.loads((bundle / "config.json").read_text())
+    config["process"] |= {
+        "terminal": False,
+        "args": ["/workload", "--control=/control/workload.control", *SPEC.arguments()],
+    }
+    config["linux"]["cgroupsPath"] = f"/work-{name}"
+    config["mounts"] = [mount for mount in config["mounts"] if mount["type"] != "cgroup"]
+    config["mounts"].append(
+        {"destination": "/control", "type": "bind", "source": str(control_dir), "options": ["bind", "rw"]}
+    )
+    config["root"]["readonly"] = False
+    (bundle / "config.json").write_text(json.dumps(config))
+    return bundle
+
+
 def say(**found: Any) -> None:
     """Tell the host at once."""
     sys.stdout.write(json.dumps(found) + "\n")
@@ -185,6 +266,7 @@ SCENARIOS: dict[str, Callable[..., Awaitable[Found]]] = {
     "plain": plain,
     "lost": lost,
     "hybrid": hybrid,
+    "container": container,
     "source": source,
     "destination": destination,
 }

@@ -42,3 +42,16 @@ async def test_what_makes_all_pages_lazy_again(machines: Pair, options: dict[str
         found = await play(guest, "hybrid", DEBIAN, **options)
     assert found["levels"][-1]["LAZY"] == ALL
     assert found["fetched"] >= ALL
+
+
+async def test_a_container_of_runc(machines: Pair, guest_criu: str) -> None:
+    async with machines[0].connect() as guest:
+        found = await play(guest, "container", guest_criu)
+    assert (found["outcome"], found["here"], found["there"]) == ("killed", None, "running")
+    # Each round writes half of what the one before has; the last writing comes after the last round.
+    assert found["stopped"] == "LIMIT"
+    all_pages, first, second = found["written"]
+    assert all_pages >= ALL
+    assert FIRST <= first < FIRST + 64
+    assert SECOND <= second < SECOND + 64
+    assert found["counts"]["LAZY"] < SECOND
