@@ -270,6 +270,8 @@ def test_the_documents_say_what_the_committed_report_says(bench: Any) -> None:
     ("name", "document"),
     [
         ("scale", "docs/scale.md"),
+        ("hybrid", "docs/how-to/pre-copy.md"),
+        ("containers", "docs/tutorials/with-runc.md"),
         ("links", "README.md"),
         ("page_server", "README.md"),
     ],

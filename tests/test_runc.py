@@ -133,30 +133,38 @@ async def test_cancelled_while_getting_ready(lab: Lab, hosts: tuple[Lab, Criu], 
     assert lab.answers()
 
 
-@pytest.mark.parametrize("moment", ["ready", "before"])
-async def test_runc_is_killed(lab: Lab, source: Client, tmp_path: Path, moment: str) -> None:
-    if moment == "ready":
-        with pytest.raises(RuncError, match=f"checkpoint {NAME}: ended with status -9") as caught:
-            async with frozen(lab, source, tmp_path) as (checkpoint, _):
-                for pid in processes(lab.a, "runc"):
-                    kill(pid)
-                # CRIU still serves, so nothing is decided yet.
-                with trio.move_on_after(0.3) as scope:
-                    await source.run(checkpoint.wait) if source.is_async else await trio.sleep(0.3)
-                assert scope.cancelled_caught or not source.is_async
-                for pid in processes(lab.a, "criu"):
-                    kill(pid)
-        assert caught.value.__notes__ == [
-            "the container: resumed",
-            "its network is still locked: unlock_network(), once no destination runs it",
-        ]
-        await source.call("unlock_network", NAME)
-        return
+async def test_runc_is_killed_when_it_serves(lab: Lab, source: Client, tmp_path: Path) -> None:
+    with pytest.raises(RuncError, match=f"checkpoint {NAME}: ended with status -9") as caught:
+        async with frozen(lab, source, tmp_path) as (checkpoint, _):
+            for pid in processes(lab.a, "runc"):
+                kill(pid)
+            # CRIU still serves, so nothing is decided yet.
+            with trio.move_on_after(0.3) as scope:
+                await source.run(checkpoint.wait) if source.is_async else await trio.sleep(0.3)
+            assert scope.cancelled_caught or not source.is_async
+            for pid in processes(lab.a, "criu"):
+                kill(pid)
+    assert caught.value.__notes__ == [
+        "the container: resumed",
+        "its network is still locked: unlock_network(), once no destination runs it",
+    ]
+    await source.call("unlock_network", NAME)
+
+
+async def test_runc_is_killed_before(lab: Lab, source: Client, tmp_path: Path) -> None:
+    """CRIU is then nobody's child, and holds the container if it was not ended."""
+    rng = random.Random(3)
+    for number in range(8):
+        await kill_before(lab, source, tmp_path / str(number), rng)
+        assert lab.answers()
+
+
+async def kill_before(lab: Lab, source: Client, tmp_path: Path, rng: random.Random) -> None:
     async with trio.open_nursery() as nursery:
 
         async def kill_it() -> None:
             await until(lambda: bool(processes(lab.a, "criu")))
-            await trio.sleep(0.05)
+            await trio.sleep(rng.uniform(0.02, 0.2))
             for pid in processes(lab.a, "runc"):
                 kill(pid)
 

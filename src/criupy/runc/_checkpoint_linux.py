@@ -12,6 +12,7 @@ from criupy.errors import CriupyError, LocalProtocolError, RuncError
 from criupy.rpc import SourceOutcome
 from criupy.rpc._daemon_linux import status_pipe
 from criupy.rpc._operation_linux import wait_for
+from criupy.rpc._worker_linux import HeldInterrupt
 from criupy.runc._plans_linux import CheckpointPlan, has_zero
 from criupy.runc._program_linux import Command
 
@@ -56,7 +57,8 @@ class ContainerCheckpoint:
 
     def _start(self, deadline: float) -> None:
         with status_pipe() as (reading, writing):
-            self._command = command = self._plan.start(self._runc._program, writing.fileno())
+            with HeldInterrupt():
+                self._command = command = self._plan.start(self._runc._program, writing.fileno())
             writing.close()
             try:
                 self._get_ready(command, reading, deadline)

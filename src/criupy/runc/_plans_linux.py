@@ -91,6 +91,7 @@ class CheckpointPlan:
         self._pid = 0
         self._process: Descriptor | None = None
         self._criu: tuple[int, Descriptor] | None = None
+        self._status_pipe = ""
 
     def watch(self, state: ContainerState | None) -> None:
         """Look at the container that is to be frozen, so that its end can be told."""
@@ -105,6 +106,7 @@ class CheckpointPlan:
 
     def start(self, program: Program, status_fd: int) -> Command:
         """Start runC."""
+        self._status_pipe = os.readlink(f"/proc/self/fd/{status_fd}")  # noqa: PTH115 - no path of a file
         host, port = self.page_server
         words = ["--lazy-pages", "--page-server", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
         return program.start(
@@ -120,12 +122,15 @@ class CheckpointPlan:
         for pid in descendants(command.worker.pid):
             found = page_socket(pid, self.page_server[1])
             if found is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    self._criu = (pid, self._stack.enter_context(Descriptor(os.pidfd_open(pid))))
+                self._take(pid)
                 return found
         raise RuncError(
             "checkpoint", self.container, f"CRIU does not listen at port {self.page_server[1]} as it should"
         )
+
+    def _take(self, pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._criu = (pid, self._stack.enter_context(Descriptor(os.pidfd_open(pid))))
 
     @property
     def criu(self) -> Descriptor | None:
@@ -138,6 +143,10 @@ class CheckpointPlan:
 
     def kill(self, command: Command) -> None:
         """End runC and CRIU, which lets go of the container."""
+        if self._criu is None and (command.worker.poll() or 0) < 0:
+            # Of a runC that was killed it is the orphan that has inherited the status descriptor.
+            for pid in _holders(self._status_pipe):
+                self._take(pid)
         roots = [] if command.worker.poll() is not None else [(command.worker.pid, command.worker.pidfd)]
         if self._criu is not None:
             roots.append((self._criu[0], self._criu[1].fileno()))
@@ -163,6 +172,15 @@ class CheckpointPlan:
     def close(self) -> None:
         """Close what was opened."""
         self._stack.close()
+
+
+def _holders(target: str) -> Iterator[int]:
+    """Yield the other processes that have something open, as their links in /proc name it."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if any(os.readlink(link) == target for link in (entry / "fd").iterdir()):  # noqa: PTH115
+                    yield int(entry.name)
 
 
 class RestorePlan:

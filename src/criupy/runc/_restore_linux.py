@@ -11,6 +11,7 @@ from criupy.rpc import Process
 from criupy.rpc._daemon_linux import Daemon
 from criupy.rpc._lazy_linux import check_listening
 from criupy.rpc._operation_linux import wait_for
+from criupy.rpc._worker_linux import HeldInterrupt
 from criupy.runc._plans_linux import RestorePlan
 from criupy.runc._program_linux import Command
 
@@ -60,7 +61,8 @@ class ContainerRestore:
         return self
 
     def _restore(self, deadline: float) -> None:
-        command = self._plan.start(self._runc._program)
+        with HeldInterrupt():
+            command = self._plan.start(self._runc._program)
         try:
             try:
                 self._wait_restored(command, deadline)
