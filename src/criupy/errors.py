@@ -40,9 +40,12 @@ class NeedsLinux(CriupyError, ImportError):
     """Elsewhere than on Linux something was touched that needs it: ``what``. This is ``platform``."""
 
     def __init__(self, what: str, platform: str) -> None:
-        super().__init__(f"{what} needs Linux, and this is {platform}")
+        super().__init__(what, platform)
         self.what = what
         self.platform = platform
+
+    def __str__(self) -> str:
+        return f"{self.what} needs Linux, and this is {self.platform}"
 
 
 class ProtocolError(CriupyError):

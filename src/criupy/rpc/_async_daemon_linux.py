@@ -42,6 +42,10 @@ class AsyncDaemon:
                 await wait_ended(worker)
             raise self._plan.failure(worker.output(), worker.poll(), ready=False)
 
+    def poll(self) -> int | None:
+        """Return its exit status; None while it runs, or is not started."""
+        return None if self._worker is None else self._worker.poll()
+
     def terminate(self) -> None:
         """Make it veto a restore that is not finished, and otherwise hurry."""
         if self._worker is not None:

@@ -72,10 +72,9 @@ class DaemonPlan:
 
     def start(self, status_fd: int) -> Worker:
         """Start it."""
-        with HeldInterrupt():
-            return Worker.start(
-                self.words(status_fd), request=self.request, pass_fds=(status_fd,), capture=self.capture
-            )
+        return Worker.start(
+            self.words(status_fd), request=self.request, pass_fds=(status_fd,), capture=self.capture
+        )
 
     def failure(self, output: str, status: int | None, *, ready: bool) -> LazyPagesError:
         """Make the error for one that ended otherwise than it should."""
@@ -162,7 +161,8 @@ class Daemon:
     def start(self, deadline: float) -> None:
         """Start it and wait until it listens; raise LazyPagesError, or CriuTimeout."""
         with status_pipe() as (reading, writing):
-            self._worker = worker = self._plan.start(writing.fileno())
+            with HeldInterrupt():  # whose end may raise it, so what was started has to be ours by then
+                self._worker = worker = self._plan.start(writing.fileno())
             self.process = Process(worker)
             writing.close()
             if not wait_for(deadline, reading.fileno()):
@@ -172,6 +172,10 @@ class Daemon:
             # It has closed the pipe, so it has ended or is about to.
             wait_for(min(deadline, time.monotonic() + 1), worker.pidfd)
             raise self._plan.failure(worker.output(), worker.poll(), ready=False)
+
+    def poll(self) -> int | None:
+        """Return its exit status; None while it runs, or is not started."""
+        return None if self._worker is None else self._worker.poll()
 
     def terminate(self) -> None:
         """Make it veto a restore that is not finished, and otherwise hurry."""

@@ -225,7 +225,7 @@ class Operation(Generic[T]):
     def _send(self, packet: bytes) -> None:
         connection = self._running.connection
         while not connection.send_now(packet, self._call.name):
-            if not wait_for(self._until, connection.fileno(), select.POLLOUT):
+            if not wait_for(self._until, connection.fileno(), events=select.POLLOUT):
                 raise self._running.timed_out(self._timeout)
 
     def _receive(self) -> Notified | Answer | Ended | None:

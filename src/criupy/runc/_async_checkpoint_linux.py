@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -48,7 +49,7 @@ class AsyncContainerCheckpoint:
         plan = self._plan
         try:
             await self._runc._need("lazy_pages", "checkpoint", plan.container)
-            plan.watch(await self._runc.state(plan.container))
+            plan.watch(await self._runc.state(plan.container, request_timeout=self._timeout))
             await self._start(deadline)
         except BaseException:
             plan.close()
@@ -68,25 +69,19 @@ class AsyncContainerCheckpoint:
 
     async def _get_ready(self, command: Command, reading: Descriptor, deadline: float) -> None:
         with trio.move_on_at(deadline) as scope:
-            await self._wait_said(command, reading)
+            # CRIU inherits the pipe, so the end of runC has to be looked for as well.
+            with select.epoll() as either:
+                either.register(reading.fileno(), select.EPOLLIN)
+                either.register(command.worker.pidfd, select.EPOLLIN)
+                await trio.lowlevel.wait_readable(either.fileno())
+            is_ready = has_zero(reading.fileno())
+            if not is_ready:
+                await wait_ended(command.worker)
         if scope.cancelled_caught:
             raise command.overdue()
-        if not has_zero(reading.fileno()):
-            await self._wait_ended(command)
+        if not is_ready:
             raise command.failure()
         self.address, self.port = self._plan.locate(command)
-
-    async def _wait_said(self, command: Command, reading: Descriptor) -> None:
-        """Wait until runC has said something or has ended: CRIU inherits the pipe, so it may stay open."""
-        async with trio.open_nursery() as nursery:
-
-            async def watch_end() -> None:
-                await wait_ended(command.worker)
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(watch_end)
-            await trio.lowlevel.wait_readable(reading.fileno())
-            nursery.cancel_scope.cancel()
 
     async def _give_up(self, command: Command, error: BaseException) -> None:
         """End a checkpoint that is not ready, so that the container goes on."""
@@ -95,7 +90,8 @@ class AsyncContainerCheckpoint:
                 error.add_note(f"the container: {(await self.abort()).value}")
             except CriupyError as failure:
                 error.add_note(str(failure))
-        command.close()
+            finally:
+                command.close()
 
     @property
     def _running(self) -> Command:
@@ -121,7 +117,10 @@ class AsyncContainerCheckpoint:
             self._plan.close()
 
     async def _see_out(self, error: BaseException) -> None:
-        """End it after an error: by force, unless a destination may run already, which alone can say how."""
+        """End it after an error: by force, unless a destination may run already, which alone can say how.
+
+        For that it waits, as long as that destination stays connected.
+        """
         if self.outcome is not None:
             return
         with trio.CancelScope(shield=True):
@@ -146,13 +145,15 @@ class AsyncContainerCheckpoint:
                 self.outcome = self._plan.outcome(succeeded=True)
             else:
                 failure = command.failure()
-                self.outcome = self._plan.failed(failure)
+                self.outcome = await trio.to_thread.run_sync(self._plan.failed, failure)
                 raise failure
         return self.outcome
 
     async def _wait_ended(self, command: Command) -> None:
         await wait_ended(command.worker)
         # A runC that was killed leaves CRIU behind, which still serves and then decides.
+        if (command.worker.poll() or 0) < 0:
+            self._plan.find_criu(command)
         if self._plan.criu is not None:
             with Descriptor(os.dup(self._plan.criu.fileno())) as pidfd:
                 await trio.lowlevel.wait_readable(pidfd.fileno())
@@ -164,16 +165,16 @@ class AsyncContainerCheckpoint:
         nobody here can know that.
         """
         command = self._running
-        if self.outcome is None:
+        if self.outcome is not None:
+            return self.outcome
+        with trio.CancelScope(shield=True):
             self._plan.kill(command)
-            with trio.CancelScope(shield=True):
-                await self._wait_ended(command)
-                self.outcome = outcome = self._plan.outcome(succeeded=command.worker.poll() == 0)
-                if outcome is SourceOutcome.RESUMED:
-                    # CRIU freezes with the cgroup, and was perhaps killed while it did.
-                    state = await self._runc.state(self._plan.container)
-                    if state is not None and state.status == "paused":
-                        await self._runc._run("resume", self._plan.container)
+            await self._wait_ended(command)
+            outcome = self._plan.outcome(succeeded=command.worker.poll() == 0)
+            if outcome is SourceOutcome.RESUMED:
+                try:
+                    await self._runc._set_paused(self._plan.container, paused=self._plan.was_paused)
+                finally:
                     await trio.to_thread.run_sync(self._plan.unlock_network)
-            return outcome
-        return self.outcome
+            self.outcome = outcome
+        return outcome

@@ -33,6 +33,7 @@ class AsyncContainerRestore:
         self._timeout = runc._program.timeout(plan.request_timeout)
         self._daemon = None if plan.daemon is None else AsyncDaemon(plan.daemon)
         self._entered = False
+        self._runs = False
         self.pid: int = 0
 
     @property
@@ -47,58 +48,71 @@ class AsyncContainerRestore:
         deadline = trio.current_time() + self._timeout
         plan, runc = self._plan, self._runc
         await runc._need("lazy_pages", "restore", plan.container)
-        plan.refuse(await runc.state(plan.container))
+        plan.refuse(await runc.state(plan.container, request_timeout=self._timeout))
         try:
             if self._daemon is None:
                 check_listening(plan.work_dir)
             else:
                 await self._daemon.start(deadline)
             await self._restore(deadline)
+            state = await runc.state(plan.container)
         except BaseException as error:
-            if self._daemon is not None:
-                await self._daemon.stop(error, runc._program.grace)
+            await self._end(error)
             raise
+        self.pid = 0 if state is None else state.pid
         return self
+
+    async def _end(self, error: BaseException) -> None:
+        """End what serves a restore that failed, or was told to fail and runs."""
+        if self._runs:
+            self._plan.runs(error)
+        if self._daemon is None:
+            return
+        if self._runs:
+            await self._daemon.see_out(error)
+        else:
+            await self._daemon.stop(error, self._runc._program.grace)
 
     @trio.lowlevel.enable_ki_protection
     async def _restore(self, deadline: float) -> None:
+        """Let runC restore; raise, with ``_runs`` set if the container runs all the same."""
         command = self._plan.start(self._runc._program)
         try:
-            try:
-                await self._wait_restored(command, deadline)
-            except BaseException as error:
-                await self._give_up(command, error)
-                raise
-            if command.worker.poll():
-                failure = command.failure()
-                self._plan.tidy(self._runc._program, command, failure)
-                raise failure
+            await self._wait_restored(command, deadline)
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                await self._give_up(command)
+                await trio.to_thread.run_sync(self._plan.tidy, self._runc._program, command, error)
+            raise
         finally:
             command.close()
-        state = await self._runc.state(self._plan.container)
-        self.pid = 0 if state is None else state.pid
 
     async def _wait_restored(self, command: Command, deadline: float) -> None:
         with trio.move_on_at(deadline) as scope:
             await wait_ended(command.worker)
         if scope.cancelled_caught:
             raise command.overdue()
+        self._runs = command.worker.poll() == 0
+        if not self._runs:
+            raise command.failure()
 
-    async def _give_up(self, command: Command, error: BaseException) -> None:
-        """End a restore that is under way."""
-        # The daemon knows whether tasks run: it vetoes a restore that is not finished, and runC undoes it.
-        with trio.CancelScope(shield=True):
-            if self._daemon is not None:
-                self._daemon.terminate()
-                await self._wait_grace(command)
+    async def _give_up(self, command: Command) -> None:
+        """End a restore that is under way, unless its tasks may run."""
+        daemon, plan = self._daemon, self._plan
+        if command.worker.poll() is None and daemon is not None and plan.has_our_daemon:
+            daemon.terminate()
+            await self._wait_grace(command)
+        status = command.worker.poll()
+        if status is None:
+            self._runs = plan.may_run(None if daemon is None else daemon.poll())
+            if self._runs:
+                return
+            plan.kill_criu(command)
+            await self._wait_grace(command)
             if command.worker.poll() is None:
-                self._plan.kill_criu(command)
-                await self._wait_grace(command)
-            if command.worker.poll() == 0:
-                error.add_note(f"container {self._plan.container} was restored nevertheless, and runs")
-            elif command.worker.poll() is None:
                 command.worker.abandon()
-            self._plan.tidy(self._runc._program, command, error)
+        else:
+            self._runs = status == 0
 
     async def _wait_grace(self, command: Command) -> None:
         with trio.move_on_after(self._runc._program.grace):

@@ -8,6 +8,7 @@ from typing import Unpack
 
 import trio
 
+from criupy.errors import RuncError
 from criupy.rpc import AsyncCriu, Features, HasFileno
 from criupy.rpc._async_operation_linux import wait_ended
 from criupy.rpc._daemon_linux import OUR_DAEMON
@@ -15,7 +16,7 @@ from criupy.rpc._report import LogWatch
 from criupy.runc._async_checkpoint_linux import AsyncContainerCheckpoint
 from criupy.runc._async_restore_linux import AsyncContainerRestore
 from criupy.runc._network_linux import unlock_network
-from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, pre_dump_words
+from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, check_runs, pre_dump_words
 from criupy.runc._program_linux import Command, lacks, make_program, no_such_container
 from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
 
@@ -25,12 +26,17 @@ StrPath = str | os.PathLike[str]
 
 
 class AsyncRunc:
-    """Moves containers of runC; what runC and CRIU say in failing is raised as RuncError.
+    """Moves containers of runC.
+
+    What runC and CRIU say in failing is raised as RuncError, what a lazy-pages
+    daemon says as LazyPagesError, and CriuError is for a CRIU that cannot even be
+    asked what it can do.
 
     ``binary`` is runC's program, ``root`` the directory of its state (its
     ``--root``), ``criu`` the CRIU that it is to find. ``request_timeout``, in
-    seconds, is for each request that has none of its own; ``grace`` is how long
-    runC may take to undo a restore that is given up.
+    seconds, is for each request that has none of its own; without one a runC whose
+    CRIU is killed may wait for ever. ``grace`` is how long runC may take to undo a
+    restore that is given up.
     """
 
     def __init__(
@@ -66,12 +72,9 @@ class AsyncRunc:
 
     async def state(self, container: str, *, request_timeout: float | None = None) -> ContainerState | None:
         """Return what ``runc state`` tells of a container; None if there is none of that name."""
-        command = self._program.start("state", container)
-        try:
+        with self._program.running("state", container) as command:
             await self._end(command, request_timeout)
             return command.state()
-        finally:
-            command.close()
 
     async def pre_dump(
         self,
@@ -89,14 +92,18 @@ class AsyncRunc:
         """
         words, work_dir = pre_dump_words(image_path, parent_path, work_path, options)
         await self._need("mem_track", "checkpoint", container)
-        command = self._program.start(
-            "checkpoint", container, words, criu_log=LogWatch.of(work_dir, "dump.log")
-        )
+        before = check_runs(container, await self.state(container, request_timeout=request_timeout))
+        log = LogWatch.of(work_dir, "dump.log")
         try:
-            if await self._end(command, request_timeout):
-                raise command.failure()
-        finally:
-            command.close()
+            with self._program.running("checkpoint", container, words, criu_log=log) as command:
+                await self._succeed(command, request_timeout)
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                try:
+                    await self._set_paused(container, paused=before.status == "paused")
+                except RuncError as failure:
+                    error.add_note(str(failure))
+            raise
 
     def lazy_checkpoint(
         self,
@@ -166,22 +173,22 @@ class AsyncRunc:
             raise lacks(command, container, feature)
 
     async def _end(self, command: Command, request_timeout: float | None = None) -> int:
-        """Wait for the end of a command that can be killed; return its exit status."""
-        try:
-            with trio.fail_after(self._program.timeout(request_timeout)):
-                return await wait_ended(command.worker)
-        except trio.TooSlowError:
-            command.worker.abandon()
-            raise command.overdue() from None
-        except BaseException:
-            command.worker.abandon()
-            raise
+        """Wait for the end of a command; return its exit status."""
+        with trio.move_on_after(self._program.timeout(request_timeout)):
+            return await wait_ended(command.worker)
+        raise command.overdue()
+
+    async def _succeed(self, command: Command, request_timeout: float | None = None) -> None:
+        if await self._end(command, request_timeout):
+            raise command.failure()
 
     async def _run(self, name: str, container: str, *words: str) -> None:
         """Do one of runC's short commands; raise RuncError if it fails."""
-        command = self._program.start(name, container, words)
-        try:
-            if await self._end(command):
-                raise command.failure()
-        finally:
-            command.close()
+        with self._program.running(name, container, words) as command:
+            await self._succeed(command)
+
+    async def _set_paused(self, container: str, *, paused: bool) -> None:
+        """Have a container that CRIU was killed over as it was: CRIU freezes and thaws the cgroup."""
+        state = await self.state(container)
+        if state is not None and (state.status, paused) in {("paused", False), ("running", True)}:
+            await self._run("pause" if paused else "resume", container)

@@ -48,7 +48,7 @@ class ContainerCheckpoint:
         plan = self._plan
         try:
             self._runc._need("lazy_pages", "checkpoint", plan.container)
-            plan.watch(self._runc.state(plan.container))
+            plan.watch(self._runc.state(plan.container, request_timeout=self._timeout))
             self._start(deadline)
         except BaseException:
             plan.close()
@@ -57,13 +57,14 @@ class ContainerCheckpoint:
 
     def _start(self, deadline: float) -> None:
         with status_pipe() as (reading, writing):
-            with HeldInterrupt():
-                self._command = command = self._plan.start(self._runc._program, writing.fileno())
-            writing.close()
             try:
-                self._get_ready(command, reading, deadline)
+                with HeldInterrupt():  # whose end may raise it, so what was started has to be ours by then
+                    self._command = self._plan.start(self._runc._program, writing.fileno())
+                writing.close()
+                self._get_ready(self._command, reading, deadline)
             except BaseException as error:
-                self._give_up(command, error)
+                if self._command is not None:
+                    self._give_up(self._command, error)
                 raise
 
     def _get_ready(self, command: Command, reading: Descriptor, deadline: float) -> None:
@@ -71,7 +72,9 @@ class ContainerCheckpoint:
         if not wait_for(deadline, reading.fileno(), command.worker.pidfd):
             raise command.overdue()
         if not has_zero(reading.fileno()):
-            self._wait_ended(command)
+            while command.worker.poll() is None:
+                if not wait_for(deadline, command.worker.pidfd):
+                    raise command.overdue()
             raise command.failure()
         self.address, self.port = self._plan.locate(command)
 
@@ -81,7 +84,11 @@ class ContainerCheckpoint:
             error.add_note(f"the container: {self.abort().value}")
         except CriupyError as failure:
             error.add_note(str(failure))
-        command.close()
+        except BaseException:
+            self.abort()  # what interrupted it does not leave it half done
+            raise
+        finally:
+            command.close()
 
     @property
     def _running(self) -> Command:
@@ -107,7 +114,10 @@ class ContainerCheckpoint:
             self._plan.close()
 
     def _see_out(self, error: BaseException) -> None:
-        """End it after an error: by force, unless a destination may run already, which alone can say how."""
+        """End it after an error: by force, unless a destination may run already, which alone can say how.
+
+        For that it waits, as long as that destination stays connected.
+        """
         if self.outcome is not None:
             return
         try:
@@ -138,6 +148,8 @@ class ContainerCheckpoint:
         while command.worker.poll() is None:
             wait_for(math.inf, command.worker.pidfd)
         # A runC that was killed leaves CRIU behind, which still serves and then decides.
+        if (command.worker.poll() or 0) < 0:
+            self._plan.find_criu(command)
         if self._plan.criu is not None:
             wait_for(math.inf, self._plan.criu.fileno())
 
@@ -151,11 +163,11 @@ class ContainerCheckpoint:
         if self.outcome is None:
             self._plan.kill(command)
             self._wait_ended(command)
-            self.outcome = self._plan.outcome(succeeded=command.worker.poll() == 0)
-            if self.outcome is SourceOutcome.RESUMED:
-                # CRIU freezes with the cgroup, and was perhaps killed while it did.
-                state = self._runc.state(self._plan.container)
-                if state is not None and state.status == "paused":
-                    self._runc._run("resume", self._plan.container)
-                self._plan.unlock_network()
+            outcome = self._plan.outcome(succeeded=command.worker.poll() == 0)
+            if outcome is SourceOutcome.RESUMED:
+                try:
+                    self._runc._set_paused(self._plan.container, paused=self._plan.was_paused)
+                finally:
+                    self._plan.unlock_network()
+            self.outcome = outcome
         return self.outcome

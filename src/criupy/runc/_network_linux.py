@@ -9,10 +9,9 @@ was built so, with nft (criu/net.c, criu/netfilter.c); these undo it.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 from criupy.errors import RuncError
 
@@ -22,9 +21,11 @@ _CHAIN = "CRIU"
 
 
 def _in_network(pid: int, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["nsenter", f"--net=/proc/{pid}/ns/net", *words], capture_output=True, text=True, check=False
-    )
+    words = ("nsenter", f"--net=/proc/{pid}/ns/net", *words)
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return subprocess.CompletedProcess(words, 127, "", f"nsenter: {error.strerror}")
 
 
 def _locks_of(pid: int) -> Iterator[tuple[str, ...]]:
@@ -46,17 +47,22 @@ def _locks_of(pid: int) -> Iterator[tuple[str, ...]]:
             yield ("nft", "delete", "table", "inet", words[2])
 
 
+def _is_ours(pid: int) -> bool:
+    """Tell whether a process is in our own network namespace, which CRIU never locks; or is gone."""
+    try:
+        return Path(f"/proc/{pid}/ns/net").samefile("/proc/self/ns/net")
+    except OSError:
+        return True
+
+
 def is_network_locked(pid: int) -> bool:
-    """Tell whether CRIU has locked the network namespace of a process; ours it never locks."""
-    with contextlib.suppress(OSError):
-        if os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino:  # noqa: PTH116
-            return next(_locks_of(pid), None) is not None
-    return False
+    """Tell whether CRIU has locked the network namespace of a process."""
+    return not _is_ours(pid) and next(_locks_of(pid), None) is not None
 
 
 def unlock_network(container: str, pid: int) -> None:
     """Undo what CRIU locked in the network namespace of a process; nothing if it locked nothing."""
-    for words in list(_locks_of(pid)):
+    for words in [] if _is_ours(pid) else list(_locks_of(pid)):
         done = _in_network(pid, *words)
         if done.returncode:
             said = done.stderr.strip().splitlines()

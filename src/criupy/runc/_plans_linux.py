@@ -14,9 +14,10 @@ from criupy.rpc import HasFileno, SourceOutcome
 from criupy.rpc._daemon_linux import DaemonPlan, check_page_server, plan_daemon
 from criupy.rpc._lazy_linux import check_address, open_process, outcome_of, page_socket
 from criupy.rpc._report import LogWatch
-from criupy.runc._mounts_linux import release_root
+from criupy.rpc._worker_linux import HeldInterrupt
+from criupy.runc._mounts_linux import release_cgroups, release_root
 from criupy.runc._network_linux import is_network_locked, unlock_network
-from criupy.runc._program_linux import Command, Program, no_such_container
+from criupy.runc._program_linux import CRIU, Command, Program, no_such_container
 from criupy.runc._words import (
     CheckpointOptions,
     ContainerState,
@@ -27,9 +28,12 @@ from criupy.runc._words import (
     path_word,
 )
 
-__all__ = ["CheckpointPlan", "RestorePlan", "has_zero", "pre_dump_words"]
+__all__ = ["CheckpointPlan", "RestorePlan", "check_runs", "has_zero", "pre_dump_words"]
 
 StrPath = str | os.PathLike[str]
+
+#: CRIU's last word of a restore that succeeded (criu/cr-restore.c).
+_FINISHED = b"Restore finished successfully"
 
 
 def _places(
@@ -92,13 +96,12 @@ class CheckpointPlan:
         self._process: Descriptor | None = None
         self._criu: tuple[int, Descriptor] | None = None
         self._status_pipe = ""
+        self.was_paused = False
 
     def watch(self, state: ContainerState | None) -> None:
         """Look at the container that is to be frozen, so that its end can be told."""
-        if state is None:
-            raise no_such_container("checkpoint", self.container)
-        if state.status not in {"running", "paused"}:
-            raise RuncError("checkpoint", self.container, f"expected it to run, it is {state.status}")
+        state = check_runs(self.container, state)
+        self.was_paused = state.status == "paused"
         self._pid = state.pid
         self._process = open_process(state.pid)
         if self._process is not None:
@@ -119,18 +122,22 @@ class CheckpointPlan:
 
     def locate(self, command: Command) -> tuple[str, int]:
         """Find the CRIU that serves the pages, and return where it listens."""
-        for pid in descendants(command.worker.pid):
-            found = page_socket(pid, self.page_server[1])
-            if found is not None:
-                self._take(pid)
-                return found
-        raise RuncError(
-            "checkpoint", self.container, f"CRIU does not listen at port {self.page_server[1]} as it should"
-        )
+        self.find_criu(command)
+        found = None if self._criu is None else page_socket(self._criu[0], self.page_server[1])
+        # A destination that was quick has it already: CRIU listens for one only.
+        return found or self.page_server
 
-    def _take(self, pid: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._criu = (pid, self._stack.enter_context(Descriptor(os.pidfd_open(pid))))
+    def find_criu(self, command: Command) -> None:
+        """Find CRIU, by the status descriptor that it inherits, or by its name; also when runC was killed."""
+        if self._criu is not None:
+            return
+        worker = command.worker
+        found = [pid for pid in _holders(self._status_pipe) if pid != worker.pid]
+        found += [pid for pid in descendants(worker.pid) if worker.poll() is None and _is_named(pid, CRIU)]
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                self._criu = (pid, self._stack.enter_context(Descriptor(os.pidfd_open(pid))))
+                return
 
     @property
     def criu(self) -> Descriptor | None:
@@ -143,14 +150,13 @@ class CheckpointPlan:
 
     def kill(self, command: Command) -> None:
         """End runC and CRIU, which lets go of the container."""
-        if self._criu is None and (command.worker.poll() or 0) < 0:
-            # Of a runC that was killed it is the orphan that has inherited the status descriptor.
-            for pid in _holders(self._status_pipe):
-                self._take(pid)
-        roots = [] if command.worker.poll() is not None else [(command.worker.pid, command.worker.pidfd)]
-        if self._criu is not None:
-            roots.append((self._criu[0], self._criu[1].fileno()))
-        kill_trees(roots)
+        with HeldInterrupt():  # which would leave what is stopped already so
+            if command.worker.poll() is not None:
+                self.find_criu(command)
+            roots = [] if command.worker.poll() is not None else [(command.worker.pid, command.worker.pidfd)]
+            if self._criu is not None:
+                roots.append((self._criu[0], self._criu[1].fileno()))
+            kill_trees(roots)
 
     def outcome(self, *, succeeded: bool) -> SourceOutcome:
         """Tell what became of the container."""
@@ -172,6 +178,21 @@ class CheckpointPlan:
     def close(self) -> None:
         """Close what was opened."""
         self._stack.close()
+
+
+def check_runs(container: str, state: ContainerState | None) -> ContainerState:
+    """Refuse a container that is not there or does not run."""
+    if state is None:
+        raise no_such_container("checkpoint", container)
+    if state.status not in {"running", "paused"}:
+        raise RuncError("checkpoint", container, f"expected it to run, it is {state.status}")
+    return state
+
+
+def _is_named(pid: int, name: str) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip() == name
+    return False
 
 
 def _holders(target: str) -> Iterator[int]:
@@ -231,9 +252,29 @@ class RestorePlan:
                 criu_log=LogWatch.of(self.work_dir, "restore.log"),
             )
 
+    @property
+    def has_our_daemon(self) -> bool:
+        """Whether SIGTERM makes the daemon veto a restore that is not finished."""
+        return self.daemon is not None and self.daemon.is_ours
+
+    def may_run(self, daemon_status: int | None) -> bool:
+        """Tell of a restore that was given up whether its tasks may run, so that nobody may kill them.
+
+        Our own daemon knows: told to end, it vetoes a restore that is not
+        finished, and so has failed; or it goes on, or has done all. Of others,
+        and where nobody had come to it, CRIU's log tells.
+        """
+        if self.has_our_daemon and daemon_status != 0:
+            return daemon_status is None
+        log = self.work_dir / "restore.log"
+        try:
+            return _FINISHED in log.read_bytes()
+        except OSError:
+            return False
+
     def kill_criu(self, command: Command) -> None:
         """Kill all that runC has started, tasks included: it then undoes what it has done itself."""
-        with contextlib.ExitStack() as stack:
+        with HeldInterrupt(), contextlib.ExitStack() as stack:
             roots = []
             for pid in descendants(command.worker.pid):
                 with contextlib.suppress(ProcessLookupError):
@@ -241,8 +282,14 @@ class RestorePlan:
                     roots.append((pid, pidfd.fileno()))
             kill_trees(roots)
 
+    def runs(self, error: BaseException) -> None:
+        """Say in an error that the container runs here all the same."""
+        error.add_note(f"container {self.container} was restored nevertheless, and runs")
+
     def tidy(self, program: Program, command: Command, error: BaseException) -> None:
-        """Do away with what is dangerous of a runC that was killed, and say in the error what is left."""
+        """Do away with what is dangerous of a restore that was killed, and say in the error what is left."""
+        if left := release_cgroups(self.work_dir):
+            error.add_note(f"CRIU was killed and has left the host's cgroups mounted at {left}: unmount them")
         if (command.worker.poll() or 0) >= 0:
             return
         left = release_root(program.root, self.container)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +15,15 @@ from criupy._descriptor import Descriptor
 from criupy.errors import OptionError, RuncError, RuncTimeout
 from criupy.rpc._report import MAX_LINES, LogWatch, best_of, hint_for
 from criupy.rpc._transport import check_seconds
-from criupy.rpc._worker_linux import Worker
-from criupy.runc._words import ContainerState, check_container, errors_of, parse_state
+from criupy.rpc._worker_linux import HeldInterrupt, Worker
+from criupy.runc._words import (
+    CheckpointOptions,
+    ContainerState,
+    RestoreOptions,
+    check_container,
+    errors_of,
+    parse_state,
+)
 
 __all__ = ["Command", "Program", "lacks", "make_program", "no_such_container"]
 
@@ -86,6 +95,27 @@ class Program:
             raise
         return Command(name, container, worker, log, criu_log)
 
+    @contextlib.contextmanager
+    def running(
+        self,
+        name: str,
+        container: str,
+        words: Sequence[str] = (),
+        *,
+        criu_log: LogWatch | None = None,
+    ) -> Iterator[Command]:
+        """Start one of runC's commands for a block; it does not outlive it."""
+        command = None
+        try:
+            with HeldInterrupt():  # whose end may raise it, so what was started has to be ours by then
+                command = self.start(name, container, words, criu_log=criu_log)
+            yield command
+        finally:
+            if command is not None:
+                if command.worker.poll() is None:
+                    command.worker.abandon()
+                command.close()
+
 
 class Command:
     """One of runC's commands under way."""
@@ -115,7 +145,8 @@ class Command:
         lines = self.errors()
         criu_lines = self._criu_log.errors() if self._criu_log is not None else ()
         # The last is what it ended with; what went before was tidying up.
-        message = lines[-1].splitlines()[0] if lines else f"ended with status {status} and without a word"
+        message = next(iter(lines[-1].splitlines()), "") if lines else ""
+        message = message or f"ended with status {status} and without a word"
         if lines and lines[-1].startswith("criu failed") and criu_lines:
             message = best_of(criu_lines) or message
         log = self._criu_log
@@ -134,7 +165,11 @@ class Command:
         if "executable file not found in $PATH" in said:
             return "install CRIU, or name it with criu="
         request = "restore" if self.name == "restore" else "dump"
-        return hint_for(request, None, said, message)
+        hint = hint_for(request, None, said, message)
+        known = (CheckpointOptions if request == "dump" else RestoreOptions).__annotations__
+        if hint is not None and any(option not in known for option in re.findall(r"(\w+)=", hint)):
+            hint += "; where runC has no such option, CRIU's configuration has (annotation org.criu.config)"
+        return hint
 
     def overdue(self) -> RuncTimeout:
         """Make the error for one that took too long."""

@@ -33,6 +33,7 @@ class ContainerRestore:
         self._timeout = runc._program.timeout(plan.request_timeout)
         self._daemon = None if plan.daemon is None else Daemon(plan.daemon)
         self._entered = False
+        self._runs = False
         self.pid: int = 0
 
     @property
@@ -47,56 +48,72 @@ class ContainerRestore:
         deadline = time.monotonic() + self._timeout
         plan, runc = self._plan, self._runc
         runc._need("lazy_pages", "restore", plan.container)
-        plan.refuse(runc.state(plan.container))
+        plan.refuse(runc.state(plan.container, request_timeout=self._timeout))
         try:
             if self._daemon is None:
                 check_listening(plan.work_dir)
             else:
                 self._daemon.start(deadline)
             self._restore(deadline)
+            state = runc.state(plan.container)
         except BaseException as error:
-            if self._daemon is not None:
-                self._daemon.stop(error, runc._program.grace)
+            self._end(error)
             raise
+        self.pid = 0 if state is None else state.pid
         return self
 
+    def _end(self, error: BaseException) -> None:
+        """End what serves a restore that failed, or was told to fail and runs."""
+        if self._runs:
+            self._plan.runs(error)
+        if self._daemon is None:
+            return
+        if self._runs:
+            self._daemon.see_out(error)
+        else:
+            self._daemon.stop(error, self._runc._program.grace)
+
     def _restore(self, deadline: float) -> None:
-        with HeldInterrupt():
-            command = self._plan.start(self._runc._program)
+        """Let runC restore; raise, with ``_runs`` set if the container runs all the same."""
+        command = None
         try:
-            try:
-                self._wait_restored(command, deadline)
-            except BaseException as error:
-                self._give_up(command, error)
-                raise
-            if command.worker.poll():
-                failure = command.failure()
-                self._plan.tidy(self._runc._program, command, failure)
-                raise failure
+            with HeldInterrupt():  # whose end may raise it, so what was started has to be ours by then
+                command = self._plan.start(self._runc._program)
+            self._wait_restored(command, deadline)
+        except BaseException as error:
+            if command is not None:
+                self._give_up(command)
+                self._plan.tidy(self._runc._program, command, error)
+            raise
         finally:
-            command.close()
-        state = self._runc.state(self._plan.container)
-        self.pid = 0 if state is None else state.pid
+            if command is not None:
+                command.close()
 
     def _wait_restored(self, command: Command, deadline: float) -> None:
         while command.worker.poll() is None:
             if not wait_for(deadline, command.worker.pidfd):
                 raise command.overdue()
+        self._runs = command.worker.poll() == 0
+        if not self._runs:
+            raise command.failure()
 
-    def _give_up(self, command: Command, error: BaseException) -> None:
-        """End a restore that is under way."""
-        # The daemon knows whether tasks run: it vetoes a restore that is not finished, and runC undoes it.
-        if self._daemon is not None:
-            self._daemon.terminate()
+    def _give_up(self, command: Command) -> None:
+        """End a restore that is under way, unless its tasks may run."""
+        daemon, plan = self._daemon, self._plan
+        if command.worker.poll() is None and daemon is not None and plan.has_our_daemon:
+            daemon.terminate()
             self._wait_grace(command)
-        if command.worker.poll() is None:
-            self._plan.kill_criu(command)
+        status = command.worker.poll()
+        if status is None:
+            self._runs = plan.may_run(None if daemon is None else daemon.poll())
+            if self._runs:
+                return
+            plan.kill_criu(command)
             self._wait_grace(command)
-        if command.worker.poll() == 0:
-            error.add_note(f"container {self._plan.container} was restored nevertheless, and runs")
-        elif command.worker.poll() is None:
-            command.worker.abandon()
-        self._plan.tidy(self._runc._program, command, error)
+            if command.worker.poll() is None:
+                command.worker.abandon()
+        else:
+            self._runs = status == 0
 
     def _wait_grace(self, command: Command) -> None:
         deadline = time.monotonic() + self._runc._program.grace

@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from typing import Unpack
 
+from criupy.errors import RuncError
 from criupy.rpc import Criu, Features, HasFileno
 from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._operation_linux import wait_for
 from criupy.rpc._report import LogWatch
 from criupy.runc._checkpoint_linux import ContainerCheckpoint
 from criupy.runc._network_linux import unlock_network
-from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, pre_dump_words
+from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, check_runs, pre_dump_words
 from criupy.runc._program_linux import Command, lacks, make_program, no_such_container
 from criupy.runc._restore_linux import ContainerRestore
 from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
@@ -24,12 +25,17 @@ StrPath = str | os.PathLike[str]
 
 
 class Runc:
-    """Moves containers of runC; what runC and CRIU say in failing is raised as RuncError.
+    """Moves containers of runC.
+
+    What runC and CRIU say in failing is raised as RuncError, what a lazy-pages
+    daemon says as LazyPagesError, and CriuError is for a CRIU that cannot even be
+    asked what it can do.
 
     ``binary`` is runC's program, ``root`` the directory of its state (its
     ``--root``), ``criu`` the CRIU that it is to find. ``request_timeout``, in
-    seconds, is for each request that has none of its own; ``grace`` is how long
-    runC may take to undo a restore that is given up.
+    seconds, is for each request that has none of its own; without one a runC whose
+    CRIU is killed may wait for ever. ``grace`` is how long runC may take to undo a
+    restore that is given up.
     """
 
     def __init__(
@@ -65,12 +71,9 @@ class Runc:
 
     def state(self, container: str, *, request_timeout: float | None = None) -> ContainerState | None:
         """Return what ``runc state`` tells of a container; None if there is none of that name."""
-        command = self._program.start("state", container)
-        try:
+        with self._program.running("state", container) as command:
             self._end(command, request_timeout)
             return command.state()
-        finally:
-            command.close()
 
     def pre_dump(
         self,
@@ -88,14 +91,17 @@ class Runc:
         """
         words, work_dir = pre_dump_words(image_path, parent_path, work_path, options)
         self._need("mem_track", "checkpoint", container)
-        command = self._program.start(
-            "checkpoint", container, words, criu_log=LogWatch.of(work_dir, "dump.log")
-        )
+        before = check_runs(container, self.state(container, request_timeout=request_timeout))
+        log = LogWatch.of(work_dir, "dump.log")
         try:
-            if self._end(command, request_timeout):
-                raise command.failure()
-        finally:
-            command.close()
+            with self._program.running("checkpoint", container, words, criu_log=log) as command:
+                self._succeed(command, request_timeout)
+        except BaseException as error:
+            try:
+                self._set_paused(container, paused=before.status == "paused")
+            except RuncError as failure:
+                error.add_note(str(failure))
+            raise
 
     def lazy_checkpoint(
         self,
@@ -165,24 +171,24 @@ class Runc:
             raise lacks(command, container, feature)
 
     def _end(self, command: Command, request_timeout: float | None = None) -> int:
-        """Wait for the end of a command that can be killed; return its exit status."""
+        """Wait for the end of a command; return its exit status."""
         deadline = time.monotonic() + self._program.timeout(request_timeout)
-        status = None
-        try:
-            while (status := command.worker.poll()) is None and wait_for(deadline, command.worker.pidfd):
-                pass
-        finally:
-            if status is None:
-                command.worker.abandon()
-        if status is None:
-            raise command.overdue()
+        while (status := command.worker.poll()) is None:
+            if not wait_for(deadline, command.worker.pidfd):
+                raise command.overdue()
         return status
+
+    def _succeed(self, command: Command, request_timeout: float | None = None) -> None:
+        if self._end(command, request_timeout):
+            raise command.failure()
 
     def _run(self, name: str, container: str, *words: str) -> None:
         """Do one of runC's short commands; raise RuncError if it fails."""
-        command = self._program.start(name, container, words)
-        try:
-            if self._end(command):
-                raise command.failure()
-        finally:
-            command.close()
+        with self._program.running(name, container, words) as command:
+            self._succeed(command)
+
+    def _set_paused(self, container: str, *, paused: bool) -> None:
+        """Have a container that CRIU was killed over as it was: CRIU freezes and thaws the cgroup."""
+        state = self.state(container)
+        if state is not None and (state.status, paused) in {("paused", False), ("running", True)}:
+            self._run("pause" if paused else "resume", container)

@@ -1,0 +1,223 @@
+"""criupy.runc with a program in runC's place: what is done at moments that a real one is rarely caught at."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from criupy._kill_linux import kill_trees
+from criupy.errors import RuncError, RuncTimeout
+from criupy.rpc import Features, SourceOutcome
+from criupy.rpc._daemon_linux import OUR_DAEMON
+from criupy.runc import AsyncRunc, Runc
+from criupy.runc._plans_linux import RestorePlan
+from rpc_clients import Client
+
+RUNC = """#!/bin/bash
+# runc --log FILE --log-format json COMMAND ... CONTAINER
+log=$2
+shift 4
+command=$1
+shift
+echo "$command $*" >>"$(dirname "$0")/calls"
+while [ $# -gt 1 ]; do
+    [ "$1" = --status-fd ] && status_fd=$2
+    shift
+done
+. "$(dirname "$0")/$command"
+"""
+
+
+@pytest.fixture
+def process() -> Iterator[int]:
+    """What the container's first process is said to be."""
+    with subprocess.Popen(["sleep", "1000"]) as sleeping:
+        yield sleeping.pid
+        sleeping.kill()
+
+
+@pytest.fixture(params=["blocking", "trio"])
+def client(request: pytest.FixtureRequest, tmp_path: Path, process: int) -> Client:
+    """A client whose runC does what the files beside it say."""
+    program = tmp_path / "runc"
+    program.write_text(RUNC)
+    program.chmod(0o755)
+    kind: Any = AsyncRunc if request.param == "trio" else Runc
+    runc = kind(program, grace=0.5)
+    runc._features = Features(mem_track=True, lazy_pages=True, pidfd_store=True)
+    say(tmp_path, "state", state(process, "running"))
+    return Client(runc)
+
+
+def say(tmp_path: Path, command: str, script: str) -> None:
+    (tmp_path / command).write_text(script)
+
+
+def state(pid: int, status: str) -> str:
+    return f"echo '{json.dumps({'id': 'web', 'status': status, 'pid': pid, 'bundle': '/b'})}'\n"
+
+
+def calls(tmp_path: Path) -> list[str]:
+    return [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+def where(tmp_path: Path) -> dict[str, Any]:
+    return {"image_path": tmp_path / "images", "page_server": ("127.0.0.1", 7)}
+
+
+async def test_a_pre_dump_that_is_given_up_leaves_nothing_frozen(
+    client: Client, tmp_path: Path, process: int
+) -> None:
+    say(tmp_path, "checkpoint", f"cp '{tmp_path}/frozen' '{tmp_path}/state'; exec sleep 1000\n")
+    say(tmp_path, "frozen", state(process, "paused"))
+    say(tmp_path, "resume", "")
+    with pytest.raises(RuncTimeout):
+        await client.call("pre_dump", "web", image_path=tmp_path / "images", request_timeout=0.5)
+    assert calls(tmp_path) == ["state", "checkpoint", "state", "resume"]
+
+
+async def test_what_was_paused_before_stays_so(client: Client, tmp_path: Path, process: int) -> None:
+    say(tmp_path, "state", state(process, "paused"))
+    say(tmp_path, "checkpoint", "exec sleep 1000\n")
+    with pytest.raises(RuncTimeout):
+        await client.call("pre_dump", "web", image_path=tmp_path / "images", request_timeout=0.3)
+    with pytest.raises(RuncTimeout):
+        async with client.block("lazy_checkpoint", "web", **where(tmp_path), request_timeout=0.3):
+            pass
+    assert {"resume", "pause"}.isdisjoint(calls(tmp_path))
+
+
+ORPHAN = """
+setsid bash -c 'echo $$ >"{pid}"; exec sleep 1000' </dev/null >/dev/null 2>&1 &
+until [ -s "{pid}" ]; do sleep 0.01; done
+{ready}
+kill -9 $$
+"""
+
+
+@pytest.mark.parametrize("ready", [True, False])
+async def test_a_runc_that_dies_leaves_an_orphan_that_is_ended(
+    client: Client, tmp_path: Path, ready: bool
+) -> None:
+    """It holds the container, and is known by the status descriptor that it has inherited."""
+    pidfile = tmp_path / "orphan"
+    script = ORPHAN.format(pid=pidfile, ready="printf '\\0' >&$status_fd" if ready else "")
+    say(tmp_path, "checkpoint", script)
+    if ready:
+        async with client.block("lazy_checkpoint", "web", **where(tmp_path)) as checkpoint:
+            # Nobody listens, as when a destination was quick: the address is what CRIU was told.
+            assert (checkpoint.address, checkpoint.port) == ("127.0.0.1", 7)
+            assert is_alive(pidfile)
+            assert await client.run(checkpoint.abort) is SourceOutcome.RESUMED
+    else:
+        with pytest.raises(RuncError, match="ended with status -9"):
+            async with client.block("lazy_checkpoint", "web", **where(tmp_path)):
+                pass
+    assert not is_alive(pidfile)
+
+
+def is_alive(pidfile: Path) -> bool:
+    try:
+        words = Path("/proc", pidfile.read_text().strip(), "stat").read_text().split()
+    except FileNotFoundError:
+        return False
+    return words[2] not in "ZX"
+
+
+@pytest.mark.parametrize("ended", [None, 0, 1])
+@pytest.mark.parametrize("log", [None, b"(00.1) Error", b"(00.2) Restore finished successfully.\n"])
+@pytest.mark.parametrize("daemon", ["ours", "stock", None])
+def test_what_may_be_killed_of_a_restore(
+    tmp_path: Path, ended: int | None, log: bytes | None, daemon: str | None
+) -> None:
+    words = {"ours": OUR_DAEMON, "stock": ("criu", "lazy-pages"), None: None}[daemon]
+    plan = RestorePlan("web", "/b", tmp_path, None, None, words, None, {}, None)
+    if log is not None:
+        (tmp_path / "restore.log").write_bytes(log)
+    is_finished = log is not None and b"finished" in log
+    # Our own daemon has vetoed what is not finished, and then ends with 1; others know nothing.
+    expected = ended is None if daemon == "ours" and ended != 0 else is_finished
+    assert plan.may_run(ended) is expected
+
+
+#: trio has a handler of its own for Ctrl-C, which knows when it may be raised.
+only_blocking = pytest.mark.parametrize("client", ["blocking"], indirect=True)
+
+
+@only_blocking
+def test_an_interrupt_does_not_leave_what_is_killed_half_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Client
+) -> None:
+    def interrupted(roots: Any) -> None:
+        if not interruptions:
+            interruptions.append(1)
+            signal.raise_signal(signal.SIGINT)
+        kill_trees(roots)
+
+    interruptions: list[int] = []
+    monkeypatch.setattr("criupy.runc._plans_linux.kill_trees", interrupted)
+    say(tmp_path, "checkpoint", f"echo $$ >'{tmp_path}/pid'; exec sleep 1000\n")
+    checkpoint = client.client.lazy_checkpoint("web", **where(tmp_path), request_timeout=0.3)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.__enter__()
+    deadline = time.monotonic() + 5
+    while is_alive(tmp_path / "pid"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@only_blocking
+@pytest.mark.parametrize("method", ["lazy_checkpoint", "pre_dump"])
+def test_an_interrupt_at_the_start_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Client, method: str
+) -> None:
+    real = type(client.client._program).start
+
+    def interrupted(program: Any, name: str, *arguments: Any, **options: Any) -> Any:
+        command = real(program, name, *arguments, **options)
+        if name == "checkpoint":
+            signal.raise_signal(signal.SIGINT)
+        return command
+
+    monkeypatch.setattr(type(client.client._program), "start", interrupted)
+    say(tmp_path, "checkpoint", "exec sleep 1000\n")
+    before = children()
+    with pytest.raises(KeyboardInterrupt):
+        if method == "pre_dump":
+            client.client.pre_dump("web", image_path=tmp_path / "images")
+        else:
+            client.client.lazy_checkpoint("web", **where(tmp_path)).__enter__()
+    assert children() == before
+
+
+def children() -> set[str]:
+    return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
+
+
+async def test_a_restore_that_succeeded_is_never_undone(client: Client, tmp_path: Path) -> None:
+    """Whatever is asked of runC afterwards: its daemon goes on."""
+    done = tmp_path / "done"
+    daemon = tmp_path / "daemon"
+    daemon.write_text(
+        f"#!{sys.executable}\nimport os, pathlib, sys, time\n"
+        "os.write(int(sys.argv[sys.argv.index('--status-fd') + 1]), bytes(1))\n"
+        f"time.sleep(1)\npathlib.Path({str(done)!r}).touch()\n"
+    )
+    daemon.chmod(0o755)
+    say(tmp_path, "restore", f"echo 'exit 3' >'{tmp_path}/state'\n")
+    say(tmp_path, "state", """echo '{"level":"error","msg":"container does not exist"}' >>"$log"; exit 1\n""")
+    how = {"bundle": "/b", "image_path": tmp_path, "daemon": [str(daemon)]}
+    with pytest.raises(RuncError, match="runc state web: ended with status 3") as caught:
+        async with client.block("lazy_restore", "web", **how):
+            pass
+    assert done.exists()
+    assert caught.value.__notes__ == ["container web was restored nevertheless, and runs"]
