@@ -7,12 +7,14 @@ export PATH
 PYTHON3 := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vm unit bench lint format build docs clean
+.PHONY: help demo test test-vm unit bench lint format build criu docs clean
 
 # Each with the document that it refreshes.
 BENCHMARKS := "limits --readme docs/benchmarks.md" "lazy_pages --readme README.md" \
 	"scale --readme docs/scale.md --picture benchmarks/pictures/scale.svg" \
-	"links --readme README.md" "page_server --readme README.md" rpc
+	"links --readme README.md" "page_server --readme README.md" rpc \
+	"containers --readme docs/tutorials/with-runc.md" \
+	"hybrid --readme docs/how-to/pre-copy.md --picture benchmarks/pictures/hybrid.svg"
 
 help:
 	@echo "make demo    migrate a process and watch it happen"
@@ -24,6 +26,7 @@ help:
 	@echo "make lint    check style and types"
 	@echo "make format  let ruff format the sources"
 	@echo "make build   only set up .venv and build"
+	@echo "make criu    only fetch CRIUs, and say where they are"
 	@echo "make docs    make the documentation and the man pages, in build/docs"
 	@echo "make clean   remove what was built (not what is in the cache: CRIUs, a root file system)"
 
@@ -43,7 +46,7 @@ unit: build
 	@$(PYTHON3) -m pytest -m "not criu and not slow" $(ARGS)
 
 bench:
-	@tools/setup build criu
+	@tools/setup build criu root vm
 ifdef ARGS
 	@$(PYTHON3) benchmarks/lazy_pages.py $(ARGS)
 else
@@ -66,6 +69,12 @@ format: build
 
 build:
 	@tools/setup build
+
+criu:
+	@tools/setup criu
+	@for each in /var/cache/criupy "$${XDG_CACHE_HOME:-$$HOME/.cache}/criupy"; do \
+		for found in "$$each"/criu-*/bin; do [ ! -x "$$found/criu" ] || echo "export PATH=$$found:\$$PATH"; done; \
+	done
 
 docs: build
 	@for builder in html man; do \

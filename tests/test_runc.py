@@ -211,6 +211,17 @@ def sockets_of(lab: Lab) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
+async def test_an_address_that_criu_does_not_heed(lab: Lab, source: Client, tmp_path: Path) -> None:
+    """Its configuration here has the host's own address."""
+    how = {**where(lab, tmp_path), "page_server": ("127.0.0.1", free_port())}
+    with pytest.raises(RuncError, match=f"CRIU listens on {lab.a.address}, not on 127.0.0.1") as caught:
+        async with source.block("lazy_checkpoint", NAME, **how):
+            pass
+    assert caught.value.hint is not None
+    assert "`address 127.0.0.1`" in caught.value.hint
+    assert caught.value.__notes__ == ["the container: resumed"]
+
+
 LISTEN = """
 import socket, sys
 listening = socket.create_server((sys.argv[1], int(sys.argv[2])))
@@ -381,10 +392,13 @@ async def test_there_and_back(lab: Lab, source: Client, destination: Client, tmp
         ("lazy_checkpoint", {"page_server": ("127.0.0.1", 7), "parent_path": "/pre"}, "parent_path"),
         ("lazy_checkpoint", {"page_server": ("127.0.0.1", 7), "parent_path": "../no"}, "parent_path"),
         ("lazy_checkpoint", {"page_server": ("127.0.0.1", 7), "image_path": ""}, "image_path"),
-        ("lazy_restore", {"bundle": "b", "page_server": ("h", 7), "daemon": None}, "page_server"),
-        ("lazy_restore", {"bundle": "b", "daemon": "criu"}, "daemon"),
+        ("lazy_restore", {"page_server": ("h", 7), "daemon": None}, "page_server"),
+        ("lazy_restore", {"page_server": ("h", 70000)}, "page_server"),
+        ("lazy_restore", {"daemon": "criu"}, "daemon"),
         ("lazy_restore", {"bundle": 3}, "bundle"),
-        ("lazy_restore", {"bundle": "b", "stdio": (0, 1, -1)}, "stdio"),
+        ("lazy_restore", {"bundle": "/nowhere"}, "bundle"),
+        ("lazy_restore", {"stdio": (0, 1, -1)}, "stdio"),
+        ("lazy_restore", {"stdio": (0,)}, "stdio"),
     ],
 )
 def test_options_are_refused(
@@ -392,8 +406,10 @@ def test_options_are_refused(
 ) -> None:
 
     client: Any = AsyncRunc() if kind == "trio" else Runc()
+    (tmp_path / "config.json").write_text("{}")
+    given = {"bundle": tmp_path} if method == "lazy_restore" else {}
     with pytest.raises(OptionError) as caught:
-        getattr(client, method)("web", **{"image_path": tmp_path, **how})
+        getattr(client, method)("web", **{"image_path": tmp_path, **given, **how})
     assert caught.value.option == option
 
 

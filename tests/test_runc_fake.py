@@ -70,6 +70,11 @@ def calls(tmp_path: Path) -> list[str]:
     return [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
 
 
+def bundle(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
 def where(tmp_path: Path) -> dict[str, Any]:
     return {"image_path": tmp_path / "images", "page_server": ("127.0.0.1", 7)}
 
@@ -140,7 +145,7 @@ def test_what_may_be_killed_of_a_restore(
     tmp_path: Path, ended: int | None, log: bytes | None, daemon: str | None
 ) -> None:
     words = {"ours": OUR_DAEMON, "stock": ("criu", "lazy-pages"), None: None}[daemon]
-    plan = RestorePlan("web", "/b", tmp_path, None, None, words, None, {}, None)
+    plan = RestorePlan("web", bundle(tmp_path), tmp_path, None, None, words, None, {}, None)
     if log is not None:
         (tmp_path / "restore.log").write_bytes(log)
     is_finished = log is not None and b"finished" in log
@@ -215,9 +220,49 @@ async def test_a_restore_that_succeeded_is_never_undone(client: Client, tmp_path
     daemon.chmod(0o755)
     say(tmp_path, "restore", f"echo 'exit 3' >'{tmp_path}/state'\n")
     say(tmp_path, "state", """echo '{"level":"error","msg":"container does not exist"}' >>"$log"; exit 1\n""")
-    how = {"bundle": "/b", "image_path": tmp_path, "daemon": [str(daemon)]}
+    how = {"bundle": bundle(tmp_path), "image_path": tmp_path, "daemon": [str(daemon)]}
     with pytest.raises(RuncError, match="runc state web: ended with status 3") as caught:
         async with client.block("lazy_restore", "web", **how):
             pass
     assert done.exists()
     assert caught.value.__notes__ == ["container web was restored nevertheless, and runs"]
+
+
+async def test_a_criu_that_has_lost_its_daemon(client: Client, tmp_path: Path) -> None:
+    """It may hang, and runC with it."""
+    daemon = tmp_path / "daemon"
+    daemon.write_text(
+        f"#!{sys.executable}\nimport os, sys, time\n"
+        "os.write(int(sys.argv[sys.argv.index('--status-fd') + 1]), bytes(1))\n"
+        "time.sleep(0.5)\nsys.exit(7)\n"
+    )
+    daemon.chmod(0o755)
+    say(tmp_path, "restore", "exec sleep 1000\n")
+    say(tmp_path, "state", """echo '{"level":"error","msg":"container does not exist"}' >>"$log"; exit 1\n""")
+    how = {"bundle": bundle(tmp_path), "image_path": tmp_path, "daemon": [str(daemon)]}
+    with pytest.raises(RuncError, match="the lazy-pages daemon has ended, and CRIU did not") as caught:
+        async with client.block("lazy_restore", "web", **how):
+            pass
+    assert caught.value.hint == "the lazy-pages daemon ended with status 7: it said nothing"
+
+
+async def test_a_container_that_another_checkpoint_holds(
+    client: Client, tmp_path: Path, process: int
+) -> None:
+    """Nothing of the other's is undone: not its lock, not its hold."""
+    program = (
+        "import ctypes, sys, time; libc = ctypes.CDLL(None, use_errno=True); "
+        "libc.ptrace(0x4206, int(sys.argv[1]), 0, 0); print(flush=True); time.sleep(1000)"  # PTRACE_SEIZE
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(process)], stdout=subprocess.PIPE) as tracer:  # noqa: ASYNC220
+        try:
+            assert tracer.stdout is not None
+            assert tracer.stdout.read(1)
+            with pytest.raises(
+                RuncError, match=f"process {tracer.pid} traces it: another checkpoint is under way"
+            ):
+                async with client.block("lazy_checkpoint", "web", **where(tmp_path)):
+                    pass
+        finally:
+            tracer.kill()
+    assert calls(tmp_path) == ["state"]

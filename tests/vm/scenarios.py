@@ -207,12 +207,15 @@ async def container(criu: Criu, room: Path, **_: str) -> Found:
         await source.pre_dump("work", image_path=this.images_dir, parent_path=this.parent)
         for first in range(0, SPEC.main_pages, 512):
             await control.worker().write(first, 256 >> this.number, this.number)
-    at = ("127.0.0.1", free_port())
+    port = free_port()
     async with source.lazy_checkpoint(
-        "work", image_path=rounds.last.images_dir, parent_path=rounds.last.parent, page_server=at
+        "work",
+        image_path=rounds.last.images_dir,
+        parent_path=rounds.last.parent,
+        page_server=("0.0.0.0", port),
     ) as checkpoint:
         async with destination.lazy_restore(
-            "work", bundle=bundles["b"], image_path=rounds.last.images_dir, page_server=at
+            "work", bundle=bundles["b"], image_path=rounds.last.images_dir, page_server=("127.0.0.1", port)
         ) as restored:
             result = await control.worker().touch(Order.RANDOM, count=1000)
             assert result.is_good, result

@@ -46,6 +46,11 @@ class AsyncDaemon:
         """Return its exit status; None while it runs, or is not started."""
         return None if self._worker is None else self._worker.poll()
 
+    @property
+    def pidfd(self) -> int | None:
+        """What tells of its end; None when it has ended, or is not started."""
+        return None if self._worker is None or self._worker.poll() is not None else self._worker.pidfd
+
     def terminate(self) -> None:
         """Make it veto a restore that is not finished, and otherwise hurry."""
         if self._worker is not None:

@@ -102,7 +102,7 @@ def check_page_server(option: str, value: object) -> None:
         and isinstance(value[1], int)
         and 0 < value[1] < 1 << 16
     ):
-        raise OptionError(option, f"expected (host, port) of the source, got {value!r}")
+        raise OptionError(option, f"expected (host, port), the port from 1 to 65535; got {value!r}")
 
 
 def plan_daemon(
@@ -176,6 +176,11 @@ class Daemon:
     def poll(self) -> int | None:
         """Return its exit status; None while it runs, or is not started."""
         return None if self._worker is None else self._worker.poll()
+
+    @property
+    def pidfd(self) -> int | None:
+        """What tells of its end; None when it has ended, or is not started."""
+        return None if self._worker is None or self._worker.poll() is not None else self._worker.pidfd
 
     def terminate(self) -> None:
         """Make it veto a restore that is not finished, and otherwise hurry."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -89,7 +90,17 @@ class AsyncContainerRestore:
 
     async def _wait_restored(self, command: Command, deadline: float) -> None:
         with trio.move_on_at(deadline) as scope:
-            await wait_ended(command.worker)
+            while command.worker.poll() is None:
+                daemon = None if self._daemon is None else self._daemon.pidfd
+                with select.epoll() as either:
+                    for pidfd in (command.worker.pidfd, *([] if daemon is None else [daemon])):
+                        either.register(pidfd, select.EPOLLIN)
+                    await trio.lowlevel.wait_readable(either.fileno())
+                if self._daemon is not None and self._daemon.poll():
+                    # CRIU, which has lost it, may hang, and runC with it.
+                    await self._wait_grace(command)
+                    if command.worker.poll() is None:
+                        raise command.stuck()
         if scope.cancelled_caught:
             raise command.overdue()
         self._runs = command.worker.poll() == 0

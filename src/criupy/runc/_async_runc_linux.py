@@ -17,7 +17,7 @@ from criupy.runc._async_checkpoint_linux import AsyncContainerCheckpoint
 from criupy.runc._async_restore_linux import AsyncContainerRestore
 from criupy.runc._network_linux import unlock_network
 from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, check_runs, pre_dump_words
-from criupy.runc._program_linux import Command, lacks, make_program, no_such_container
+from criupy.runc._program_linux import Command, lacks, make_program
 from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
 
 __all__ = ["AsyncRunc"]
@@ -161,9 +161,7 @@ class AsyncRunc:
 
         Only when no destination runs it: two would answer for one.
         """
-        state = await self.state(container)
-        if state is None or not state.pid:
-            raise no_such_container("checkpoint", container)
+        state = check_runs(container, await self.state(container))
         await trio.to_thread.run_sync(unlock_network, container, state.pid)
 
     # ---- inside --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 
 from criupy._descriptor import Descriptor
@@ -101,6 +102,12 @@ class CheckpointPlan:
     def watch(self, state: ContainerState | None) -> None:
         """Look at the container that is to be frozen, so that its end can be told."""
         state = check_runs(self.container, state)
+        if tracer := _tracer_of(state.pid):
+            raise RuncError(
+                "checkpoint",
+                self.container,
+                f"process {tracer} traces it: another checkpoint is under way, or a debugger",
+            )
         self.was_paused = state.status == "paused"
         self._pid = state.pid
         self._process = open_process(state.pid)
@@ -124,6 +131,17 @@ class CheckpointPlan:
         """Find the CRIU that serves the pages, and return where it listens."""
         self.find_criu(command)
         found = None if self._criu is None else page_socket(self._criu[0], self.page_server[1])
+        if found is not None and ip_address(found[0]) != ip_address(self.page_server[0]):
+            raise RuncError(
+                "checkpoint",
+                self.container,
+                f"CRIU listens on {found[0]}, not on {self.page_server[0]}",
+                hint=(
+                    "up to 4.2 CRIU takes the address from its configuration only: put `address "
+                    f"{self.page_server[0]}` into a file that the bundle's annotation org.criu.config names "
+                    f"(or /etc/criu/runc.conf), or ask for {found[0]}"
+                ),
+            )
         # A destination that was quick has it already: CRIU listens for one only.
         return found or self.page_server
 
@@ -189,6 +207,15 @@ def check_runs(container: str, state: ContainerState | None) -> ContainerState:
     return state
 
 
+def _tracer_of(pid: int) -> int:
+    """Return the process that traces another one, 0 for none."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("TracerPid:"):
+                return int(line.split()[1])
+    return 0
+
+
 def _is_named(pid: int, name: str) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip() == name
@@ -222,9 +249,15 @@ class RestorePlan:
         self.container = check_container(container)
         image_dir = path_word("image_path", image_path)
         self.work_dir = Path(image_dir if work_path is None else path_word("work_path", work_path))
-        self._words = ["--detach", "--lazy-pages", "--bundle", path_word("bundle", bundle)]
+        bundle_dir = path_word("bundle", bundle)
+        if not Path(bundle_dir, "config.json").is_file():
+            raise OptionError("bundle", f"expected a bundle, there is no {bundle_dir}/config.json")
+        self._words = ["--detach", "--lazy-pages", "--bundle", bundle_dir]
         self._words += ["--image-path", image_dir, "--work-path", str(self.work_dir)]
         self._words += option_words(RestoreOptions, options)
+        given: object = stdio
+        if given is not None and not (isinstance(given, tuple) and len(given) == 3):
+            raise OptionError("stdio", f"expected three descriptors, got {stdio!r}")
         self._stdio = None if stdio is None else tuple(map(_number, stdio))
         self.request_timeout = request_timeout
         self.daemon: DaemonPlan | None = plan_daemon(

@@ -175,6 +175,15 @@ class Command:
         """Make the error for one that took too long."""
         return RuncTimeout(self.name, self.container, "not done in time", log_lines=self.errors())
 
+    def stuck(self) -> RuncError:
+        """Make the error for a CRIU that hangs, having lost its lazy-pages daemon."""
+        return RuncError(
+            self.name,
+            self.container,
+            "the lazy-pages daemon has ended, and CRIU did not",
+            log_lines=self.errors(),
+        )
+
     def state(self) -> ContainerState | None:
         """Return what a ``runc state`` that has ended told; None if there is no such container."""
         if self.worker.poll() == 0:

@@ -91,8 +91,14 @@ class ContainerRestore:
 
     def _wait_restored(self, command: Command, deadline: float) -> None:
         while command.worker.poll() is None:
-            if not wait_for(deadline, command.worker.pidfd):
+            daemon = None if self._daemon is None else self._daemon.pidfd
+            if not wait_for(deadline, command.worker.pidfd, *([] if daemon is None else [daemon])):
                 raise command.overdue()
+            if self._daemon is not None and self._daemon.poll():
+                # CRIU, which has lost it, may hang, and runC with it.
+                self._wait_grace(command)
+                if command.worker.poll() is None:
+                    raise command.stuck()
         self._runs = command.worker.poll() == 0
         if not self._runs:
             raise command.failure()

@@ -15,7 +15,7 @@ from criupy.rpc._report import LogWatch
 from criupy.runc._checkpoint_linux import ContainerCheckpoint
 from criupy.runc._network_linux import unlock_network
 from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, check_runs, pre_dump_words
-from criupy.runc._program_linux import Command, lacks, make_program, no_such_container
+from criupy.runc._program_linux import Command, lacks, make_program
 from criupy.runc._restore_linux import ContainerRestore
 from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
 
@@ -159,9 +159,7 @@ class Runc:
 
         Only when no destination runs it: two would answer for one.
         """
-        state = self.state(container)
-        if state is None or not state.pid:
-            raise no_such_container("checkpoint", container)
+        state = check_runs(container, self.state(container))
         unlock_network(container, state.pid)
 
     # ---- inside --------------------------------------------------------------------------------------
