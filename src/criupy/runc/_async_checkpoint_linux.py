@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -36,7 +37,7 @@ class AsyncContainerCheckpoint:
         self._timeout = runc._program.timeout(timeout)
         self._command: Command | None = None
         self._entered = False
-        self.image_path = plan.image_path
+        self.image_path: Path = plan.image_path
         self.outcome: SourceOutcome | None = None
         self.address: str = ""
         self.port: int = 0

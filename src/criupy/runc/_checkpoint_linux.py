@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -35,7 +36,7 @@ class ContainerCheckpoint:
         self._timeout = runc._program.timeout(timeout)
         self._command: Command | None = None
         self._entered = False
-        self.image_path = plan.image_path
+        self.image_path: Path = plan.image_path
         self.outcome: SourceOutcome | None = None
         self.address: str = ""
         self.port: int = 0

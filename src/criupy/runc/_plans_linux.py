@@ -85,19 +85,19 @@ class CheckpointPlan:
         work_path: StrPath | None,
         options: Mapping[str, object],
     ) -> None:
-        self.container = check_container(container)
+        self.container: str = check_container(container)
         check_page_server("page_server", page_server)
         check_address(*page_server)
-        self.page_server = page_server
+        self.page_server: tuple[str, int] = page_server
         self._words, self._work_dir = _places(image_path, parent_path, work_path)
         self._words += option_words(CheckpointOptions, options)
-        self.image_path = Path(path_word("image_path", image_path))
+        self.image_path: Path = Path(path_word("image_path", image_path))
         self._stack = contextlib.ExitStack()
         self._pid = 0
         self._process: Descriptor | None = None
         self._criu: tuple[int, Descriptor] | None = None
         self._status_pipe = ""
-        self.was_paused = False
+        self.was_paused: bool = False
 
     def watch(self, state: ContainerState | None) -> None:
         """Look at the container that is to be frozen, so that its end can be told."""
@@ -246,9 +246,9 @@ class RestorePlan:
         options: Mapping[str, object],
         request_timeout: float | None,
     ) -> None:
-        self.container = check_container(container)
+        self.container: str = check_container(container)
         image_dir = path_word("image_path", image_path)
-        self.work_dir = Path(image_dir if work_path is None else path_word("work_path", work_path))
+        self.work_dir: Path = Path(image_dir if work_path is None else path_word("work_path", work_path))
         bundle_dir = path_word("bundle", bundle)
         if not Path(bundle_dir, "config.json").is_file():
             raise OptionError("bundle", f"expected a bundle, there is no {bundle_dir}/config.json")
