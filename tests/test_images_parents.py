@@ -244,6 +244,7 @@ def test_against_a_model_of_single_pages(
             low = index & ((1 << FILE_SHIFT) - 1)
             got[start // PAGE + i] = (memory.files[index >> FILE_SHIFT], low + i) if present else None
     assert got == expected
+    assert {path for path, _ in filter(None, got.values())} == set(memory.files)
 
 
 # ---- the directory -----------------------------------------------------------------

@@ -118,17 +118,22 @@ def lazy_parents(images_dir: StrPath, task: PstreeEntry, *, local: bool = False)
     pagemap = read_pagemap(images_dir, task.pid)
     mm = read_mm(images_dir, task.pid)
     held = _follow(images_dir, task.pid, pagemap)
-    found: list[tuple[int, int, int]] = []
+    found: list[tuple[int, int, int, int]] = []
     if any(held.lazy):
         runs = [
             (start, start + (nr << PAGE_SHIFT)) for start, nr in zip(held.starts, held.nr_pages, strict=True)
         ]
         for i, _, low, high in _overlaps(runs, _lazy_areas(images_dir, task, mm)):
             if held.lazy[i]:
-                index = held.page_indices[i] + ((low - runs[i][0]) >> PAGE_SHIFT)
-                found.append((low, high, held.file_indices[i] << FILE_SHIFT | index))
-    everything = [(low, (high - low) >> PAGE_SHIFT, index, 1) for low, high, index in found]
-    files = held.files
+                page = held.page_indices[i] + ((low - runs[i][0]) >> PAGE_SHIFT)
+                found.append((low, high, held.file_indices[i], page))
+    # Those that hold nothing of this are left out.
+    numbers = {index: number for number, index in enumerate(sorted({index for _, _, index, _ in found}))}
+    files = tuple(held.files[index] for index in numbers)
+    everything = [
+        (low, (high - low) >> PAGE_SHIFT, numbers[index] << FILE_SHIFT | page, 1)
+        for low, high, index, page in found
+    ]
     own = lazy_entries(pagemap)
     for start, nr, index, is_here in zip(
         own.starts, own.nr_pages, own.page_indices, own.present, strict=True
@@ -142,7 +147,9 @@ def lazy_parents(images_dir: StrPath, task: PstreeEntry, *, local: bool = False)
     everything.sort()
     starts, counts, indices, present = zip(*everything, strict=True) if everything else ((),) * 4
     entries = LazyEntries(array("Q", starts), array("Q", counts), array("Q", indices), array("B", present))
-    return LazyParents(pagemap, _with_lazy(pagemap, found), mm, files, entries)
+    return LazyParents(
+        pagemap, _with_lazy(pagemap, [found_run[:2] for found_run in found]), mm, files, entries
+    )
 
 
 def _follow(images_dir: StrPath, pid: int, pagemap: Pagemap) -> ParentPages:
@@ -204,7 +211,7 @@ def _overlaps(ones: Sequence[_Range], others: Sequence[_Range]) -> Iterator[tupl
             j += 1
 
 
-def _with_lazy(pagemap: Pagemap, lazy: Sequence[tuple[int, int, int]]) -> Pagemap:
+def _with_lazy(pagemap: Pagemap, lazy: Sequence[_Range]) -> Pagemap:
     """Make these parts of PARENT entries lazy ones, each as long as it may be."""
     starts, nr_pages, all_flags = array("Q"), array("Q"), array("B")
 
@@ -219,7 +226,7 @@ def _with_lazy(pagemap: Pagemap, lazy: Sequence[tuple[int, int, int]]) -> Pagema
         end = start + (nr << PAGE_SHIFT)
         at = lazy_from = start
         while flags == _PARENT and position < len(lazy) and lazy[position][0] < end:
-            low, high, _ = lazy[position]
+            low, high = lazy[position]
             if low > at:
                 put(lazy_from, at, _LAZY)
                 put(at, low, _PARENT)
