@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import images_writer as w
 from criupy.images import write_lazy_parents
 from criupy.testing.images import (
     PAGEMAP_MAGIC,
@@ -53,6 +54,9 @@ def give_to_parents(images: WrittenImages, every: int = 4) -> WrittenImages:
         (directory / "parent").symlink_to(f"../{parent.name}")
     tasks = []
     for task in images.tasks:
+        # Not all that CRIU wants of a core, but where its stack is.
+        core = w.core(thread_info=w.registers(STACK_BASE + PAGE))
+        (images.directory / f"core-{task.pid}.img").write_bytes(core)
         chunks = _chunks(task.runs)
         offsets = {
             run.first: offset + (run.first - whole.first) * PAGE

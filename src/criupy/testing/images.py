@@ -177,9 +177,7 @@ def _mm(spec: WorkloadSpec, *, guards: bool) -> bytes:
 
 def _core(state: int) -> bytes:
     tc = number(1, state) + b"".join(number(field, 0) for field in range(2, 6)) + data(6, b"workload")
-    # registers of x86-64, of which the stack pointer is of interest
-    registers = data(2, number(20, STACK_BASE + PAGE)) if state != TASK_DEAD else b""
-    return number(1, 1) + data(2, registers) + data(3, tc)
+    return number(1, 1) + data(3, tc)
 
 
 def _pstree_entry(pid: int, ppid: int, root: int) -> bytes:
