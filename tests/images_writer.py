@@ -92,23 +92,37 @@ def guard(start: int, end: int) -> bytes:
     return vma_body(start, end, status=1 << 16, prot=0, flags=0)
 
 
-def pstree(tasks: Sequence[tuple[int, int]]) -> bytes:
+def pstree(tasks: Sequence[tuple[int, int]], threads: Sequence[int] = ()) -> bytes:
+    """Write a process tree; every task has these threads beside its own."""
     bodies = [
-        number(1, pid) + number(2, ppid) + number(3, pid) + number(4, pid) + number(5, pid)
+        number(1, pid)
+        + number(2, ppid)
+        + number(3, pid)
+        + number(4, pid)
+        + b"".join(number(5, tid) for tid in (pid, *threads))
         for pid, ppid in tasks
     ]
     return image("pstree", bodies)
 
 
-def core(state: int = 1, name: bytes | None = b"name", exit_code: int = 0) -> bytes:
+def registers(stack_pointer: int | None, machine: str = "x86") -> bytes:
+    """Write what a core has of its thread's registers."""
+    sp = {"x86": 20, "aarch64": 2}[machine]
+    body = b"" if stack_pointer is None else number(sp, stack_pointer)
+    return nested(2, nested(2, body)) if machine == "x86" else nested(2, b"") + nested(8, nested(3, body))
+
+
+def core(
+    state: int = 1, name: bytes | None = b"name", exit_code: int = 0, thread_info: bytes = nested(2, b"")
+) -> bytes:
     task = number(1, state) + number(2, exit_code) + number(3, 0) + number(4, 0) + number(5, 0)
     task += b"" if name is None else nested(6, name)
-    return image("core", [number(1, 1) + nested(2, b"") + nested(3, task)])
+    return image("core", [number(1, 1) + thread_info + nested(3, task)])
 
 
-def thread_core(name: bytes | None = b"thread") -> bytes:
+def thread_core(name: bytes | None = b"thread", thread_info: bytes = nested(2, b"")) -> bytes:
     thread = number(1, 0) + number(2, 0) + (b"" if name is None else nested(13, name))
-    return image("core", [number(1, 1) + nested(2, b"") + nested(5, thread)])
+    return image("core", [number(1, 1) + thread_info + nested(5, thread)])
 
 
 def inventory(version: int = 2, run_id: bytes | None = b"run", *, pre_dump: bool = False) -> bytes:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import trio
 
 from criupy.testing.control_linux import Control
 from criupy.testing.criu_linux import (
@@ -49,6 +52,8 @@ class Migration:
     link: Link | None
     images: Path
     room: Path
+    asked: float
+    """When the restore was begun, by the clock of ``trio.current_time``."""
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -94,10 +99,12 @@ async def migrate(
     dump_extra: Iterable[str] = (),
     daemon_extra: Iterable[str] = (),
     restore_extra: Iterable[str] = (),
+    lazy_parents: bool = False,
 ) -> AsyncIterator[Migration]:
     """Dump lazily, start our daemon, or a stock one, and the restore.
 
-    `prepare` is done before the dump; `before` gives the process orders while it is frozen.
+    `prepare` is done before the dump; `before` gives the process orders while it is frozen. With
+    `lazy_parents` what the dump's parents hold is restored lazily, too.
     """
     images, work = room / "images", room / "work"
     async with contextlib.AsyncExitStack() as stack:
@@ -114,20 +121,31 @@ async def migrate(
         stack.callback(control.close)
         if before is not None:
             before(control)
+        restored_from = images
+        if lazy_parents:
+            restored_from = room / "lazily"
+            words = [sys.executable, "-m", "criupy", "lazy-parents", str(images), str(restored_from)]
+            await trio.run_process(words, capture_stdout=True)
         ours = [] if stock else ["--stats-file", "stats.json"]
         daemon = await stack.enter_async_context(
             lazy_pages_daemon(
                 stock_command(criu) if stock else our_command(),
-                images,
+                restored_from,
                 work,
                 source=address,
                 extra=[*ours, *daemon_extra],
             )
         )
+        asked = trio.current_time()
         restored = await stack.enter_async_context(
             restore(
-                criu, images, work, source.pid, binds={source.control.path: control.path}, extra=restore_extra
+                criu,
+                restored_from,
+                work,
+                source.pid,
+                binds={source.control.path: control.path},
+                extra=restore_extra,
             )
         )
         control.gone = restored.gone
-        yield Migration(source, pages, daemon, restored, control, link, images, room)
+        yield Migration(source, pages, daemon, restored, control, link, images, room, asked)

@@ -60,7 +60,7 @@ def test_the_installed_script_is_the_same() -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("check", "images", "--version"):
+    for name in ("check", "images", "lazy-parents", "--version"):
         assert name in shown
 
 

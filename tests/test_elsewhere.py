@@ -29,10 +29,10 @@ PACKAGE = ROOT / "src" / "criupy"
 #: The tests of what is portable; each of their files runs elsewhere, but for what says that it needs Linux.
 PORTABLE = (
     *("test_cli_log", "test_cli_options", "test_cli_progress", "test_cli_statistics"),
-    *("test_command", "test_command_images"),
+    *("test_command", "test_command_images", "test_command_lazy_parents"),
     *("test_images_framing", "test_images_lazy", "test_images_marker", "test_images_memory"),
     *("test_images_names", "test_images_pagemap", "test_images_schema", "test_images_stats"),
-    "test_images_tasks",
+    *("test_images_parents", "test_images_tasks"),
     *("test_page_server_options", "test_page_server_session", "test_page_server_writer"),
     *("test_rpc_external", "test_rpc_options", "test_rpc_portable", "test_rpc_report", "test_rpc_results"),
     *("test_rpc_schema", "test_rpc_session", "test_runc_words", "test_pre_copy"),

@@ -158,7 +158,7 @@ def test_bulk_leaves_little_in_the_queue_of_a_short_link(build: Build, what: str
         pytest.param("destroy", marks=needs_poison),
     ],
 )
-@pytest.mark.parametrize("lanes", ["1", "2"])
+@pytest.mark.parametrize("lanes", ["1", "2", "1+", "2+"])
 @pytest.mark.parametrize("sanitizer", ["", *RUNTIMES])
 def test_pager_under_load(build: Build, sanitizer: str, lanes: str, how: str) -> None:
     target = build("stress_target", ["uffd"], "")

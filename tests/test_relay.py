@@ -32,6 +32,7 @@ from criupy.testing.wait import until
 from criupy.wire.extension import Hello, Lane, Refusal
 from criupy.wire.page_server import Command, Frame
 from page_server_clients import CLOSE, GET, Destination
+from parents import give_to_parents, lazily, nr_dirty
 from serving import MIB, Serving, all_good, serve
 
 pytestmark = [pytest.mark.usefixtures("workload_program", "nothing_is_left")]
@@ -82,9 +83,13 @@ async def relayed(
     behaviour: Behaviour | None = None,
     certificates: Certificates | None = None,
     count: Any = "new",
+    pre_dumped: bool = False,
     **relay: Any,
 ) -> AsyncIterator[Relayed]:
+    """Run source, relay and link; `pre_dumped`: the source has a quarter, and parents the rest."""
     images = write_images(room / "images", spec, style="lazy", count=count)
+    if pre_dumped:
+        images = give_to_parents(images)
     (room / "relay").mkdir()
     source = Source(images, behaviour or Behaviour())
     tls = None if certificates is None else certificates.files("server")
@@ -95,7 +100,7 @@ async def relayed(
             open_relay(ServerConfig(images.directory, tls=tls), config) as (server, kept),
             open_link((server.address, server.port), conditions, script) as link,
         ):
-            yield Relayed(images, source, server, kept, link, room)
+            yield Relayed(lazily(images) if pre_dumped else images, source, server, kept, link, room)
             server.stop()
         await source.ended.wait()
     assert source.violations == []
@@ -128,6 +133,29 @@ async def test_a_cache_that_is_smaller_than_the_memory(room: Path) -> None:
         await s.daemon.wait()
         assert await r.relay.wait() is Fate.CLOSED
         assert r.relay.last.pages_kept <= MIB // 4096
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+async def test_over_pre_dumps_and_ten_cuts(lanes: int, room: Path) -> None:
+    """The relay is asked for what its source has, and nothing else."""
+    script = random_cuts(5, nr=10, within=SPEC.tree * SPEC.size * 3 // 16, down=0.02)
+    async with (
+        relayed(room, script=script, pre_dumped=True) as r,
+        r.daemon(reconnect=20.0, link_timeout=0.25, lanes=lanes) as s,
+        s.restore(early=4) as standin,
+    ):
+        for task in range(SPEC.tree):
+            standin.worker(task).start_touching(Order.RANDOM, count=500)
+        await standin.finish()
+        for task in range(SPEC.tree):
+            assert (await standin.worker(task).wait()).is_good
+        await all_good(standin)
+        done = await s.daemon.wait()
+        assert await r.relay.wait() is Fate.CLOSED
+        assert not r.goes_on
+        assert r.link.cuts == 10
+    assert done.local_received == done.local_total == done.pages_total - nr_dirty(r.images)
+    assert r.relay.last.pages_total == nr_dirty(r.images)
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])

@@ -4,7 +4,8 @@
  *
  * pager_stress TARGET SEED ROUNDS LANES HOW. LANES is 1 for a stock source, 2 for
  * one with a lane for what is urgent, either of which is lost now and then and
- * made again, 0 for pages files. HOW is one of
+ * made again, 0 for pages files; with a + the source has but half of the pages, and
+ * pages files the others. HOW is one of
  *   finish   restore-finished after a while; everything arrives
  *   early    restore-finished only once the targets are done: no background
  *   poison   the source closes midway; what is missing is poisoned (not with 0)
@@ -94,19 +95,45 @@ static bool send_run(struct source *source, uint64_t address, uint64_t nr_pages)
 	return true;
 }
 
-static void attach_file(struct criupy_image *image, uint64_t address, uint64_t nr_pages)
+#define NR_FILES 2
+#define MOST_EXTENTS (NR_SLICES * SLICE_PAGES)
+
+/* What pages files have of it, and where: nothing, all, or every other extent. */
+static struct criupy_image *make_image(uint64_t id, uint64_t address, uint64_t nr_pages, bool remote, bool mixed,
+				       uint64_t *seed)
 {
-	int file = memfd_create("pages", MFD_CLOEXEC);
+	static uint64_t starts[MOST_EXTENTS], nrs[MOST_EXTENTS], data[MOST_EXTENTS];
+	uint64_t page[PAGE_WORDS], next[NR_FILES] = { 0 };
+	struct criupy_image *image;
+	int files[NR_FILES];
+	size_t nr = 0;
 
-	CHECK(file >= 0);
-	for (uint64_t i = 0; i < nr_pages; i++) {
-		uint64_t page[PAGE_WORDS];
+	for (int i = 0; i < NR_FILES; i++)
+		CHECK((files[i] = memfd_create("pages", MFD_CLOEXEC)) >= 0);
+	while (nr_pages) {
+		size_t file = nr / 2 % NR_FILES;
 
-		fill(page, address + (i << PAGE_SHIFT), 1);
-		CHECK(write(file, page, sizeof(page)) == sizeof(page));
+		starts[nr] = address;
+		nrs[nr] = mixed ? min_u64(nr_pages, 1 + random_below(seed, 40)) : nr_pages;
+		if (mixed ? nr % 2 == 0 : remote) {
+			data[nr] = CRIUPY_REMOTE;
+		} else {
+			data[nr] = (uint64_t)file << CRIUPY_FILE_SHIFT | next[file];
+			next[file] += nrs[nr];
+			for (uint64_t i = 0; i < nrs[nr]; i++) {
+				fill(page, address + (i << PAGE_SHIFT), 1);
+				CHECK(write(files[file], page, sizeof(page)) == sizeof(page));
+			}
+		}
+		address += nrs[nr] << PAGE_SHIFT;
+		nr_pages -= nrs[nr++];
 	}
-	CHECK(!criupy_image_attach(image, file));
-	close(file);
+	CHECK(!criupy_image_create(&image, id, starts, nrs, data, NULL, nr));
+	for (int i = 0; i < NR_FILES; i++) {
+		CHECK(!next[i] || !criupy_image_attach(image, files[i]));
+		close(files[i]);
+	}
+	return image;
 }
 
 static bool answer_get(struct source *source, struct criupy_frame *frame)
@@ -278,17 +305,20 @@ int main(int argc, char **argv)
 	const struct criupy_pager_config config = {
 		.link_timeout_ns = UINT64_MAX, .nr_buffers = 5, .request_pages = 32, .fault_around_pages = 4, .nr_copiers = 3,
 	};
-	const uint64_t nr_pages = NR_SLICES * SLICE_PAGES, first_page = 0;
+	const uint64_t nr_pages = NR_SLICES * SLICE_PAGES;
+	uint64_t seed;
 	struct target targets[NR_TARGETS];
 	struct source sources[2] = { 0 };
 	struct criupy_pager *pager;
 	struct criupy_stats stats;
 	int restore[2], nr_lanes, nr_left = NR_TARGETS;
-	bool early, poison, destroy, ended = false;
+	bool early, poison, destroy, mixed, ended = false;
 
 	if (argc != 6)
 		return 2;
 	nr_lanes = atoi(argv[4]);
+	mixed = strchr(argv[4], '+');
+	seed = strtoull(argv[2], NULL, 0) * 2654435761u + 1;
 	alarm(300); /* a guard: with it go the userfaultfds, and then the targets */
 	early = !strcmp(argv[5], "early");
 	poison = !strcmp(argv[5], "poison");
@@ -305,10 +335,7 @@ int main(int argc, char **argv)
 		uint64_t address;
 		int uffd = start_target(&targets[i], argv[1], argv[2], argv[3], &address);
 
-		CHECK(!criupy_image_create(&image, (uint64_t)targets[i].pid, &address, &nr_pages,
-					   nr_lanes ? NULL : &first_page, NULL, 1));
-		if (!nr_lanes)
-			attach_file(image, address, nr_pages);
+		image = make_image((uint64_t)targets[i].pid, address, nr_pages, nr_lanes, mixed, &seed);
 		CHECK(!criupy_pager_add_task(pager, targets[i].pid, uffd, image));
 	}
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, restore));

@@ -61,9 +61,26 @@ static uint8_t extent_flags[WORLD];
 static struct model models[NR_SPACES];
 static int nr_models;
 
+/* Number the pages, those of the source first. */
+static void number_pages(struct model *m, const int *places, const uint64_t *nr, const uint64_t *data, size_t nr_extents)
+{
+	for (int local = 0; local < 2; local++) {
+		for (size_t i = 0; i < nr_extents; i++) {
+			if ((data[i] != CRIUPY_REMOTE) != local)
+				continue;
+			for (int k = 0; k < (int)nr[i]; k++) {
+				extent_of[nr_pages] = (int)i;
+				m->state[nr_pages] = CRIUPY_PAGE_MISSING;
+				m->there[places[i] + k] = nr_pages++;
+			}
+		}
+	}
+}
+
 static void make_image(void)
 {
-	uint64_t starts[WORLD], nr[WORLD];
+	uint64_t starts[WORLD], nr[WORLD], data[WORLD];
+	int places[WORLD], kinds = (int)random_below(3);	/* source, files, both */
 	size_t nr_extents = 0;
 	struct model *m = &models[0];
 
@@ -80,16 +97,13 @@ static void make_image(void)
 			starts[nr_extents] = address_of(i);
 			nr[nr_extents] = (uint64_t)length;
 			extent_flags[nr_extents] = random_below(4) == 0;
-			for (int k = 0; k < length; k++) {
-				extent_of[nr_pages] = (int)nr_extents;
-				m->state[nr_pages] = CRIUPY_PAGE_MISSING;
-				m->there[i + k] = nr_pages++;
-			}
-			nr_extents++;
+			data[nr_extents] = kinds == 1 || (kinds == 2 && random_below(2)) ? 7 : CRIUPY_REMOTE;
+			places[nr_extents++] = i;
 		}
 		i += length;
 	}
-	CHECK(!criupy_image_create(&image, 7, starts, nr, NULL, extent_flags, nr_extents));
+	number_pages(m, places, nr, data, nr_extents);
+	CHECK(!criupy_image_create(&image, 7, starts, nr, kinds ? data : NULL, extent_flags, nr_extents));
 	CHECK(criupy_image_nr_pages(image) == (uint64_t)nr_pages);
 	CHECK(!criupy_space_create(&m->space, image));
 	nr_models = 1;
@@ -178,6 +192,20 @@ static void try_fork(const struct model *m)
 			child->state[i] = CRIUPY_PAGE_REMOVED;
 }
 
+static void check_kinds(const struct model *m)
+{
+	for (int kind = 0; kind < NR_KINDS; kind++) {
+		uint64_t end = image_kind_end(image, kind), nr = 0;
+
+		for (uint64_t page = image_kind_begin(image, kind); page < end; page++) {
+			CHECK(image_kind(image, page) == kind);
+			CHECK((image_extent_of(image, page)->data == CRIUPY_REMOTE) == (kind == REMOTE));
+			nr += m->state[page] == CRIUPY_PAGE_MISSING;
+		}
+		CHECK(space_nr_missing(m->space, kind) == nr);
+	}
+}
+
 static void compare(const struct model *m)
 {
 	for (int i = 0; i < WORLD; i++) {
@@ -205,6 +233,8 @@ static void compare(const struct model *m)
 			CHECK(m->there[i + k] == page + k && extent_of[page + k] == extent_of[page]);
 	}
 	CHECK(criupy_space_nr_missing(m->space) == missing(m));
+	CHECK(space_nr_missing(m->space, REMOTE) + space_nr_missing(m->space, LOCAL) == missing(m));
+	check_kinds(m);
 	for (int any = 0; any < 2; any++) {
 		uint64_t page = random_below((uint32_t)nr_pages + 1), max = 1 + random_below(9), nr;
 		int first = (int)page, length = 0;
@@ -293,8 +323,9 @@ static void fuzz_codec(int rounds)
 static void check_local_pages(void)
 {
 	const uint64_t starts[] = { 0x10000, 0x20000, 0x21000 }, nr[] = { 3, 1, 4097 };
-	const uint64_t data[] = { 4098, 4097, 0 }, beyond[] = { 4099, 4097, 0 }, far[] = { UINT64_MAX, 0, 0 };
+	const uint64_t data[] = { 4098, 4097, 0 }, beyond[] = { 4099, 4097, 0 }, far[] = { (UINT64_C(1) << 48) - 1, 0, 0 };
 	const uint64_t total = 3 + 1 + 4097, file_page[] = { 4098, 4099, 4100, 4097, 0 };
+	const uint64_t gap[] = { 4098, UINT64_C(2) << CRIUPY_FILE_SHIFT, 0 };	/* no file 1 */
 	int fd = memfd_create("pages", MFD_CLOEXEC);
 	const struct run runs[] = { { 1, 2 }, { 3, 1 }, { 4, 1 } };
 	const uint64_t read_page[] = { 4099, 4100, 4097, 0 };
@@ -311,6 +342,9 @@ static void check_local_pages(void)
 	criupy_image_destroy(image);
 	CHECK(!criupy_image_create(&image, 1, starts, nr, NULL, NULL, 3));
 	CHECK(criupy_image_attach(image, fd) == -EINVAL);
+	criupy_image_destroy(image);
+	CHECK(!criupy_image_create(&image, 1, starts, nr, gap, NULL, 3));
+	CHECK(!criupy_image_attach(image, fd) && criupy_image_attach(image, fd) == -EINVAL);
 	criupy_image_destroy(image);
 	CHECK(!criupy_image_create(&image, 1, starts, nr, data, NULL, 3));
 	CHECK(!criupy_image_attach(image, fd) && criupy_image_attach(image, fd) == -EINVAL);
@@ -348,14 +382,14 @@ static void check_lookups(size_t nr_extents)
 
 		CHECK(image_extent_of(image, first) == &image->extents[i]);
 		CHECK(image_extent_of(image, first + nr[i] - 1) == &image->extents[i]);
-		CHECK(image_extent_after(image, starts[i]) == i);
-		CHECK(image_extent_after(image, beyond - 1) == i);
-		CHECK(image_extent_after(image, beyond) == i + 1);
+		CHECK(image_extent_after(image, REMOTE, starts[i]) == i);
+		CHECK(image_extent_after(image, REMOTE, beyond - 1) == i);
+		CHECK(image_extent_after(image, REMOTE, beyond) == i + 1);
 		/* Nothing lies between two extents. */
-		CHECK(i + 1 == nr_extents || starts[i + 1] == beyond || image_extent_after(image, starts[i + 1] - 1) == i + 1);
+		CHECK(i + 1 == nr_extents || starts[i + 1] == beyond || image_extent_after(image, REMOTE, starts[i + 1] - 1) == i + 1);
 	}
-	CHECK(!nr_extents || image_extent_after(image, 0) == 0);
-	CHECK(image_extent_after(image, UINT64_MAX) == nr_extents);
+	CHECK(!nr_extents || image_extent_after(image, REMOTE, 0) == 0);
+	CHECK(image_extent_after(image, REMOTE, UINT64_MAX) == nr_extents);
 	criupy_image_destroy(image);
 }
 

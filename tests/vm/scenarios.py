@@ -22,7 +22,7 @@ from typing import Any
 import trio
 
 from criupy.images import PAGE_SIZE as PAGE
-from criupy.images import PageFlags, read_pagemap, read_pstree
+from criupy.images import PageFlags, read_pagemap, read_pstree, read_restore_stats
 from criupy.pre_copy import PreCopy
 from criupy.runc import AsyncRunc
 from criupy.testing.control_linux import CONTROL_MAGIC, Control, Order
@@ -101,7 +101,14 @@ def pre_copy(criu: Criu, room: Path, rounds: int) -> tuple[Callable[[Workload], 
 
 
 async def hybrid(
-    criu: Criu, room: Path, *, daemon: str = "ours", track: str = "yes", huge: str = "never"
+    criu: Criu,
+    room: Path,
+    *,
+    daemon: str = "ours",
+    track: str = "yes",
+    huge: str = "never",
+    lazy_parents: str = "no",
+    megabytes: str = "8",
 ) -> Found:
     """Two pre-dumps and a lazy dump of the rest, whose pages are counted on their way."""
     prepare, options = pre_copy(criu, room, rounds=2)
@@ -111,19 +118,24 @@ async def hybrid(
     HUGE_PAGES.write_text(huge)
     async with migrate(
         criu,
-        SPEC,
+        WorkloadSpec(size=int(megabytes) * MIB),
         room,
         stock=daemon == "stock",
         rate=FAST,
         prepare=prepare,
         dump_extra=options,
+        lazy_parents=lazy_parents == "yes",
     ) as m:
+        await m.restored.finished()
+        seconds = trio.current_time() - m.asked
         await m.ends_well()
         await m.verify_all()
         assert m.link is not None
         return {
             "levels": [count(room / name, m.source.pid) for name in ("1", "2", "images")],
             "fetched": m.link.down // PAGE,
+            "restored": read_restore_stats(room / "work").pages_restored,
+            "seconds": seconds,
             "stats": m.stats if daemon == "ours" else {},
         }
 

@@ -4,6 +4,8 @@ https://github.com/checkpoint-restore/criu/issues/2542 says that pages which pre
 more because the parents' pagemaps call them lazy. They are not, by any daemon: only the last dump's pagemap
 counts. What does make all pages of the last dump lazy is a dump without --track-mem, and huge pages, of
 which one written byte makes two megabytes dirty.
+
+But criu restore reads what parents hold before the process runs, unless `criupy lazy-parents` made that lazy.
 """
 
 from __future__ import annotations
@@ -34,6 +36,20 @@ async def test_pages_of_parents_are_not_fetched(machines: Pair, guest_criu: str,
     assert SECOND <= found["fetched"] < SECOND + 16  # headers make a page or two
     if daemon == "ours":
         assert found["stats"]["pages_total"] == found["stats"]["pages_received"] == SECOND
+
+
+async def test_pages_of_parents_are_lazy_as_well(machines: Pair, guest_criu: str) -> None:
+    async with machines[0].connect() as guest:
+        eager = await play(guest, "hybrid", guest_criu)
+        lazy = await play(guest, "hybrid", guest_criu, lazy_parents="yes")
+    # Without it criu reads them all; with it only what no process can do without.
+    assert eager["restored"] >= ALL - SECOND
+    assert lazy["restored"] < eager["restored"] - (ALL - SECOND) + 16
+    assert SECOND <= lazy["fetched"] < SECOND + 16
+    stats = lazy["stats"]
+    assert stats["pages_total"] == stats["pages_received"]
+    assert stats["local_total"] == stats["local_received"] >= ALL - SECOND
+    assert stats["pages_total"] - stats["local_total"] == SECOND
 
 
 @pytest.mark.parametrize("options", [{"track": "no"}, {"huge": "always"}], ids=["untracked", "huge-pages"])

@@ -41,6 +41,9 @@ class Stats(Protocol):
     pages_total: int
     pages_missing: int
     pages_received: int
+    local_total: int
+    local_missing: int
+    local_received: int
     pages_demand: int
     pages_background: int
     pages_existing: int

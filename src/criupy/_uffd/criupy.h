@@ -31,15 +31,19 @@ struct criupy_image;
 
 /* The child of a fork sees zeros here (MADV_WIPEONFORK). */
 #define CRIUPY_EXTENT_NOT_INHERITED 1
+#define CRIUPY_FILE_SHIFT 48
+#define CRIUPY_REMOTE 0xffffffffffffffffu
 
 /* Copy nr_extents lazy extents, in address order and disjoint. id is what the
  * source calls the task (its dump-time pid). data_pages gives each extent's
- * first page in the pages file and may be NULL for a remote source; flags may
+ * first page in a pages file, and from CRIUPY_FILE_SHIFT on in which; CRIUPY_REMOTE
+ * where the source has it, and NULL where that has all. flags may
  * be NULL. -EINVAL for anything unsorted, overlapping, empty or unaligned. */
 int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t *starts,
 			const uint64_t *nr_pages, const uint64_t *data_pages,
 			const uint8_t *flags, size_t nr_extents);
-/* Serve from this pages file, of which a duplicate is kept. */
+/* Serve from this pages file, of which a duplicate is kept: each call brings the next.
+ * -EINVAL for one that no extent is in, -ENODATA for one that is too short. */
 int criupy_image_attach(struct criupy_image *image, int fd);
 void criupy_image_destroy(struct criupy_image *image);
 uint64_t criupy_image_nr_pages(const struct criupy_image *image);
@@ -183,7 +187,7 @@ struct criupy_pager;
 
 struct criupy_pager_config {
 	uint64_t link_timeout_ns;	/* silence with something outstanding: lost */
-	uint32_t nr_buffers;		/* staging buffers of 256 KiB each, 2 or more */
+	uint32_t nr_buffers;		/* staging buffers of 256 KiB each, 3 or more */
 	uint32_t request_pages;		/* the longest request */
 	uint32_t fault_around_pages;	/* what a fault asks for at most once the tasks run, from its page on */
 	uint32_t window_pages;		/* background pages outstanding at most, 0: by measurement */
@@ -242,6 +246,9 @@ struct criupy_stats {
 	uint64_t pages_total;		/* lazy pages of all tasks handed over */
 	uint64_t pages_missing;		/* over all live address spaces */
 	uint64_t pages_received;	/* from the link, or copied out of local images */
+	uint64_t local_total;		/* of these, what is in local images */
+	uint64_t local_missing;
+	uint64_t local_received;
 	uint64_t pages_demand;		/* installed because a fault asked */
 	uint64_t pages_background;	/* installed before anything asked */
 	uint64_t pages_existing;	/* were there already (EEXIST) */
@@ -312,7 +319,7 @@ int criupy_pager_set_link(struct criupy_pager *pager, int fd, int frame_size, in
 /* Let go of a lane that is lost, by a reset, so that another can be set: only
  * where that is no verdict on a process, and before the end has begun. */
 int criupy_pager_drop_link(struct criupy_pager *pager, int lane);
-/* A task of the restore. The image is new for each pid. */
+/* A task of the restore. The image is new for each pid; -EINVAL if it lacks a pages file. */
 int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, struct criupy_image *image);
 /* All tasks are announced: read restore-finished from here. */
 int criupy_pager_watch_restore(struct criupy_pager *pager, int fd);

@@ -1,10 +1,12 @@
 /* What the images say of one dumped task: where its lazy pages were, and which
  * of them have been asked for.
  *
- * Pages are numbered through all extents in address order. That number is the
+ * Pages are numbered through all extents, first those that the source has and then
+ * those of pages files, each kind in address order. That number is the
  * key of every per-page table (here: requested; in each lazy space: the state),
  * so a page keeps it whatever the task does to its mappings, and a fork copies
- * one byte a page.
+ * one byte a page. As each kind's pages have numbers of their own, to look for the next
+ * one to ask for is to search a row of bytes, with none of the other kind between.
  *
  * "requested" belongs here and not to a lazy space, because one reply serves
  * every address space that came from this task by fork, also one that was
@@ -17,6 +19,7 @@
 #include "internal.h"
 
 #define LANDMARK_SHIFT 6
+#define PAGE_MASK ((UINT64_C(1) << CRIUPY_FILE_SHIFT) - 1)	/* the page in one of the files */
 
 static bool extents_are_sane(const uint64_t *starts, const uint64_t *nr_pages, size_t nr)
 {
@@ -34,9 +37,24 @@ static bool extents_are_sane(const uint64_t *starts, const uint64_t *nr_pages, s
 	return total <= UINT64_C(1) << 40;
 }
 
-static size_t nr_landmarks(const struct criupy_image *image)
+static size_t nr_landmarks(const struct part *part)
 {
-	return (image->nr_extents + (1u << LANDMARK_SHIFT) - 1) >> LANDMARK_SHIFT;
+	return (part->end - part->begin + (1u << LANDMARK_SHIFT) - 1) >> LANDMARK_SHIFT;
+}
+
+static int set_landmarks(const struct criupy_image *image, struct part *part)
+{
+	part->landmark_starts = malloc((nr_landmarks(part) + 1) * sizeof(*part->landmark_starts));
+	part->landmark_firsts = malloc((nr_landmarks(part) + 1) * sizeof(*part->landmark_firsts));
+	if (!part->landmark_starts || !part->landmark_firsts)
+		return -ENOMEM;
+	for (size_t i = 0; i < nr_landmarks(part); i++) {
+		const struct extent *e = &image->extents[part->begin + (i << LANDMARK_SHIFT)];
+
+		part->landmark_starts[i] = e->start;
+		part->landmark_firsts[i] = e->first;
+	}
+	return 0;
 }
 
 int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t *starts,
@@ -45,6 +63,7 @@ int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t
 {
 	struct criupy_image *img;
 	uint64_t first = 0;
+	size_t nr = 0;
 
 	if (!extents_are_sane(starts, nr_pages, nr_extents))
 		return -EINVAL;
@@ -52,39 +71,42 @@ int criupy_image_create(struct criupy_image **image, uint64_t id, const uint64_t
 	if (!img)
 		return -ENOMEM;
 	img->id = id;
-	img->file = -1;
 	img->nr_extents = nr_extents;
-	img->has_data = data_pages != NULL;
 	img->extents = malloc((nr_extents + 1) * sizeof(*img->extents));
-	img->landmark_starts = malloc((nr_landmarks(img) + 1) * sizeof(*img->landmark_starts));
-	img->landmark_firsts = malloc((nr_landmarks(img) + 1) * sizeof(*img->landmark_firsts));
-	if (!img->extents || !img->landmark_starts || !img->landmark_firsts)
+	img->flags = flags ? malloc(nr_extents + 1) : NULL;
+	if (!img->extents || (flags && !img->flags))
 		goto no_memory;
-	for (size_t i = 0; i < nr_extents; i++) {
-		img->extents[i] = (struct extent){
-			.start = starts[i],
-			.nr_pages = nr_pages[i],
-			.first = first,
-			.data = data_pages ? data_pages[i] : 0,
-		};
-		first += nr_pages[i];
-	}
-	for (size_t i = 0; i < nr_landmarks(img); i++) {
-		const struct extent *e = &img->extents[i << LANDMARK_SHIFT];
+	for (int kind = 0; kind < NR_KINDS; kind++) {
+		struct part *part = &img->parts[kind];
 
-		img->landmark_starts[i] = e->start;
-		img->landmark_firsts[i] = e->first;
+		part->begin = nr;
+		if (kind == LOCAL)
+			img->first_local = first;
+		for (size_t i = 0; i < nr_extents; i++) {
+			uint64_t data = data_pages ? data_pages[i] : CRIUPY_REMOTE;
+
+			if ((data != CRIUPY_REMOTE) != (kind == LOCAL))
+				continue;
+			img->extents[nr] = (struct extent){
+				.start = starts[i], .nr_pages = nr_pages[i], .first = first, .data = data,
+			};
+			if (kind == LOCAL && data >> CRIUPY_FILE_SHIFT >= img->nr_files_needed)
+				img->nr_files_needed = (uint32_t)(data >> CRIUPY_FILE_SHIFT) + 1;
+			if (flags)
+				img->flags[nr] = flags[i];
+			first += nr_pages[i];
+			nr++;
+		}
+		part->end = nr;
+		if (set_landmarks(img, part))
+			goto no_memory;
 	}
+	img->has_data = data_pages && !img->parts[REMOTE].end;
 	img->nr_pages = first;
 	img->requested = calloc(first + 1, 1);
-	if (!img->requested)
+	img->files = malloc((img->nr_files_needed + 1) * sizeof(*img->files));
+	if (!img->requested || !img->files)
 		goto no_memory;
-	if (flags) {
-		img->flags = malloc(nr_extents + 1);
-		if (!img->flags)
-			goto no_memory;
-		memcpy(img->flags, flags, nr_extents);
-	}
 	*image = img;
 	return 0;
 
@@ -97,33 +119,47 @@ void criupy_image_destroy(struct criupy_image *image)
 {
 	if (!image)
 		return;
-	if (image->file >= 0)
-		close(image->file);
+	for (uint32_t i = 0; i < image->nr_files; i++)
+		close(image->files[i]);
+	for (int kind = 0; kind < NR_KINDS; kind++) {
+		free(image->parts[kind].landmark_starts);
+		free(image->parts[kind].landmark_firsts);
+	}
 	free(image->extents);
-	free(image->landmark_starts);
-	free(image->landmark_firsts);
 	free(image->flags);
 	free(image->requested);
+	free(image->files);
 	free(image);
 }
 
 int criupy_image_attach(struct criupy_image *image, int fd)
 {
+	const struct part *part = &image->parts[LOCAL];
+	bool used = false;
 	struct stat st;
+	int file;
 
-	if (image->file >= 0 || !image->has_data)
+	if (image->nr_files == image->nr_files_needed)
 		return -EINVAL;
 	if (fstat(fd, &st) < 0)
 		return -errno;
-	for (size_t i = 0; i < image->nr_extents; i++) {
+	for (size_t i = part->begin; i < part->end; i++) {
 		const struct extent *e = &image->extents[i];
-		uint64_t pages_in_file = (uint64_t)st.st_size >> PAGE_SHIFT;
+		uint64_t pages_in_file = (uint64_t)st.st_size >> PAGE_SHIFT, page = e->data & PAGE_MASK;
 
-		if (e->data > pages_in_file || e->nr_pages > pages_in_file - e->data)
+		if (e->data >> CRIUPY_FILE_SHIFT != image->nr_files)
+			continue;
+		if (page > pages_in_file || e->nr_pages > pages_in_file - page)
 			return -ENODATA;
+		used = true;
 	}
-	image->file = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-	return image->file < 0 ? -errno : 0;
+	if (!used)
+		return -EINVAL;
+	file = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	if (file < 0)
+		return -errno;
+	image->files[image->nr_files++] = file;
+	return 0;
 }
 
 static uint64_t file_page(const struct criupy_image *image, uint64_t page)
@@ -162,7 +198,8 @@ int image_read(const struct criupy_image *image, const struct run *runs, uint32_
 		/* Extents lie in the file as they do in memory, without the gaps. */
 		for (i++; i < nr_runs && file_page(image, runs[i].page) == first + nr; i++)
 			nr += runs[i].nr_pages;
-		ret = read_whole(image->file, into, nr << PAGE_SHIFT, first << PAGE_SHIFT);
+		ret = read_whole(image->files[first >> CRIUPY_FILE_SHIFT], into, nr << PAGE_SHIFT,
+				 (first & PAGE_MASK) << PAGE_SHIFT);
 		into += nr << PAGE_SHIFT;
 	}
 	return ret;
@@ -192,10 +229,9 @@ void image_unmark(struct criupy_image *image, uint64_t page, uint64_t nr, uint8_
 
 /* The extents from the last landmark on that is not beyond a key, up to the next one or
  * to the end. */
-static size_t extents_from(const struct criupy_image *image, const uint64_t *landmarks, uint64_t key,
-			   size_t *end)
+static size_t extents_from(const struct part *part, const uint64_t *landmarks, uint64_t key, size_t *end)
 {
-	size_t low = 0, high = nr_landmarks(image);
+	size_t low = 0, high = nr_landmarks(part);
 
 	while (high - low > 1) {
 		size_t middle = low + (high - low) / 2;
@@ -205,13 +241,14 @@ static size_t extents_from(const struct criupy_image *image, const uint64_t *lan
 		else
 			high = middle;
 	}
-	*end = min_u64((low + 1) << LANDMARK_SHIFT, image->nr_extents);
-	return low << LANDMARK_SHIFT;
+	*end = min_u64(part->begin + ((low + 1) << LANDMARK_SHIFT), part->end);
+	return part->begin + (low << LANDMARK_SHIFT);
 }
 
 const struct extent *image_extent_of(const struct criupy_image *image, uint64_t page)
 {
-	size_t high, low = extents_from(image, image->landmark_firsts, page, &high);
+	const struct part *part = &image->parts[image_kind(image, page)];
+	size_t high, low = extents_from(part, part->landmark_firsts, page, &high);
 
 	while (high - low > 1) {
 		size_t middle = low + (high - low) / 2;
@@ -224,10 +261,11 @@ const struct extent *image_extent_of(const struct criupy_image *image, uint64_t 
 	return &image->extents[low];
 }
 
-size_t image_extent_after(const struct criupy_image *image, uint64_t addr)
+size_t image_extent_after(const struct criupy_image *image, int kind, uint64_t addr)
 {
+	const struct part *part = &image->parts[kind];
 	/* If it is none of these, it is the one where the next landmark is. */
-	size_t high, low = extents_from(image, image->landmark_starts, addr, &high);
+	size_t high, low = extents_from(part, part->landmark_starts, addr, &high);
 
 	while (low < high) {
 		size_t middle = low + (high - low) / 2;

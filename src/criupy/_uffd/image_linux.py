@@ -30,9 +30,11 @@ class Image:
     """What the images say of one dumped task's lazy pages.
 
     ``starts`` and ``nr_pages`` are the extents in address order (bytes and
-    4096-byte pages), ``data_pages`` each extent's first page in the pages
+    4096-byte pages), ``data_pages`` each extent's first page in its pages
     file, ``not_inherited`` a byte per extent that is 1 where a forked child
-    does not get the memory. ``id`` is what the source calls the task.
+    does not get the memory. ``id`` is what the source calls the task. In
+    ``data_pages`` the bits from 48 on tell which of the pages files it is, in the order
+    in which they are attached; all bits are set where the source has the extent.
     """
 
     def __init__(
@@ -73,14 +75,14 @@ class Image:
         self.nr_pages: int = int(lib.criupy_image_nr_pages(self._image))
 
     def close(self) -> None:
-        """Release it and its pages file, unless it was handed over."""
+        """Release it and its pages files, unless it was handed over."""
         if self._image != ffi.NULL:
             image = self._image
             self._given()
             lib.criupy_image_destroy(image)
 
     def attach(self, path: Path) -> None:
-        """Serve from this pages file, which stays open."""
+        """Serve from this pages file, which stays open; each call brings the next."""
         with path.open("rb") as file:
             check("open the pages file", lib.criupy_image_attach(self._image, file.fileno()))
 

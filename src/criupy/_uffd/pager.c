@@ -73,10 +73,13 @@ static void copy_stats(struct criupy_pager *p)
 	p->stats.window_pages = p->window.pages;
 	p->stats.rtt_ns = p->window.rtt_ns;
 	p->stats.refused = bulk->refused ? bulk->refused : urgent->refused;
-	p->stats.pages_missing = 0;
-	for (struct task *t = p->tasks; t; t = t->next)
-		if (t->uffd >= 0)
-			p->stats.pages_missing += t->space->nr_missing;
+	p->stats.pages_missing = p->stats.local_missing = 0;
+	for (struct task *t = p->tasks; t; t = t->next) {
+		if (t->uffd < 0)
+			continue;
+		p->stats.pages_missing += t->space->nr_missing;
+		p->stats.local_missing += t->space->local_missing;
+	}
 	pthread_mutex_lock(&p->lock);
 	p->published = p->stats;
 	pthread_mutex_unlock(&p->lock);
@@ -129,6 +132,8 @@ static void add_task(struct criupy_pager *p, struct command *c)
 	}
 	p->stats.nr_tasks++;
 	p->stats.pages_total += c->image->nr_pages;
+	p->stats.local_total += c->image->nr_pages - c->image->first_local;
+	p->some_are_local |= c->image->first_local < c->image->nr_pages;
 }
 
 static void watch_restore(struct criupy_pager *p, int fd)
@@ -281,7 +286,7 @@ static void lanes_flush(struct criupy_pager *p)
 static void turn(struct criupy_pager *p, bool *more)
 {
 	struct epoll_event events[NR_EVENTS];
-	bool control = false, restore = false, heard[NR_LANES] = { false };
+	bool control = false, restore = false, came = false, heard[NR_LANES] = { false };
 	uint64_t ns = sleep_ns(p, *more);
 	int nr = wait_events(p, events, ns && copiers_may_sleep(p) ? ns : 0);
 
@@ -327,16 +332,19 @@ static void turn(struct criupy_pager *p, bool *more)
 	/* What is urgent first. */
 	for (int i = NR_LANES - 1; i >= 0 && p->nr_waits; i--)
 		lane_install_waited_for(p, &p->lanes[i]);
-	for (int i = NR_LANES - 1; i >= 0; i--)
-		if (heard[i] || lane_pending(&p->lanes[i]))
-			lane_read(p, &p->lanes[i]);
+	for (int i = NR_LANES - 1; i >= 0; i--) {
+		if (!heard[i] && !lane_pending(&p->lanes[i]))
+			continue;
+		came = true;
+		lane_read(p, &p->lanes[i]);
+	}
 	copiers_collect(p);
 	install_deferred(p, !nr);
 	if (p->retry_parked)
 		install_parked(p);
 	tasks_attend(p);
 	fetch_held_back(p);
-	*more = fetch_background(p);
+	*more = fetch_background(p, came);
 	lanes_flush(p);
 	for (int i = 0; i < NR_LANES; i++)
 		if (lane_waits(&p->lanes[i]) && p->now_ns - p->lanes[i].heard_ns > p->config.link_timeout_ns)

@@ -104,7 +104,7 @@ struct task {
 	bool forked;
 	bool poisoned;
 	struct criupy_space *space;
-	uint64_t cursor;		/* where the background scan of this space is */
+	uint64_t cursors[NR_KINDS];	/* where the background scans of this space are */
 	struct wait *waits;
 	size_t nr_waits, room_waits;
 	bool unserved;			/* a wait came while something else was done */
@@ -151,7 +151,8 @@ struct buffer {
 	uint32_t nr_runs;
 	uint64_t nr_pages;		/* of all of them */
 	bool demand;
-	bool unread;			/* of a pages file, and not here yet */
+	bool local;			/* of pages files */
+	bool unread;			/* and not here yet */
 	struct buffer *next;
 	/* While a copier has it. */
 	struct task *task;
@@ -219,6 +220,8 @@ struct command {
 };
 
 #define NR_LANES 2
+/* Each lane needs a buffer to receive into, and pages of a file one to be read into. */
+#define NR_SPARE (NR_LANES + 1)
 
 struct criupy_pager {
 	struct criupy_pager_config config;
@@ -250,6 +253,7 @@ struct criupy_pager {
 	size_t nr_waits;		/* of all of them */
 	bool some_may_be_done;		/* some may miss nothing any more */
 	bool some_are_released;
+	bool some_are_local;		/* some have or had pages of pages files */
 	struct task *scan;		/* the address space that background requests come from */
 
 	int restore;			/* restore socket, -1 before and after */
@@ -367,9 +371,11 @@ bool fetch_is_due(struct criupy_pager *p, const struct criupy_image *image, uint
 void fetch_held_back(struct criupy_pager *p);
 /* Get a run that a fault waits for, now. */
 void fetch_demand(struct criupy_pager *p, struct task *t, uint64_t page, uint64_t nr_pages);
-/* Fill the window, or install one more run of the local images; true if there
- * is more to do at once. */
-bool fetch_background(struct criupy_pager *p);
+/* Fill the window, and if nothing came over a lane in this turn install one more run of
+ * the local images; true if there is more to do at once. */
+bool fetch_background(struct criupy_pager *p, bool came);
+/* Install what pages files have of an address space, at once. */
+void fetch_local_rest(struct criupy_pager *p, struct task *t);
 
 /* A lane that was silent for so long is not just delivering a reply. */
 #define STANDS_STILL_NS 5000000

@@ -110,7 +110,7 @@ int criupy_pager_create(struct criupy_pager **pager, const struct criupy_pager_c
 	sigset_t all, before;
 	int ret;
 
-	if (config->nr_buffers < 2 || !config->request_pages || config->request_pages > 4096 ||
+	if (config->nr_buffers < NR_SPARE || !config->request_pages || config->request_pages > 4096 ||
 	    !config->fault_around_pages || config->nr_copiers > 16 || !config->link_timeout_ns)
 		return -EINVAL;
 	p = calloc(1, sizeof(*p));
@@ -219,6 +219,8 @@ int criupy_pager_drop_link(struct criupy_pager *pager, int lane)
 
 int criupy_pager_add_task(struct criupy_pager *pager, int32_t pid, int uffd, struct criupy_image *image)
 {
+	if (image->nr_files != image->nr_files_needed)
+		return -EINVAL;
 	return tell(pager, (struct command){ .kind = COMMAND_TASK, .fd = uffd, .pid = pid, .image = image });
 }
 

@@ -150,15 +150,14 @@ static bool plan(const struct task *t, struct buffer *b)
  * and the sooner it is in place the fewer faults there are. */
 static uint32_t nr_to_use(const struct criupy_pager *p, const struct buffer *b)
 {
-	bool spare_one = b->image->file < 0 && !window_is_calm(&p->window, p->now_ns);
+	bool spare_one = !b->local && !window_is_calm(&p->window, p->now_ns);
 
 	return p->copiers->nr - (spare_one && p->copiers->nr);
 }
 
 static bool have_room(const struct criupy_pager *p, const struct buffer *b)
 {
-	/* Each lane needs one to receive into. */
-	return p->copiers && p->copiers->nr_handed < 2 * nr_to_use(p, b) && p->nr_free_buffers >= NR_LANES;
+	return p->copiers && p->copiers->nr_handed < 2 * nr_to_use(p, b) && p->nr_free_buffers >= NR_SPARE;
 }
 
 bool copiers_take(struct criupy_pager *p, struct buffer *b)
@@ -193,8 +192,10 @@ static void take_back(struct criupy_pager *p, struct buffer *b)
 
 	p->copiers->nr_handed--;
 	buffer_unmark(b);
-	if (b->image->file >= 0 && !b->unread)
+	if (b->local && !b->unread) {
 		p->stats.pages_received += b->nr_pages;
+		p->stats.local_received += b->nr_pages;
+	}
 	for (uint32_t i = 0; i < b->nr_copies; i++) {
 		const struct copy *c = &b->copies[i];
 

@@ -131,15 +131,15 @@ void restore_abort(struct criupy_pager *p)
 
 /* ---- after restore-finished ------------------------------------------------------ */
 
-/* True when nothing is left to poison in this space, false when the kernel
+/* True when nothing is left to poison in this space before a page, false when the kernel
  * would not (stats.poison_error). */
-static bool poison(struct criupy_pager *p, struct task *t)
+static bool poison(struct criupy_pager *p, struct task *t, uint64_t end)
 {
 	uint64_t page = 0, limit = MAX_POISON_PAGES, since = monotonic_ns();
 
 	task_drain(p, t);
 	while (t->uffd >= 0) {
-		uint64_t nr = criupy_space_next_missing(t->space, &page, limit, 1), addr, progress;
+		uint64_t nr = space_next_missing(t->space, &page, end, limit, true), addr, progress;
 		int ret;
 
 		if (!nr) {
@@ -197,6 +197,19 @@ static bool poison(struct criupy_pager *p, struct task *t)
 	return true;
 }
 
+/* A link that is lost takes what the source had, and nothing that is here. */
+static bool poison_task(struct criupy_pager *p, struct task *t)
+{
+	const struct criupy_image *image = t->space->image;
+
+	if (image->first_local && bulk_lane(p)->state == CRIUPY_LINK_LOST) {
+		if (!poison(p, t, image->first_local))
+			return false;
+		fetch_local_rest(p, t);
+	}
+	return poison(p, t, image->nr_pages);
+}
+
 void poison_all(struct criupy_pager *p)
 {
 	if (p->stats.phase != CRIUPY_PHASE_RUNNING)
@@ -207,7 +220,7 @@ void poison_all(struct criupy_pager *p)
 	for (struct task *t = p->tasks; t; t = t->next) {
 		if (t->uffd < 0)
 			continue;
-		t->poisoned = poison(p, t);
+		t->poisoned = poison_task(p, t);
 		if (t->poisoned)
 			task_release(p, t);
 	}

@@ -3,7 +3,10 @@
  * Demand goes out at once, whatever the window says. Background requests fill
  * what the window leaves, in address order from a cursor that each fault moves
  * to just behind itself: who touches pages in order is then always ahead of its
- * own faults, and who does not loses nothing by it. */
+ * own faults, and who does not loses nothing by it.
+ *
+ * What the source has goes before what pages files have: it stands still for as long,
+ * and has the only copy. The files are read when nothing comes from it. */
 
 #include "pager.h"
 
@@ -15,7 +18,7 @@ static bool fetch_local(struct criupy_pager *p, struct criupy_image *image, cons
 
 	b->image = image;
 	b->demand = demand;
-	b->unread = true;
+	b->local = b->unread = true;
 	b->nr_runs = nr_runs;
 	b->nr_pages = 0;
 	for (uint32_t i = 0; i < nr_runs; i++) {
@@ -88,17 +91,19 @@ void fetch_demand(struct criupy_pager *p, struct task *t, uint64_t page, uint64_
 {
 	struct lane *l = can_request(p, urgent_lane(p)) ? urgent_lane(p) : bulk_lane(p);
 	struct criupy_image *image = t->space->image;
-	uint64_t end = page + nr_pages, most = image->file >= 0 ? PIECE_PAGES : p->config.request_pages;
+	uint64_t end = page + nr_pages;
 
 	if (p->given_up || p->stats.error)
 		return;
-	t->cursor = end;
 	p->scan = t;
 	while (page < end) {
 		const struct extent *e = image_extent_of(image, page);
+		int kind = image_kind(image, page);
+		uint64_t most = kind == LOCAL ? PIECE_PAGES : p->config.request_pages;
 		uint64_t nr = min_u64(min_u64(end, e->first + e->nr_pages) - page, most);
 
-		if (image->file >= 0)
+		t->cursors[kind] = page + nr;
+		if (kind == LOCAL)
 			fetch_local(p, image, &(struct run){ page, nr }, 1, true);
 		else if (can_request(p, l))
 			lane_request(p, l, image, &(struct run){ page, nr }, 1, true);
@@ -106,23 +111,26 @@ void fetch_demand(struct criupy_pager *p, struct task *t, uint64_t page, uint64_
 	}
 }
 
-/* The next run that nobody asked for, from the space that faulted last on. */
-static struct task *next_run(struct criupy_pager *p, uint64_t *page, uint64_t *nr, uint64_t max)
+/* The next run of a kind that nobody asked for, from the space that faulted last on. */
+static struct task *next_run(struct criupy_pager *p, int kind, uint64_t *page, uint64_t *nr, uint64_t max)
 {
 	struct task *first = p->scan ? p->scan : p->tasks, *t = first;
 
 	if (!t)
 		return NULL;
 	do {
-		if (t->uffd >= 0 && !t->cannot_take && t->space->nr_missing) {
-			*page = t->cursor;
-			*nr = criupy_space_next_missing(t->space, page, max, 0);
-			if (!*nr && t->cursor) {
-				*page = 0;
-				*nr = criupy_space_next_missing(t->space, page, max, 0);
+		if (t->uffd >= 0 && !t->cannot_take && space_nr_missing(t->space, kind)) {
+			uint64_t begin = image_kind_begin(t->space->image, kind);
+			uint64_t end = image_kind_end(t->space->image, kind);
+
+			*page = max_u64(begin, t->cursors[kind]);
+			*nr = space_next_missing(t->space, page, end, max, false);
+			if (!*nr && t->cursors[kind] > begin) {
+				*page = begin;
+				*nr = space_next_missing(t->space, page, end, max, false);
 			}
 			if (*nr) {
-				t->cursor = *page + *nr;
+				t->cursors[kind] = *page + *nr;
 				p->scan = t;
 				return t;
 			}
@@ -132,12 +140,14 @@ static struct task *next_run(struct criupy_pager *p, uint64_t *page, uint64_t *n
 	return NULL;
 }
 
-/* As many runs as one request may have, from the space that faulted last on:
- * several only where there is GETV for them or they are in a file, and of one image. */
-static uint32_t next_runs(struct criupy_pager *p, bool several, uint64_t left, struct criupy_image **image)
+/* As many runs of a kind as one request may have, from the space that faulted last on:
+ * several only where there is GETV for them or they are in files, and of one image. */
+static uint32_t next_runs(struct criupy_pager *p, int kind, bool several, uint64_t left,
+			  struct criupy_image **image)
 {
 	struct run *runs = p->runs;
-	struct task *t = next_run(p, &runs->page, &runs->nr_pages, left);
+	struct task *t = next_run(p, kind, &runs->page, &runs->nr_pages, left);
+	uint64_t *cursor, end;
 	uint32_t nr = 1;
 
 	if (!t)
@@ -145,38 +155,61 @@ static uint32_t next_runs(struct criupy_pager *p, bool several, uint64_t left, s
 	*image = t->space->image;
 	if (!several || left > CRIUPY_MAX_RUN_PAGES)
 		return 1;
+	cursor = &t->cursors[kind];
+	end = image_kind_end(*image, kind);
 	for (left -= runs->nr_pages; left && nr < CRIUPY_MAX_RUNS; left -= runs[nr++].nr_pages) {
-		runs[nr].page = t->cursor;
-		runs[nr].nr_pages = criupy_space_next_missing(t->space, &runs[nr].page, left, 0);
+		runs[nr].page = *cursor;
+		runs[nr].nr_pages = space_next_missing(t->space, &runs[nr].page, end, left, false);
 		if (!runs[nr].nr_pages)
 			break;
-		t->cursor = runs[nr].page + runs[nr].nr_pages;
+		*cursor = runs[nr].page + runs[nr].nr_pages;
 	}
 	return nr;
 }
 
-bool fetch_background(struct criupy_pager *p)
+static void fetch_remote(struct criupy_pager *p, struct lane *bulk)
 {
-	struct lane *bulk = bulk_lane(p);
 	struct criupy_image *image;
 	uint32_t nr_runs;
 	uint64_t nr;
 
-	if (p->stats.phase != CRIUPY_PHASE_RUNNING || p->given_up || p->stats.error)
-		return false;
-	if (!can_request(p, bulk)) {
-		/* A copy is a system call, and faults are looked for between two. */
-		do {
-			nr_runs = next_runs(p, true, PIECE_PAGES, &image);
-			if (!nr_runs || image->file < 0)
-				return false;
-		} while (fetch_local(p, image, p->runs, nr_runs, false));
-		return true;
-	}
 	while ((nr = window_room(&p->window, p->now_ns, bulk->nr_outstanding, bulk->requests.nr))) {
-		nr_runs = next_runs(p, bulk->extended, nr, &image);
+		nr_runs = next_runs(p, REMOTE, bulk->extended, nr, &image);
 		if (!nr_runs || lane_request(p, bulk, image, p->runs, nr_runs, false))
 			break;
 	}
-	return false;
+}
+
+bool fetch_background(struct criupy_pager *p, bool came)
+{
+	struct criupy_image *image;
+	uint32_t nr_runs;
+
+	if (p->stats.phase != CRIUPY_PHASE_RUNNING || p->given_up || p->stats.error)
+		return false;
+	if (can_request(p, bulk_lane(p)))
+		fetch_remote(p, bulk_lane(p));
+	if (!p->some_are_local || came)
+		return p->some_are_local;
+	/* A copy is a system call, and faults are looked for between two. */
+	do {
+		nr_runs = next_runs(p, LOCAL, true, PIECE_PAGES, &image);
+		if (!nr_runs)
+			return false;
+	} while (fetch_local(p, image, p->runs, nr_runs, false));
+	return true;
+}
+
+void fetch_local_rest(struct criupy_pager *p, struct task *t)
+{
+	struct criupy_image *image = t->space->image;
+	struct run run;
+
+	while (t->uffd >= 0 && !t->cannot_take && !p->stats.error) {
+		run.page = image->first_local;
+		run.nr_pages = space_next_missing(t->space, &run.page, image->nr_pages, PIECE_PAGES, false);
+		if (!run.nr_pages)
+			break;
+		fetch_local(p, image, &run, 1, true);
+	}
 }

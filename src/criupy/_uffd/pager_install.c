@@ -199,6 +199,7 @@ static void install_now(struct criupy_pager *p, struct buffer *b)
 		}
 		b->unread = false;
 		p->stats.pages_received += b->nr_pages;
+		p->stats.local_received += b->nr_pages;
 	}
 	if (install_runs(p, b))
 		buffer_park(p, b);
@@ -215,8 +216,7 @@ static bool may_be_deferred(struct criupy_pager *p, const struct buffer *b)
 {
 	if (urgent_lane(p)->state == CRIUPY_LINK_OPEN)
 		return false;
-	/* Each lane needs one to receive into. */
-	return p->nr_waits && !b->demand && !b->unread && p->nr_free_buffers >= NR_LANES && !buffer_is_waited_for(b);
+	return p->nr_waits && !b->demand && !b->unread && p->nr_free_buffers >= NR_SPARE && !buffer_is_waited_for(b);
 }
 
 static void defer(struct criupy_pager *p, struct buffer *b)
@@ -329,8 +329,8 @@ struct buffer *buffer_take(struct criupy_pager *p)
 		p->nr_free_buffers--;
 		return b;
 	}
-	/* Each lane receives into one at most. Nothing is lost: the pages are
-	 * still missing and are asked for again. */
+	/* As many as are spare are in use at most, so some are parked. Nothing is lost: the
+	 * pages are still missing and are asked for again. */
 	b = unpark_first(p);
 	for (struct task *t = b->image->tasks; t; t = t->next_of_image)
 		task_serve_later(p, t);

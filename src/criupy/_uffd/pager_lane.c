@@ -148,6 +148,7 @@ void lane_close(struct criupy_pager *p, struct lane *l)
 	if (l->link.transport && l->state == CRIUPY_LINK_OPEN && l->rx.state != RX_FAREWELL)
 		(void)l->link.transport->close_notify(l->link.transport);
 	link_close(&l->link);
+	lane_requests_cancel(p, l);
 	if (l->state == CRIUPY_LINK_OPEN)
 		l->state = CRIUPY_LINK_CLOSED;
 }

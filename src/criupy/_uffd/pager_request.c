@@ -125,7 +125,7 @@ void lane_request_came(struct criupy_pager *p, struct lane *l, uint64_t nr_pages
 
 	b->image = r->image;
 	b->demand = r->demand;
-	b->unread = false;
+	b->local = b->unread = false;
 	b->nr_pages = nr_pages;
 	b->nr_runs = 0;
 	for (uint32_t i = 0; left; i++) {

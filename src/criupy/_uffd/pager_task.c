@@ -329,7 +329,7 @@ static uint64_t pages_around(const struct criupy_pager *p, const struct criupy_i
 	const struct extent *e = image_extent_of(image, page);
 	uint64_t nr = 1, most = min_u64(p->config.fault_around_pages, e->first + e->nr_pages - page);
 
-	if (p->stats.phase != CRIUPY_PHASE_RUNNING || image->file >= 0)
+	if (p->stats.phase != CRIUPY_PHASE_RUNNING || image_kind(image, page) == LOCAL)
 		return 1;
 	while (nr < most && state[page + nr] == CRIUPY_PAGE_MISSING && !image->requested[page + nr])
 		nr++;

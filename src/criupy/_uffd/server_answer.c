@@ -51,7 +51,7 @@ struct pages {
 /* Those that begin at an address, at most nr; none when the first is none. */
 static struct pages find_pages(const struct served_image *served, uint64_t address, uint64_t nr)
 {
-	size_t i = image_extent_after(served->image, address);
+	size_t i = image_extent_after(served->image, LOCAL, address);
 	const struct extent *e = &served->image->extents[i];
 	uint64_t offset;
 

@@ -29,6 +29,7 @@ int criupy_space_create(struct criupy_space **space, struct criupy_image *image)
 		return ret;
 	}
 	s->nr_missing = image->nr_pages;
+	s->local_missing = image->nr_pages - image->first_local;
 	*space = s;
 	return 0;
 }
@@ -51,6 +52,7 @@ int criupy_space_fork(const struct criupy_space *parent, struct criupy_space **c
 	}
 	memcpy(s->state, parent->state, image->nr_pages);
 	s->nr_missing = parent->nr_missing;
+	s->local_missing = parent->local_missing;
 	if (image->flags) {
 		for (size_t i = 0; i < image->nr_extents; i++)
 			if (image->flags[i] & CRIUPY_EXTENT_NOT_INHERITED)
@@ -70,19 +72,30 @@ void criupy_space_destroy(struct criupy_space *space)
 	free(space);
 }
 
+/* The extent that holds a dump-time address, NULL if none does. */
+static const struct extent *extent_at(const struct criupy_image *image, uint64_t img_addr)
+{
+	for (int kind = 0; kind < NR_KINDS; kind++) {
+		size_t i = image_extent_after(image, kind, img_addr);
+
+		if (i != image->parts[kind].end && image->extents[i].start <= img_addr)
+			return &image->extents[i];
+	}
+	return NULL;
+}
+
 int criupy_space_lookup(const struct criupy_space *space, uint64_t addr, uint64_t *page)
 {
-	const struct criupy_image *image = space->image;
+	const struct extent *e;
 	uint64_t img_addr, rest;
-	size_t i;
 
 	if (!pieces_find(&space->translation.to_image, addr, &img_addr, &rest))
 		return CRIUPY_PAGE_NONE;
-	i = image_extent_after(image, img_addr);
-	if (i == image->nr_extents || image->extents[i].start > img_addr)
+	e = extent_at(space->image, img_addr);
+	if (!e)
 		return CRIUPY_PAGE_NONE;
-	*page = image->extents[i].first + ((img_addr - image->extents[i].start) >> PAGE_SHIFT);
-	if (space->state[*page] == CRIUPY_PAGE_MISSING && image->requested[*page])
+	*page = e->first + ((img_addr - e->start) >> PAGE_SHIFT);
+	if (space->state[*page] == CRIUPY_PAGE_MISSING && space->image->requested[*page])
 		return CRIUPY_PAGE_IN_FLIGHT;
 	return space->state[*page];
 }
@@ -103,28 +116,42 @@ int criupy_space_locate(const struct criupy_space *space, uint64_t page, uint64_
 
 void criupy_space_set(struct criupy_space *space, uint64_t page, uint64_t nr, int state)
 {
+	uint64_t before = 0, local = space->image->first_local;
 	uint8_t *s = space->state + page;
 
+	if (page < local && page + nr > local) {
+		criupy_space_set(space, local, page + nr - local, state);
+		nr = local - page;
+	}
 	for (uint64_t i = 0; i < nr; i++)
-		space->nr_missing -= s[i] == CRIUPY_PAGE_MISSING;
+		before += s[i] == CRIUPY_PAGE_MISSING;
 	memset(s, state, nr);
+	space->nr_missing -= before;
 	if (state == CRIUPY_PAGE_MISSING)
 		space->nr_missing += nr;
+	if (page < local)
+		return;
+	space->local_missing -= before;
+	if (state == CRIUPY_PAGE_MISSING)
+		space->local_missing += nr;
 }
 
 /* The pages of the image in [start, end) of dump time are gone from this space. */
 static void remove_image_range(struct criupy_space *space, uint64_t start, uint64_t end)
 {
 	const struct criupy_image *image = space->image;
-	size_t i = image_extent_after(image, start);
 
-	for (; i < image->nr_extents && image->extents[i].start < end; i++) {
-		const struct extent *e = &image->extents[i];
-		uint64_t low = max_u64(start, e->start);
-		uint64_t high = min_u64(end, e->start + (e->nr_pages << PAGE_SHIFT));
+	for (int kind = 0; kind < NR_KINDS; kind++) {
+		size_t i = image_extent_after(image, kind, start);
 
-		criupy_space_set(space, e->first + ((low - e->start) >> PAGE_SHIFT),
-				 (high - low) >> PAGE_SHIFT, CRIUPY_PAGE_REMOVED);
+		for (; i < image->parts[kind].end && image->extents[i].start < end; i++) {
+			const struct extent *e = &image->extents[i];
+			uint64_t low = max_u64(start, e->start);
+			uint64_t high = min_u64(end, e->start + (e->nr_pages << PAGE_SHIFT));
+
+			criupy_space_set(space, e->first + ((low - e->start) >> PAGE_SHIFT),
+					 (high - low) >> PAGE_SHIFT, CRIUPY_PAGE_REMOVED);
+		}
 	}
 }
 
@@ -170,14 +197,18 @@ uint64_t criupy_space_nr_missing(const struct criupy_space *space)
 
 uint64_t criupy_space_next_missing(const struct criupy_space *space, uint64_t *page, uint64_t max, int any)
 {
+	return space_next_missing(space, page, space->image->nr_pages, max, any);
+}
+
+uint64_t space_next_missing(const struct criupy_space *space, uint64_t *page, uint64_t end, uint64_t max, bool any)
+{
 	const struct criupy_image *image = space->image;
 	const uint8_t *state = space->state, *requested = image->requested;
-	uint64_t p = *page, end, nr;
+	uint64_t p = *page, nr;
 	const struct extent *e;
 
 	for (;; p++) {
-		const uint8_t *found = p < image->nr_pages ?
-			memchr(state + p, CRIUPY_PAGE_MISSING, image->nr_pages - p) : NULL;
+		const uint8_t *found = p < end ? memchr(state + p, CRIUPY_PAGE_MISSING, end - p) : NULL;
 
 		if (!found)
 			return 0;

@@ -20,7 +20,7 @@ from criupy.errors import CriupyError
 __all__ = ["build_parser", "main"]
 
 PROGRAM: Final = "criupy"
-_COMMANDS: Final = ("check", "images")
+_COMMANDS: Final = ("check", "images", "lazy-parents")
 
 # What a shell shows of a program that the signal ended.
 _SIGINT: Final = 128 + 2
@@ -100,7 +100,9 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _load(names: Iterable[str]) -> Iterable[_Command]:
-    return (cast(_Command, importlib.import_module(f"criupy.commands.{name}")) for name in names)
+    return (
+        cast(_Command, importlib.import_module(f"criupy.commands.{name.replace('-', '_')}")) for name in names
+    )
 
 
 def _version() -> str:

@@ -3,8 +3,8 @@
 Every function that reads takes the images directory (of statistics, CRIU's
 work directory), reads what its name says and raises ImageError with path,
 offset and expectation when a file is not what CRIU writes. ``read_dump`` reads
-everything but the pages; only ``write_pagemap`` and ``write_marker`` write. Works on any system;
-needs no CRIU.
+everything but the pages; only ``write_pagemap``, ``write_marker`` and ``write_lazy_parents`` write.
+Works on any system; needs no CRIU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from criupy.images._lazy import (
     lazy_extents,
 )
 from criupy.images._marker import MARKER, RelayMarker, read_marker, write_marker
+from criupy.images._original import LAZY_PARENTS, original_images
 from criupy.images._pagemap import (
     PageFlags,
     Pagemap,
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
         vma_kind,
     )
     from criupy.images._pagemap_writer import write_pagemap
+    from criupy.images._parents import FILE_SHIFT, LazyParents, ParentPages, lazy_parents, read_parent_pages
+    from criupy.images._parents_writer import write_lazy_parents
     from criupy.images._stats import (
         DUMP_STATS,
         RESTORE_STATS,
@@ -79,6 +82,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DUMP_STATS",
+    "FILE_SHIFT",
+    "LAZY_PARENTS",
     "MARKER",
     "NO_PAGE_INDEX",
     "PAGE_SIZE",
@@ -91,12 +96,14 @@ __all__ = [
     "Inventory",
     "LazyEntries",
     "LazyExtents",
+    "LazyParents",
     "MadvBits",
     "Mm",
     "PageFlags",
     "PageTotals",
     "Pagemap",
     "PagemapStyle",
+    "ParentPages",
     "PstreeEntry",
     "RelayMarker",
     "RestoreStats",
@@ -114,6 +121,8 @@ __all__ = [
     "is_zombie",
     "lazy_entries",
     "lazy_extents",
+    "lazy_parents",
+    "original_images",
     "page_totals",
     "pagemap_path",
     "pages_path",
@@ -126,6 +135,7 @@ __all__ = [
     "read_mm",
     "read_pagemap",
     "read_pagemap_style",
+    "read_parent_pages",
     "read_pstree",
     "read_restore_stats",
     "read_shared_memory",
@@ -135,6 +145,7 @@ __all__ = [
     "read_tasks",
     "shared_pagemap_path",
     "vma_kind",
+    "write_lazy_parents",
     "write_marker",
     "write_pagemap",
 ]
@@ -155,6 +166,12 @@ _LATER: Final = {
     "read_task_memory": "_memory",
     "vma_kind": "_memory",
     "write_pagemap": "_pagemap_writer",
+    "FILE_SHIFT": "_parents",
+    "LazyParents": "_parents",
+    "ParentPages": "_parents",
+    "lazy_parents": "_parents",
+    "read_parent_pages": "_parents",
+    "write_lazy_parents": "_parents_writer",
     "DUMP_STATS": "_stats",
     "RESTORE_STATS": "_stats",
     "DumpStats": "_stats",

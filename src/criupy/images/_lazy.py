@@ -94,7 +94,11 @@ def lazy_extents(pagemap: Pagemap, mm: Mm) -> LazyExtents:
     Raise an ImageError for an entry that leaves the VMAs: a page server asked
     for it might hang, and nothing could be installed there.
     """
-    entries = lazy_entries(pagemap)
+    return split_entries(pagemap, mm, lazy_entries(pagemap))
+
+
+def split_entries(pagemap: Pagemap, mm: Mm, entries: LazyEntries) -> LazyExtents:
+    """Split entries, which are used up, at VMA borders; ``pagemap`` is where they are from."""
     starts, nr_pages, page_indices, present = (
         entries.starts,
         entries.nr_pages,

@@ -14,6 +14,7 @@ from typing import Final
 
 from criupy.errors import ImageError
 from criupy.images._framing import StrPath
+from criupy.images._original import original_images
 
 #: The marker's file name.
 MARKER: Final = "criupy-relay.json"
@@ -78,6 +79,7 @@ def read_marker(images_dir: StrPath) -> RelayMarker | None:
 
     Raises ImageError for one that no relay of this version wrote.
     """
+    images_dir = original_images(images_dir)
     path = Path(images_dir) / MARKER
     try:
         text = path.read_text()

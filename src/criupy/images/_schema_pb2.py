@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63riupy/images/_schema.proto\x12\rcriupy.images\"Q\n\tInventory\x12\x13\n\x0bimg_version\x18\x01 \x01(\r\x12\x15\n\rpre_dump_mode\x18\t \x01(\r\x12\x18\n\x10\x64ump_criu_run_id\x18\r \x01(\x0c\"T\n\x0bPstreeEntry\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0c\n\x04ppid\x18\x02 \x01(\r\x12\x0c\n\x04pgid\x18\x03 \x01(\r\x12\x0b\n\x03sid\x18\x04 \x01(\r\x12\x0f\n\x07threads\x18\x05 \x03(\r\"?\n\x08TaskCore\x12\x12\n\ntask_state\x18\x01 \x01(\r\x12\x11\n\texit_code\x18\x02 \x01(\r\x12\x0c\n\x04\x63omm\x18\x06 \x01(\x0c\"\x1a\n\nThreadCore\x12\x0c\n\x04\x63omm\x18\r \x01(\x0c\"[\n\x04\x43ore\x12#\n\x02tc\x18\x03 \x01(\x0b\x32\x17.criupy.images.TaskCore\x12.\n\x0bthread_core\x18\x05 \x01(\x0b\x32\x19.criupy.images.ThreadCore\"\\\n\x03Vma\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x04\x12\x0c\n\x04prot\x18\x05 \x01(\r\x12\r\n\x05\x66lags\x18\x06 \x01(\r\x12\x0e\n\x06status\x18\x07 \x01(\r\x12\x0c\n\x04madv\x18\t \x01(\x04\"&\n\x02Mm\x12 \n\x04vmas\x18\x0e \x03(\x0b\x32\x12.criupy.images.Vma\"\x1f\n\x0bPagemapHead\x12\x10\n\x08pages_id\x18\x01 \x01(\r\"j\n\x0cPagemapEntry\x12\r\n\x05vaddr\x18\x01 \x01(\x04\x12\x17\n\x0f\x63ompat_nr_pages\x18\x02 \x01(\r\x12\x11\n\tin_parent\x18\x03 \x01(\x08\x12\r\n\x05\x66lags\x18\x04 \x01(\r\x12\x10\n\x08nr_pages\x18\x05 \x01(\x04\"\xd9\x02\n\tDumpStats\x12\x15\n\rfreezing_time\x18\x01 \x01(\r\x12\x13\n\x0b\x66rozen_time\x18\x02 \x01(\r\x12\x14\n\x0cmemdump_time\x18\x03 \x01(\r\x12\x15\n\rmemwrite_time\x18\x04 \x01(\r\x12\x15\n\rpages_scanned\x18\x05 \x01(\x04\x12\x1c\n\x14pages_skipped_parent\x18\x06 \x01(\x04\x12\x15\n\rpages_written\x18\x07 \x01(\x04\x12\x15\n\rirmap_resolve\x18\x08 \x01(\r\x12\x12\n\npages_lazy\x18\t \x01(\x04\x12\x12\n\npage_pipes\x18\n \x01(\x04\x12\x16\n\x0epage_pipe_bufs\x18\x0b \x01(\x04\x12\x17\n\x0fshpages_scanned\x18\x0c \x01(\x04\x12\x1e\n\x16shpages_skipped_parent\x18\r \x01(\x04\x12\x17\n\x0fshpages_written\x18\x0e \x01(\x04\"\x85\x01\n\x0cRestoreStats\x12\x16\n\x0epages_compared\x18\x01 \x01(\x04\x12\x19\n\x11pages_skipped_cow\x18\x02 \x01(\x04\x12\x14\n\x0c\x66orking_time\x18\x03 \x01(\r\x12\x14\n\x0crestore_time\x18\x04 \x01(\r\x12\x16\n\x0epages_restored\x18\x05 \x01(\x04\"]\n\x05Stats\x12&\n\x04\x64ump\x18\x01 \x01(\x0b\x32\x18.criupy.images.DumpStats\x12,\n\x07restore\x18\x02 \x01(\x0b\x32\x1b.criupy.images.RestoreStats\"<\n\x0cPagemapBatch\x12,\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1b.criupy.images.PagemapEntry\"l\n\x0ePagemapColumns\x12\r\n\x05vaddr\x18\x01 \x03(\x04\x12\x17\n\x0f\x63ompat_nr_pages\x18\x02 \x03(\r\x12\x11\n\tin_parent\x18\x03 \x03(\x08\x12\r\n\x05\x66lags\x18\x04 \x03(\r\x12\x10\n\x08nr_pages\x18\x05 \x03(\x04')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63riupy/images/_schema.proto\x12\rcriupy.images\"Q\n\tInventory\x12\x13\n\x0bimg_version\x18\x01 \x01(\r\x12\x15\n\rpre_dump_mode\x18\t \x01(\r\x12\x18\n\x10\x64ump_criu_run_id\x18\r \x01(\x0c\"T\n\x0bPstreeEntry\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0c\n\x04ppid\x18\x02 \x01(\r\x12\x0c\n\x04pgid\x18\x03 \x01(\r\x12\x0b\n\x03sid\x18\x04 \x01(\r\x12\x0f\n\x07threads\x18\x05 \x03(\r\"?\n\x08TaskCore\x12\x12\n\ntask_state\x18\x01 \x01(\r\x12\x11\n\texit_code\x18\x02 \x01(\r\x12\x0c\n\x04\x63omm\x18\x06 \x01(\x0c\"\x1a\n\nThreadCore\x12\x0c\n\x04\x63omm\x18\r \x01(\x0c\"\x1a\n\x0cRegistersX86\x12\n\n\x02sp\x18\x14 \x01(\x04\"<\n\rThreadInfoX86\x12+\n\x06gpregs\x18\x02 \x01(\x0b\x32\x1b.criupy.images.RegistersX86\"\x1e\n\x10RegistersAarch64\x12\n\n\x02sp\x18\x02 \x01(\x04\"D\n\x11ThreadInfoAarch64\x12/\n\x06gpregs\x18\x03 \x01(\x0b\x32\x1f.criupy.images.RegistersAarch64\"\xc4\x01\n\x04\x43ore\x12\x31\n\x0bthread_info\x18\x02 \x01(\x0b\x32\x1c.criupy.images.ThreadInfoX86\x12#\n\x02tc\x18\x03 \x01(\x0b\x32\x17.criupy.images.TaskCore\x12.\n\x0bthread_core\x18\x05 \x01(\x0b\x32\x19.criupy.images.ThreadCore\x12\x34\n\nti_aarch64\x18\x08 \x01(\x0b\x32 .criupy.images.ThreadInfoAarch64\"\\\n\x03Vma\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x04\x12\x0c\n\x04prot\x18\x05 \x01(\r\x12\r\n\x05\x66lags\x18\x06 \x01(\r\x12\x0e\n\x06status\x18\x07 \x01(\r\x12\x0c\n\x04madv\x18\t \x01(\x04\"&\n\x02Mm\x12 \n\x04vmas\x18\x0e \x03(\x0b\x32\x12.criupy.images.Vma\"\x1f\n\x0bPagemapHead\x12\x10\n\x08pages_id\x18\x01 \x01(\r\"j\n\x0cPagemapEntry\x12\r\n\x05vaddr\x18\x01 \x01(\x04\x12\x17\n\x0f\x63ompat_nr_pages\x18\x02 \x01(\r\x12\x11\n\tin_parent\x18\x03 \x01(\x08\x12\r\n\x05\x66lags\x18\x04 \x01(\r\x12\x10\n\x08nr_pages\x18\x05 \x01(\x04\"\xd9\x02\n\tDumpStats\x12\x15\n\rfreezing_time\x18\x01 \x01(\r\x12\x13\n\x0b\x66rozen_time\x18\x02 \x01(\r\x12\x14\n\x0cmemdump_time\x18\x03 \x01(\r\x12\x15\n\rmemwrite_time\x18\x04 \x01(\r\x12\x15\n\rpages_scanned\x18\x05 \x01(\x04\x12\x1c\n\x14pages_skipped_parent\x18\x06 \x01(\x04\x12\x15\n\rpages_written\x18\x07 \x01(\x04\x12\x15\n\rirmap_resolve\x18\x08 \x01(\r\x12\x12\n\npages_lazy\x18\t \x01(\x04\x12\x12\n\npage_pipes\x18\n \x01(\x04\x12\x16\n\x0epage_pipe_bufs\x18\x0b \x01(\x04\x12\x17\n\x0fshpages_scanned\x18\x0c \x01(\x04\x12\x1e\n\x16shpages_skipped_parent\x18\r \x01(\x04\x12\x17\n\x0fshpages_written\x18\x0e \x01(\x04\"\x85\x01\n\x0cRestoreStats\x12\x16\n\x0epages_compared\x18\x01 \x01(\x04\x12\x19\n\x11pages_skipped_cow\x18\x02 \x01(\x04\x12\x14\n\x0c\x66orking_time\x18\x03 \x01(\r\x12\x14\n\x0crestore_time\x18\x04 \x01(\r\x12\x16\n\x0epages_restored\x18\x05 \x01(\x04\"]\n\x05Stats\x12&\n\x04\x64ump\x18\x01 \x01(\x0b\x32\x18.criupy.images.DumpStats\x12,\n\x07restore\x18\x02 \x01(\x0b\x32\x1b.criupy.images.RestoreStats\"<\n\x0cPagemapBatch\x12,\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1b.criupy.images.PagemapEntry\"l\n\x0ePagemapColumns\x12\r\n\x05vaddr\x18\x01 \x03(\x04\x12\x17\n\x0f\x63ompat_nr_pages\x18\x02 \x03(\r\x12\x11\n\tin_parent\x18\x03 \x03(\x08\x12\r\n\x05\x66lags\x18\x04 \x03(\r\x12\x10\n\x08nr_pages\x18\x05 \x03(\x04')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,24 +39,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASKCORE']._serialized_end=278
   _globals['_THREADCORE']._serialized_start=280
   _globals['_THREADCORE']._serialized_end=306
-  _globals['_CORE']._serialized_start=308
-  _globals['_CORE']._serialized_end=399
-  _globals['_VMA']._serialized_start=401
-  _globals['_VMA']._serialized_end=493
-  _globals['_MM']._serialized_start=495
-  _globals['_MM']._serialized_end=533
-  _globals['_PAGEMAPHEAD']._serialized_start=535
-  _globals['_PAGEMAPHEAD']._serialized_end=566
-  _globals['_PAGEMAPENTRY']._serialized_start=568
-  _globals['_PAGEMAPENTRY']._serialized_end=674
-  _globals['_DUMPSTATS']._serialized_start=677
-  _globals['_DUMPSTATS']._serialized_end=1022
-  _globals['_RESTORESTATS']._serialized_start=1025
-  _globals['_RESTORESTATS']._serialized_end=1158
-  _globals['_STATS']._serialized_start=1160
-  _globals['_STATS']._serialized_end=1253
-  _globals['_PAGEMAPBATCH']._serialized_start=1255
-  _globals['_PAGEMAPBATCH']._serialized_end=1315
-  _globals['_PAGEMAPCOLUMNS']._serialized_start=1317
-  _globals['_PAGEMAPCOLUMNS']._serialized_end=1425
+  _globals['_REGISTERSX86']._serialized_start=308
+  _globals['_REGISTERSX86']._serialized_end=334
+  _globals['_THREADINFOX86']._serialized_start=336
+  _globals['_THREADINFOX86']._serialized_end=396
+  _globals['_REGISTERSAARCH64']._serialized_start=398
+  _globals['_REGISTERSAARCH64']._serialized_end=428
+  _globals['_THREADINFOAARCH64']._serialized_start=430
+  _globals['_THREADINFOAARCH64']._serialized_end=498
+  _globals['_CORE']._serialized_start=501
+  _globals['_CORE']._serialized_end=697
+  _globals['_VMA']._serialized_start=699
+  _globals['_VMA']._serialized_end=791
+  _globals['_MM']._serialized_start=793
+  _globals['_MM']._serialized_end=831
+  _globals['_PAGEMAPHEAD']._serialized_start=833
+  _globals['_PAGEMAPHEAD']._serialized_end=864
+  _globals['_PAGEMAPENTRY']._serialized_start=866
+  _globals['_PAGEMAPENTRY']._serialized_end=972
+  _globals['_DUMPSTATS']._serialized_start=975
+  _globals['_DUMPSTATS']._serialized_end=1320
+  _globals['_RESTORESTATS']._serialized_start=1323
+  _globals['_RESTORESTATS']._serialized_end=1456
+  _globals['_STATS']._serialized_start=1458
+  _globals['_STATS']._serialized_end=1551
+  _globals['_PAGEMAPBATCH']._serialized_start=1553
+  _globals['_PAGEMAPBATCH']._serialized_end=1613
+  _globals['_PAGEMAPCOLUMNS']._serialized_start=1615
+  _globals['_PAGEMAPCOLUMNS']._serialized_end=1723
 # @@protoc_insertion_point(module_scope)

@@ -136,24 +136,112 @@ class ThreadCore(_message.Message):
 Global___ThreadCore: _TypeAlias = ThreadCore  # noqa: Y015
 
 @_typing.final
+class RegistersX86(_message.Message):
+    """core-x86.proto and core-aarch64.proto"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SP_FIELD_NUMBER: _builtins.int
+    sp: _builtins.int
+    def __init__(
+        self,
+        *,
+        sp: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sp", b"sp"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sp", b"sp"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegistersX86: _TypeAlias = RegistersX86  # noqa: Y015
+
+@_typing.final
+class ThreadInfoX86(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPREGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def gpregs(self) -> Global___RegistersX86: ...
+    def __init__(
+        self,
+        *,
+        gpregs: Global___RegistersX86 | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gpregs", b"gpregs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpregs", b"gpregs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ThreadInfoX86: _TypeAlias = ThreadInfoX86  # noqa: Y015
+
+@_typing.final
+class RegistersAarch64(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SP_FIELD_NUMBER: _builtins.int
+    sp: _builtins.int
+    def __init__(
+        self,
+        *,
+        sp: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sp", b"sp"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sp", b"sp"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegistersAarch64: _TypeAlias = RegistersAarch64  # noqa: Y015
+
+@_typing.final
+class ThreadInfoAarch64(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPREGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def gpregs(self) -> Global___RegistersAarch64: ...
+    def __init__(
+        self,
+        *,
+        gpregs: Global___RegistersAarch64 | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gpregs", b"gpregs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpregs", b"gpregs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ThreadInfoAarch64: _TypeAlias = ThreadInfoAarch64  # noqa: Y015
+
+@_typing.final
 class Core(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    THREAD_INFO_FIELD_NUMBER: _builtins.int
     TC_FIELD_NUMBER: _builtins.int
     THREAD_CORE_FIELD_NUMBER: _builtins.int
+    TI_AARCH64_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def thread_info(self) -> Global___ThreadInfoX86: ...
     @_builtins.property
     def tc(self) -> Global___TaskCore: ...
     @_builtins.property
     def thread_core(self) -> Global___ThreadCore: ...
+    @_builtins.property
+    def ti_aarch64(self) -> Global___ThreadInfoAarch64: ...
     def __init__(
         self,
         *,
+        thread_info: Global___ThreadInfoX86 | None = ...,
         tc: Global___TaskCore | None = ...,
         thread_core: Global___ThreadCore | None = ...,
+        ti_aarch64: Global___ThreadInfoAarch64 | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["tc", b"tc", "thread_core", b"thread_core"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tc", b"tc", "thread_core", b"thread_core", "thread_info", b"thread_info", "ti_aarch64", b"ti_aarch64"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tc", b"tc", "thread_core", b"thread_core"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tc", b"tc", "thread_core", b"thread_core", "thread_info", b"thread_info", "ti_aarch64", b"ti_aarch64"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

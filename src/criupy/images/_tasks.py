@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from criupy.errors import ImageError
 from criupy.images import _framing, _schema_pb2
 from criupy.images._framing import ImageFile, StrPath, open_image
 
@@ -185,6 +186,16 @@ def pstree_offset(images_dir: StrPath, entry: PstreeEntry) -> int:
             if parse_message(image, offset, data, _schema_pb2.PstreeEntry).pid == entry.pid:
                 return offset
         raise image.error(image.position, "expected the entries read before: the image has changed")
+
+
+def check_tid(images_dir: StrPath, entry: PstreeEntry, tid: int) -> None:
+    """Refuse a thread id of a process that no thread can have."""
+    if not 0 < tid <= PID_MAX:
+        raise ImageError(
+            Path(images_dir, "pstree.img"),
+            pstree_offset(images_dir, entry),
+            f"expected thread ids of 1 to {PID_MAX}, found {tid} in process {entry.pid}: it is damaged",
+        )
 
 
 @contextmanager

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from criupy.errors import ImageError
 from criupy.images import _schema_pb2
 from criupy.images._framing import ImageFile, StrPath
 from criupy.images._tasks import (
-    PID_MAX,
     PstreeEntry,
     TaskState,
+    check_tid,
     open_core,
-    pstree_offset,
     read_pstree,
     task_state,
 )
@@ -97,13 +94,7 @@ def _read_task(images_dir: StrPath, entry: PstreeEntry, children: Mapping[int, l
 
 
 def _read_thread(images_dir: StrPath, entry: PstreeEntry, tid: int) -> Thread:
-    if not 0 < tid <= PID_MAX:
-        path = Path(images_dir, "pstree.img")
-        raise ImageError(
-            path,
-            pstree_offset(images_dir, entry),
-            f"expected thread ids of 1 to {PID_MAX}, found {tid} in process {entry.pid}: it is damaged",
-        )
+    check_tid(images_dir, entry, tid)
     with open_core(images_dir, tid) as (image, offset, message):
         if not message.HasField("thread_core"):
             raise image.error(offset, "expected the core of a thread with its thread_core")

@@ -43,6 +43,10 @@ def _longer(pause: float) -> float:
     return min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
 
 
+def _came(stats: Stats) -> int:
+    return stats.pages_received - stats.local_received
+
+
 class Links:
     """The connections of one restore."""
 
@@ -218,13 +222,13 @@ class Links:
                 await changed.wait()
                 continue
             lost = trouble_of(stats, self._config.link_timeout)
-            if stats.pages_received > received:
+            if _came(stats) > received:
                 deadline, pause = trio.current_time() + patience, 0.0
                 log.warning("%s; trying to reach it again for at most %g s", lost, patience)
             else:
                 pause = _longer(pause)  # who is reached and brings nothing is not asked all the time
                 log.debug("%s again, and no page came", lost)
-            received = stats.pages_received
+            received = _came(stats)
             pager.drop_link()
             failure = await self._try_until(pager, Lane.BULK, deadline, pause)
             if failure is not None:
@@ -249,14 +253,14 @@ class Links:
                 await changed.wait()
                 continue
             if stats.urgent_link == Link.LOST:
-                if stats.pages_received > received:
+                if _came(stats) > received:
                     pause = 0.0
                     log.warning("the second connection to the page server was lost")
                 else:
                     pause = _longer(pause)
                 if self._config.reconnect is None:
                     return
-                received = stats.pages_received
+                received = _came(stats)
                 pager.drop_link(Lane.URGENT)
             patience = self._config.reconnect or self._config.connect_timeout
             failure = await self._try_until(pager, Lane.URGENT, trio.current_time() + patience, pause)
@@ -294,12 +298,29 @@ class Links:
             and stats.link_error != errno.EPROTO
             and not stats.refused
             and not was_refused(stats)
+            and not self._has_done_its_part(stats)
+        )
+
+    def _has_done_its_part(self, stats: Stats) -> bool:
+        """Tell whether what is missing is all here, and the tasks run: then a link may be lost.
+
+        Not that to a relay, which waits to hear the end.
+        """
+        return (
+            stats.local_total > 0
+            and stats.phase == Phase.RUNNING
+            and stats.pages_missing == stats.local_missing
+            and not stats.error
+            and not stats.refused
+            and not self.is_relayed
         )
 
     def trouble(self, stats: Stats) -> str | None:
         """Say why a transfer cannot go on, None while it can."""
         if self.unreachable is not None or self.may_come_back(stats):
             return self.unreachable
+        if self._has_done_its_part(stats):
+            return None
         trouble = trouble_of(stats, self._config.link_timeout)
         if trouble is None or self.extension is None or self.is_relayed or stats.bytes_received:
             return trouble

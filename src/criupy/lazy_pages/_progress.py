@@ -250,9 +250,10 @@ def summary(statistics: Statistics) -> str:
     if s.drain is not None:
         megabytes = _overall(s).bytes / 1e6
         lines.append(("Last page", f"{s.drain:.3f} s after that, {megabytes:,.1f} MB/s"))
+    local = f", {s.local_received:,} of them from images," if 0 < s.local_received < s.pages_received else ""
     lines += [
         ("Installed", f"{s.pages_demand:,} pages on demand, {s.pages_background:,} ahead of it"),
-        ("Fetched", f"{s.pages_received:,} pages in {s.requests:,} requests"),
+        ("Fetched", f"{s.pages_received:,} pages{local} in {s.requests:,} requests"),
         ("Faults", f"{s.faults:,}, waited {s.stall:.3f} s in all; {s.pages_zero:,} were for zero pages"),
     ]
     if s.faults:

@@ -81,7 +81,8 @@ class Statistics:
     ``elapsed`` runs from the start of the daemon, ``restored`` is when in it
     restore-finished was read, ``drain`` runs from there to the last wanted page
     (None before they are). ``pages_missing`` counts a page once for each address
-    space that lacks it, so forks can raise it above ``pages_total``. ``latency``
+    space that lacks it, so forks can raise it above ``pages_total``. ``local_total``,
+    ``local_missing`` and ``local_received`` are the part of these that is in images here. ``latency``
     is the histogram of fault latencies, from the fault being read to its page
     being in place; see bucket_edges.
     """
@@ -96,6 +97,9 @@ class Statistics:
     pages_total: int = 0
     pages_missing: int = 0
     pages_received: int = 0
+    local_total: int = 0
+    local_missing: int = 0
+    local_received: int = 0
     pages_demand: int = 0
     pages_background: int = 0
     pages_existing: int = 0
@@ -130,6 +134,9 @@ class Statistics:
             pages_total=stats.pages_total,
             pages_missing=stats.pages_missing,
             pages_received=stats.pages_received,
+            local_total=stats.local_total,
+            local_missing=stats.local_missing,
+            local_received=stats.local_received,
             pages_demand=stats.pages_demand,
             pages_background=stats.pages_background,
             pages_existing=stats.pages_existing,
