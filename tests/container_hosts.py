@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,8 +43,19 @@ def usable() -> tuple[Criu, Path]:
 def open_hosts(directory: Path) -> Iterator[tuple[Lab, Criu]]:
     """Make the hosts."""
     criu, root = usable()
-    with open_lab(directory, root, criu.path) as lab:
-        yield lab, criu
+    before = criu_mounts()
+    try:
+        with open_lab(directory, root, criu.path) as lab:
+            yield lab, criu
+    finally:
+        for place in criu_mounts() - before:
+            subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def criu_mounts() -> set[str]:
+    """What a CRIU that is killed while it tries what the kernel can do leaves mounted."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return {place for line in lines if (place := line.split()[4]).startswith("/tmp/.criu.")}
 
 
 def runc_on(host: Host, criu: Criu, kind: str, *, grace: float = 10.0) -> Client:
