@@ -44,10 +44,7 @@ SETTLE = 1.0  # seconds for which the clients are watched before the move and af
 
 def runc_of(host: Host, criu: Criu) -> Runc:
     """Make the client of a host, whose runC works in the host's network."""
-    wrapper = host.bundle / "runc"
-    wrapper.write_text(f'#!/bin/sh\nexec {" ".join(host.words("runc"))} "$@"\n')
-    wrapper.chmod(0o755)
-    runc = Runc(wrapper, root=host.root, criu=criu.path)
+    runc = Runc(host.runc_program(), root=host.root, criu=criu.path)
     runc.features()
     return runc
 

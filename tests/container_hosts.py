@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from criupy.runc import AsyncRunc, Runc
+from criupy.runc._mounts_linux import mounts_below
 from criupy.testing.containers_linux import Host, Lab, find_root, open_lab
 from criupy.testing.criu_linux import Criu, find_criu
 from rpc_clients import Client
@@ -54,18 +55,13 @@ def open_hosts(directory: Path) -> Iterator[tuple[Lab, Criu]]:
 
 def criu_mounts() -> set[str]:
     """What a CRIU that is killed while it tries what the kernel can do leaves mounted."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return {place for line in lines if (place := line.split()[4]).startswith("/tmp/.criu.")}
+    return {place for place in mounts_below(Path("/tmp")) if place.startswith("/tmp/.criu.")}
 
 
 def runc_on(host: Host, criu: Criu, kind: str, *, grace: float = 10.0) -> Client:
     """Make a client of a kind whose runC runs in a host's network."""
-    wrapper = host.bundle / "runc"
-    if not wrapper.exists():
-        wrapper.write_text(f'#!/bin/sh\nexec {" ".join(host.words("runc"))} "$@"\n')
-        wrapper.chmod(0o755)
     make = AsyncRunc if kind == "trio" else Runc
-    return Client(make(wrapper, root=host.root, criu=criu.path, grace=grace))
+    return Client(make(host.runc_program(), root=host.root, criu=criu.path, grace=grace))
 
 
 def wait_until(seconds: float, what: str, is_so: object) -> None:

@@ -99,3 +99,14 @@ class AsyncDaemon:
                 await self.wait()
             except CriupyError as failure:
                 error.add_note(str(failure))
+
+    async def leave(self, error: BaseException | None) -> None:
+        """Wait for the last page at the end of a block, which may have ended in an error."""
+        if error is not None:
+            await self.see_out(error)
+            return
+        try:
+            await self.wait()
+        except BaseException as interrupted:
+            await self.see_out(interrupted)
+            raise

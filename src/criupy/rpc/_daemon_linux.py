@@ -223,3 +223,14 @@ class Daemon:
             self.wait()
         except CriupyError as failure:
             error.add_note(str(failure))
+
+    def leave(self, error: BaseException | None) -> None:
+        """Wait for the last page at the end of a block, which may have ended in an error."""
+        if error is not None:
+            self.see_out(error)
+            return
+        try:
+            self.wait()
+        except BaseException as interrupted:
+            self.see_out(interrupted)
+            raise

@@ -204,13 +204,5 @@ class LazyRestore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._daemon is None:
-            return
-        if error is not None:
-            self._daemon.see_out(error)
-            return
-        try:
-            self._daemon.wait()
-        except BaseException as interrupted:
-            self._daemon.see_out(interrupted)
-            raise
+        if self._daemon is not None:
+            self._daemon.leave(error)

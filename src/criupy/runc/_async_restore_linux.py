@@ -140,13 +140,5 @@ class AsyncContainerRestore:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._daemon is None:
-            return
-        if error is not None:
-            await self._daemon.see_out(error)
-            return
-        try:
-            await self._daemon.wait()
-        except BaseException as interrupted:
-            await self._daemon.see_out(interrupted)
-            raise
+        if self._daemon is not None:
+            await self._daemon.leave(error)

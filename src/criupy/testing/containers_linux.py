@@ -88,6 +88,14 @@ class Host:
         # Not `ip netns exec`, which would hide the cgroups with a /sys of its own.
         return ["nsenter", f"--net=/run/netns/{self.network}", *map(str, words)]
 
+    def runc_program(self) -> Path:
+        """Return a program that is runC on this host, whatever its state directory."""
+        program = self.bundle / "runc"
+        if not program.exists():
+            program.write_text(f'#!/bin/sh\nexec {" ".join(self.words("runc"))} "$@"\n')
+            program.chmod(0o755)
+        return program
+
     def runc(self, *words: str | Path) -> list[str]:
         """Return the words of one of runC's commands on this host."""
         return self.words("runc", "--root", self.root, *words)

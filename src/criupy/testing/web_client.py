@@ -39,7 +39,6 @@ class Answers:
     """Attempts that got no answer: refused, reset, or none in time."""
     longest_gap: float = 0.0
     """Between two right answers that followed one another."""
-    gap_began_at: float = 0.0
     slowest_after: float = 0.0
     """The slowest right answer that was asked for after that gap."""
     last_at: float = 0.0
@@ -80,7 +79,6 @@ def keep_asking(
         found.wrong += not is_right
         if now - before > found.longest_gap:
             found.longest_gap, found.slowest_after = now - before, 0.0
-            found.gap_began_at = time.time() - (now - before)
         else:
             found.slowest_after = max(found.slowest_after, now - asked)
         found.last_at, before = time.time(), now
