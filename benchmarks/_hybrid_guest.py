@@ -39,8 +39,9 @@ INTERPRETER = 5.0  # seconds in which one starts
 
 #: The daemon, with all it needs imported, once there is the file that is its first argument.
 DAEMON = """
-import os, sys, time
+import json, os, sys, time
 import trio, criupy.lazy_pages._cli as cli, criupy.lazy_pages._daemon_linux
+from criupy.images import lazy_parents
 go = sys.argv.pop(1)
 while not os.path.exists(go):
     time.sleep(0.002)
