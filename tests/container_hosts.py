@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,9 +64,8 @@ def runc_on(host: Host, criu: Criu, kind: str, *, grace: float = 10.0) -> Client
     return Client(make(host.runc_program(), root=host.root, criu=criu.path, grace=grace))
 
 
-def wait_until(seconds: float, what: str, is_so: object) -> None:
+def wait_until(seconds: float, what: str, is_so: Callable[[], bool]) -> None:
     """Wait for something that happens elsewhere."""
-    assert callable(is_so)
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline, what

@@ -20,8 +20,10 @@ import trio.testing
 
 import criupy
 from criupy import SourceOutcome
+from criupy.rpc import unlock_network
 from criupy.rpc._async_lazy_client_linux import AsyncLazyDump
 from criupy.rpc._lazy_linux import listeners
+from criupy.rpc._network_linux import is_network_locked
 from criupy.testing._keeper_linux import Kept, keep
 from criupy.testing.certificates import Certificates
 from criupy.testing.control_linux import Control
@@ -467,6 +469,51 @@ async def test_abort_over_a_given_descriptor(criu: Criu, kind: str, room: Path, 
                 assert await client.run(source.abort) is SourceOutcome.RESUMED
                 victim.assert_running()
             assert source.outcome is SourceOutcome.RESUMED
+
+
+LONELY = ["unshare", "--net"]
+
+
+async def test_abort_unlocks_the_network(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    with counter(room, wrap=LONELY) as victim:
+        netns = Path(f"/proc/{victim.pid}/ns/net")
+        await until(lambda: victim.count() > 0)
+        async with (
+            open_client(kind, binary=criu.path) as client,
+            client.block("lazy_dump", victim.pid, images_dir=images) as source,
+        ):
+            assert await trio.to_thread.run_sync(is_network_locked, netns)
+            assert await client.run(source.abort) is SourceOutcome.RESUMED
+        victim.assert_running()
+        assert not is_network_locked(netns)
+
+
+async def test_a_failure_tells_of_the_locked_network(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    """Nobody here can know that no destination runs the process."""
+    with counter(room, wrap=LONELY) as victim:
+        netns = f"/proc/{victim.pid}/ns/net"
+        await until(lambda: victim.count() > 0)
+        async with open_client(kind, binary=criu.path) as client:
+            with pytest.raises(criupy.CriuError, match="lazy_dump: ") as caught:
+                async with client.block("lazy_dump", victim.pid, images_dir=images) as source:
+                    reset(source.address, source.port)
+            assert source.outcome is SourceOutcome.RESUMED
+            assert caught.value.__notes__ == [
+                "the dumped process: resumed",
+                (
+                    f"its network is still locked: criupy.rpc.unlock_network('{netns}') undoes that, "
+                    "once no destination runs it"
+                ),
+            ]
+            unlock_network(netns)
+            assert not is_network_locked(netns)
+            victim.assert_running()
+
+
+def test_what_is_no_network() -> None:
+    with pytest.raises(criupy.CriuError, match=r"unlock_network: expected a network namespace, /no/such: No"):
+        unlock_network("/no/such")
+    unlock_network("/proc/self/ns/net")  # our own, which CRIU does not lock
 
 
 async def test_abort_while_another_task_waits(criu: Criu, room: Path, images: Path) -> None:

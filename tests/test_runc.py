@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import random
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,8 +18,10 @@ import pytest
 import trio
 
 from container_hosts import NAME, kill, open_hosts, processes, runc_on, wait_until
-from criupy.errors import CriuTimeout, LazyPagesError, OptionError, RuncError, RuncTimeout
-from criupy.rpc import SourceOutcome
+from criupy.errors import CriuTimeout, CriuUnavailable, LazyPagesError, OptionError, RuncError, RuncTimeout
+from criupy.rpc import SourceOutcome, unlock_network
+from criupy.rpc._network_linux import is_network_locked
+from criupy.rpc._worker_linux import tracer_of
 from criupy.runc import AsyncRunc, Runc
 from criupy.runc._mounts_linux import mounts_below
 from criupy.testing.containers_linux import Lab
@@ -88,6 +93,25 @@ async def until(is_so: Callable[[], bool]) -> None:
         await trio.sleep(0.001)
 
 
+@contextlib.contextmanager
+def runc_checkpoint(lab: Lab, tmp_path: Path, *, is_ready: bool = True) -> Iterator[subprocess.Popen[bytes]]:
+    """A checkpoint that nobody controls."""
+    host, port = where(lab, tmp_path)["page_server"]
+    words = ["--lazy-pages", "--page-server", f"{host}:{port}", "--tcp-established"]
+    reading, writing = os.pipe()
+    with open(reading, "rb") as status:  # noqa: PTH123 - a descriptor
+        options = lab.a.runc(
+            "checkpoint", *words, "--image-path", tmp_path, "--status-fd", str(writing), NAME
+        )
+        with subprocess.Popen(options, pass_fds=[writing], env={**os.environ, "PATH": lab.path}) as command:
+            os.close(writing)
+            try:
+                assert not is_ready or status.read(1) == b"\0"
+                yield command
+            finally:
+                command.kill()
+
+
 # ---- the source ----------------------------------------------------------------------------------
 
 
@@ -99,6 +123,35 @@ async def test_abort(lab: Lab, source: Client, tmp_path: Path) -> None:
         assert lab.answers()  # its network was locked with it
         assert await source.run(checkpoint.wait) is SourceOutcome.RESUMED
     assert checkpoint.outcome is SourceOutcome.RESUMED
+
+
+async def test_abort_from_elsewhere(lab: Lab, source: Client, tmp_path: Path) -> None:
+    """The controller may be gone, and what it started goes on."""
+    with pytest.raises(RuncError, match="no CRIU holds it, so there is nothing to end"):
+        await source.call("abort_checkpoint", NAME)
+    with pytest.raises(RuncError, match="no such container"):
+        await source.call("abort_checkpoint", "nobody")
+    with runc_checkpoint(lab, tmp_path) as command:
+        with pytest.raises(RuncError, match=r"process \d+ traces it.*abort_checkpoint\(\) ends one"):
+            async with source.block("lazy_checkpoint", NAME, **where(lab, tmp_path / "second")):
+                pass
+        assert not lab.answers()
+        assert await source.call("abort_checkpoint", NAME) is SourceOutcome.RESUMED
+        assert lab.answers()
+        assert command.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("when", ["frozen", "serving"])
+async def test_abort_from_elsewhere_without_runc(lab: Lab, source: Client, tmp_path: Path, when: str) -> None:
+    with runc_checkpoint(lab, tmp_path, is_ready=when == "serving") as command:
+        if when == "frozen":
+            pid = (await source.call("state", NAME)).pid
+            await until(lambda: tracer_of(pid) != 0)
+        command.kill()
+        command.wait()
+        assert await source.call("abort_checkpoint", NAME) is SourceOutcome.RESUMED
+    assert lab.a.status(NAME) == "running"
+    assert lab.answers()
 
 
 async def test_an_error_in_the_block_aborts(lab: Lab, source: Client, tmp_path: Path) -> None:
@@ -119,7 +172,7 @@ async def test_not_ready_in_time(lab: Lab, source: Client, tmp_path: Path) -> No
             async with source.block("lazy_checkpoint", NAME, **how) as checkpoint:
                 await source.run(checkpoint.abort)
         except RuncTimeout as error:
-            assert str(error) == f"runc checkpoint {NAME}: not done in time"
+            assert re.fullmatch(rf"runc checkpoint {NAME}: not done after 0\.\d+ s", str(error))
             assert error.__notes__ == ["the container: resumed"]
             given_up += 1
         assert lab.answers()
@@ -147,7 +200,7 @@ async def test_cancelled_while_getting_ready(lab: Lab, hosts: tuple[Lab, Criu], 
 
 
 async def test_runc_is_killed_when_it_serves(lab: Lab, source: Client, tmp_path: Path) -> None:
-    with pytest.raises(RuncError, match=f"checkpoint {NAME}: ended with status -9") as caught:
+    with pytest.raises(RuncError, match=f"checkpoint {NAME}: was killed by SIGKILL") as caught:
         async with frozen(lab, source, tmp_path) as (checkpoint, _):
             for pid in processes(lab.a, "runc"):
                 kill(pid)
@@ -182,7 +235,7 @@ async def kill_before(lab: Lab, source: Client, tmp_path: Path, rng: random.Rand
                 kill(pid)
 
         nursery.start_soon(kill_it)
-        with pytest.raises(RuncError, match="ended with status -9"):
+        with pytest.raises(RuncError, match="was killed by SIGKILL"):
             async with source.block("lazy_checkpoint", NAME, **where(lab, tmp_path)):
                 pass
 
@@ -237,7 +290,7 @@ async def test_a_port_that_is_taken(lab: Lab, source: Client, tmp_path: Path) ->
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as taken:  # noqa: ASYNC220
         assert taken.stdout is not None
         assert taken.stdout.read(1)
-        with pytest.raises(RuncError, match=r"Address already in use"):
+        with pytest.raises(RuncError, match=r"Address already in use.* take another port"):
             async with source.block("lazy_checkpoint", NAME, **how):
                 pass
         taken.communicate()
@@ -321,9 +374,16 @@ async def test_a_veto_of_the_daemon_leaves_the_network_locked(
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(kill_daemon)
-                with pytest.raises(RuncError):
+                with pytest.raises(RuncError) as vetoed:
                     async with destination.block("lazy_restore", NAME, **how):
                         pass
+            # Here, too: CRIU had locked it already.
+            netns = f"/run/netns/{lab.b.container_network}"
+            assert (
+                f"{netns} is locked still: criupy.rpc.unlock_network('{netns}')" in vetoed.value.__notes__[0]
+            )
+            await trio.to_thread.run_sync(unlock_network, netns)
+            assert not is_network_locked(netns)
             await source.run(checkpoint.wait)
     assert caught.value.__notes__ == [
         "the container: resumed",
@@ -384,7 +444,7 @@ async def test_there_and_back(lab: Lab, source: Client, destination: Client, tmp
 @pytest.mark.parametrize(
     ("method", "how", "option"),
     [
-        ("lazy_checkpoint", {"page_server": ("host.example", 7)}, "address"),
+        ("lazy_checkpoint", {"page_server": ("host.example", 7)}, "page_server"),
         ("lazy_checkpoint", {"page_server": ("127.0.0.1", 0)}, "page_server"),
         ("lazy_checkpoint", {"page_server": "127.0.0.1:7"}, "page_server"),
         ("lazy_checkpoint", {"page_server": ("127.0.0.1", 7), "tcp_close": True}, "tcp_close"),
@@ -441,6 +501,13 @@ async def test_no_such_container(lab: Lab, source: Client, tmp_path: Path) -> No
             pass
     with pytest.raises(RuncError, match="there is no such container"):
         await source.call("unlock_network", "nobody")
+
+
+@pytest.mark.parametrize("path", ["criu", "/nowhere/criu"])
+def test_no_criu(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(CriuUnavailable, match=r"there is no (such )?program.*name .* with criu=$"):
+        Runc(criu=path).features()
 
 
 def test_no_runc() -> None:

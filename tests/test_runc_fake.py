@@ -124,7 +124,7 @@ async def test_a_runc_that_dies_leaves_an_orphan_that_is_ended(
             assert is_alive(pidfile)
             assert await client.run(checkpoint.abort) is SourceOutcome.RESUMED
     else:
-        with pytest.raises(RuncError, match="ended with status -9"):
+        with pytest.raises(RuncError, match="was killed by SIGKILL"):
             async with client.block("lazy_checkpoint", "web", **where(tmp_path)):
                 pass
     assert not is_alive(pidfile)
@@ -263,6 +263,9 @@ async def test_a_container_that_another_checkpoint_holds(
             ):
                 async with client.block("lazy_checkpoint", "web", **where(tmp_path)):
                     pass
+            with pytest.raises(RuncError, match=f"process {tracer.pid} traces it, and is no CRIU"):
+                await client.call("abort_checkpoint", "web")
+            assert tracer.poll() is None
         finally:
             tracer.kill()
-    assert calls(tmp_path) == ["state"]
+    assert calls(tmp_path) == ["state", "state"]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from criupy.rpc._client_linux import Criu
     from criupy.rpc._held_linux import PageServerChild, PreDumpLoop
     from criupy.rpc._lazy_client_linux import LazyDump, LazyRestore
+    from criupy.rpc._network_linux import unlock_network
     from criupy.rpc._operation_linux import Operation, Process
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "SourceOutcome",
     "Version",
     "external",
+    "unlock_network",
 ]
 
 _OF_LINUX = {
@@ -93,6 +95,7 @@ _OF_LINUX = {
     "PageServerChild": "criupy.rpc._held_linux",
     "PreDumpLoop": "criupy.rpc._held_linux",
     "Process": "criupy.rpc._operation_linux",
+    "unlock_network": "criupy.rpc._network_linux",
 }
 
 

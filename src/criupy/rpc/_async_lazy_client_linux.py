@@ -143,32 +143,35 @@ class AsyncLazyDump:
             await operation.__aexit__(None, None, None)
         except (CriuError, RemoteProtocolError) as error:
             await operation.__aexit__(type(error), error, error.__traceback__)
-            self._end_with(self._plan.failed(error))
+            with trio.CancelScope(shield=True):
+                self.outcome = await trio.to_thread.run_sync(self._plan.failed, error)
             raise
-        return self._end_with(self._plan.outcome(succeeded=True))
-
-    def _end_with(self, outcome: SourceOutcome) -> SourceOutcome:
-        self.outcome = outcome
-        return outcome
+        self.outcome = self._plan.outcome(succeeded=True)
+        return self.outcome
 
     async def abort(self) -> SourceOutcome:
-        """End it now, so that the tree goes on here.
+        """End it now, so that the tree goes on here, and its network.
 
         Only for when no destination runs it: after a destination has connected,
         nobody here can know that. A task in ``wait`` sees CRIU die.
         """
+        if self.outcome is not None:
+            return self.outcome
         stop = partial(self._plan.stop, self.address, self.port)
         seen = True
-        if self.outcome is None and (left := self._waiter) is not None:
+        if (left := self._waiter) is not None:
             await self._running._strike(stop)
             with trio.move_on_after(self._running._grace):
                 await left.wait()
             seen = left.is_set()
-        if self.outcome is not None:
-            return self.outcome
-        if seen:  # nobody waits, or whoever did was interrupted
-            seen = await self._running._kill(stop)
-        return self._end_with(self._plan.aborted(seen=seen, succeeded=self._running._succeeded))
+        if self.outcome is None:
+            if seen:  # nobody waits, or whoever did was interrupted
+                seen = await self._running._kill(stop)
+            self.outcome = self._plan.aborted(seen=seen, succeeded=self._running._succeeded)
+        if self.outcome is SourceOutcome.RESUMED:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._plan.unlock_network)
+        return self.outcome
 
 
 class AsyncLazyRestore:

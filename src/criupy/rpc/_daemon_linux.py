@@ -16,7 +16,7 @@ from criupy._descriptor import Descriptor
 from criupy.errors import CriuError, CriupyError, CriuTimeout, LazyPagesError, OptionError, RuncError
 from criupy.rpc._operation_linux import Process, end_worker, wait_for
 from criupy.rpc._report import errors_in
-from criupy.rpc._worker_linux import HeldInterrupt, Worker
+from criupy.rpc._worker_linux import HeldInterrupt, Worker, ending
 
 __all__ = [
     "OUR_DAEMON",
@@ -84,9 +84,14 @@ class DaemonPlan:
             text = ""
         said = errors_in(text) or tuple(line for line in text.splitlines() if "Error" in line)
         lines = [*said, *output.splitlines()]
-        ended = "still runs" if status is None else f"ended with status {status}"
+        ended = "still runs" if status is None else ending(status)
         what = "the lazy-pages daemon" if ready else "the lazy-pages daemon did not become ready: it"
-        return LazyPagesError(f"{what} {ended}: {lines[-1] if lines else 'it said nothing'}")
+        error = LazyPagesError(f"{what} {ended}: {lines[-1] if lines else 'it said nothing'}")
+        if ready and status is not None and status < 0:
+            error.add_note(
+                "what was restored runs on without it, and reads zeros where its memory had not come: kill it"
+            )
+        return error
 
     def not_ready(self) -> CriuTimeout:
         """Make the error for one that took too long to listen."""
@@ -136,8 +141,8 @@ def explain(error: BaseException, failure: LazyPagesError) -> None:
 
 def goes_on(worker: Worker) -> str:
     """Say that a daemon is left behind; what it serves may depend on it."""
-    if worker.poll() is not None:
-        return f"the lazy-pages daemon has ended with status {worker.poll()}"
+    if (status := worker.poll()) is not None:
+        return f"the lazy-pages daemon {ending(status)}"
     return f"the lazy-pages daemon goes on as process {worker.pid}"
 
 

@@ -15,7 +15,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
 
 from criupy._descriptor import Descriptor
@@ -26,7 +25,7 @@ from criupy.rpc._connection_linux import Connection, Ended
 from criupy.rpc._notify import Notification, Script, parse_script
 from criupy.rpc._report import MAX_LINES, NEVER_ATTACHED, failure, hint_for
 from criupy.rpc._session import KEEP_OPEN, Answer, Notified, State
-from criupy.rpc._worker_linux import Worker
+from criupy.rpc._worker_linux import Worker, status_of
 
 __all__ = ["Exchange", "Take", "ends_worker"]
 
@@ -236,11 +235,9 @@ class Exchange(Generic[T]):
 
 def _why_not_attached(pid: int, page_server: schema.PageServerInfo) -> str | None:
     """Say why CRIU could not hold a process that is there; it says "No such process" in any case."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+    fields = status_of(pid)
+    if not fields:
         return None
-    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     if (tracer := fields.get("TracerPid", "0")) != "0":
         return f"process {pid} is traced by process {tracer}: another CRIU, or a debugger"
     if "VmSize" not in fields:

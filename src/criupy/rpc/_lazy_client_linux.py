@@ -130,7 +130,7 @@ class LazyDump:
         return self.outcome
 
     def abort(self) -> SourceOutcome:
-        """End it now, so that the tree goes on here.
+        """End it now, so that the tree goes on here, and its network.
 
         Only for when no destination runs it: after a destination has connected,
         nobody here can know that.
@@ -138,6 +138,8 @@ class LazyDump:
         if self.outcome is None:
             seen = self._running._kill(partial(self._plan.stop, self.address, self.port))
             self.outcome = self._plan.aborted(seen=seen, succeeded=self._running._succeeded)
+            if self.outcome is SourceOutcome.RESUMED:
+                self._plan.unlock_network()
         return self.outcome
 
 

@@ -20,6 +20,7 @@ from criupy.rpc import _calls_linux as calls
 from criupy.rpc import _schema_pb2 as schema
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._daemon_linux import SOCKET_NAME, DaemonPlan, plan_daemon
+from criupy.rpc._network_linux import is_network_locked, network_of, unlock_network
 from criupy.rpc._option_checks import host_file
 from criupy.rpc._option_types import Directory
 from criupy.rpc._options import TlsOptions
@@ -237,10 +238,22 @@ class LazyDumpPlan:
             )
         return self.outcome(succeeded=succeeded)
 
+    def unlock_network(self) -> None:
+        """Let the network of a tree go on whose CRIU was made to end; raise CriuError if it stays locked."""
+        if self._process is not None:
+            unlock_network(network_of(self._pid))
+
     def failed(self, error: BaseException) -> SourceOutcome:
         """Tell what became of the tree of a CRIU that failed, and say it in a note."""
         outcome = self.outcome(succeeded=False)
         error.add_note(f"the dumped process: {outcome.value}")
+        if outcome is SourceOutcome.RESUMED and self._process is not None:
+            netns = network_of(self._pid)
+            if is_network_locked(netns):
+                error.add_note(
+                    f"its network is still locked: criupy.rpc.unlock_network('{netns}') undoes that, "
+                    "once no destination runs it"
+                )
         return outcome
 
     def outcome(self, *, succeeded: bool) -> SourceOutcome:

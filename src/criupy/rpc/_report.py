@@ -133,6 +133,10 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
         "CRIU cannot dump its own ancestors: self_dump() can, and so can a service (socket=)",
     ),
     (r"empty-image|Can't open inventory", "are the images of a dump in there? criupy images DIR tells"),
+    (
+        r"[Aa]ddress already in use",
+        "somebody listens there already, perhaps the source of an earlier migration: take another port",
+    ),
     (r"No space left on device", "the disk that holds the images or the log is full"),
     (r"Read-only file system", "images_dir or work_dir is on a file system that cannot be written"),
     (

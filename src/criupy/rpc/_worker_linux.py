@@ -21,7 +21,16 @@ from criupy._descriptor import Descriptor
 from criupy._kill_linux import kill_trees
 from criupy.errors import CriuUnavailable
 
-__all__ = ["HeldInterrupt", "Orphan", "Worker", "find_program", "parent_of"]
+__all__ = [
+    "HeldInterrupt",
+    "Orphan",
+    "Worker",
+    "ending",
+    "find_program",
+    "parent_of",
+    "status_of",
+    "tracer_of",
+]
 
 _MAX_OUTPUT = 64 * 1024
 
@@ -49,6 +58,16 @@ def _start(command: Sequence[str], request: str, **options: object) -> subproces
         return subprocess.Popen(command, **options)  # type: ignore[call-overload, no-any-return]
     except OSError as error:
         raise CriuUnavailable(request, f"{command[0]}: {error.strerror}", errno=error.errno) from error
+
+
+def ending(status: int) -> str:
+    """Say how a process ended, by its exit status, negative for a signal."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:  # a real-time one
+        return f"was killed by signal {-status}"
 
 
 class HeldInterrupt:
@@ -248,6 +267,20 @@ def parent_of(pid: int) -> int | None:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """Return what /proc/PID/status tells of a process; nothing once it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+
+
+def tracer_of(pid: int) -> int:
+    """Return the process that traces another one; 0 for none, or none that can be seen."""
+    return int(status_of(pid).get("TracerPid", "0"))
 
 
 def _start_time(pid: int) -> int | None:

@@ -9,15 +9,15 @@ from typing import Unpack
 import trio
 
 from criupy.errors import RuncError
-from criupy.rpc import AsyncCriu, Features, HasFileno
+from criupy.rpc import AsyncCriu, Features, HasFileno, SourceOutcome
 from criupy.rpc._async_operation_linux import wait_ended
 from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._report import LogWatch
 from criupy.runc._async_checkpoint_linux import AsyncContainerCheckpoint
 from criupy.runc._async_restore_linux import AsyncContainerRestore
-from criupy.runc._network_linux import unlock_network
+from criupy.runc._left_linux import LeftCheckpoint, unlock
 from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, check_runs, pre_dump_words
-from criupy.runc._program_linux import Command, lacks, make_program
+from criupy.runc._program_linux import Command, asking_criu, lacks, make_program
 from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
 
 __all__ = ["AsyncRunc"]
@@ -66,8 +66,11 @@ class AsyncRunc:
         keeps that out of the time that a container stands still.
         """
         if self._features is None:
-            async with AsyncCriu(self._program.criu, request_timeout=self._program.request_timeout) as criu:
-                self._features = await criu.feature_check()
+            with asking_criu():
+                async with AsyncCriu(
+                    self._program.criu, request_timeout=self._program.request_timeout
+                ) as criu:
+                    self._features = await criu.feature_check()
         return self._features
 
     async def state(self, container: str, *, request_timeout: float | None = None) -> ContainerState | None:
@@ -156,13 +159,35 @@ class AsyncRunc:
         )
         return AsyncContainerRestore(self, plan)
 
+    async def abort_checkpoint(self, container: str) -> SourceOutcome:
+        """End a checkpoint whose controller is gone, so that the container goes on here, and its network.
+
+        Who started it does not matter, nor whether CRIU still holds the container or has
+        left it behind with its network locked. Only for when no destination runs the
+        container. One that was paused before runs then.
+        """
+        left = LeftCheckpoint(container, check_runs(container, await self.state(container)))
+        try:
+            with trio.CancelScope(shield=True):
+                for pidfd in left.kill():
+                    await trio.lowlevel.wait_readable(pidfd)
+                outcome = left.outcome()
+                if outcome is SourceOutcome.RESUMED:
+                    try:
+                        await self._set_paused(container, paused=False)
+                    finally:
+                        await trio.to_thread.run_sync(left.unlock_network)
+            return outcome
+        finally:
+            left.close()
+
     async def unlock_network(self, container: str) -> None:
         """Let a container's network go on that a failed checkpoint has left locked.
 
         Only when no destination runs it: two would answer for one.
         """
         state = check_runs(container, await self.state(container))
-        await trio.to_thread.run_sync(unlock_network, container, state.pid)
+        await trio.to_thread.run_sync(unlock, container, state.pid)
 
     # ---- inside --------------------------------------------------------------------------------------
 

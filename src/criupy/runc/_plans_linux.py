@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import ip_address
@@ -13,11 +14,12 @@ from criupy._kill_linux import descendants, kill_trees
 from criupy.errors import OptionError, RuncError
 from criupy.rpc import HasFileno, SourceOutcome
 from criupy.rpc._daemon_linux import DaemonPlan, check_page_server, plan_daemon
-from criupy.rpc._lazy_linux import check_address, open_process, outcome_of, page_socket
+from criupy.rpc._lazy_linux import open_process, outcome_of, page_socket
+from criupy.rpc._network_linux import is_network_locked, network_of
 from criupy.rpc._report import LogWatch
-from criupy.rpc._worker_linux import HeldInterrupt
+from criupy.rpc._worker_linux import HeldInterrupt, tracer_of
+from criupy.runc._left_linux import is_named, unlock
 from criupy.runc._mounts_linux import release_cgroups, release_root
-from criupy.runc._network_linux import is_network_locked, unlock_network
 from criupy.runc._program_linux import CRIU, Command, Program, no_such_container
 from criupy.runc._words import (
     CheckpointOptions,
@@ -87,7 +89,12 @@ class CheckpointPlan:
     ) -> None:
         self.container: str = check_container(container)
         check_page_server("page_server", page_server)
-        check_address(*page_server)
+        try:
+            ip_address(page_server[0])
+        except ValueError:
+            raise OptionError(
+                "page_server", f"expected the IP address of this host to listen on, got {page_server[0]!r}"
+            ) from None
         self.page_server: tuple[str, int] = page_server
         self._words, self._work_dir = _places(image_path, parent_path, work_path)
         self._words += option_words(CheckpointOptions, options)
@@ -102,11 +109,12 @@ class CheckpointPlan:
     def watch(self, state: ContainerState | None) -> None:
         """Look at the container that is to be frozen, so that its end can be told."""
         state = check_runs(self.container, state)
-        if tracer := _tracer_of(state.pid):
+        if tracer := tracer_of(state.pid):
             raise RuncError(
                 "checkpoint",
                 self.container,
                 f"process {tracer} traces it: another checkpoint is under way, or a debugger",
+                hint="abort_checkpoint() ends one whose controller is gone",
             )
         self.was_paused = state.status == "paused"
         self._pid = state.pid
@@ -151,7 +159,7 @@ class CheckpointPlan:
             return
         worker = command.worker
         found = [pid for pid in _holders(self._status_pipe) if pid != worker.pid]
-        found += [pid for pid in descendants(worker.pid) if worker.poll() is None and _is_named(pid, CRIU)]
+        found += [pid for pid in descendants(worker.pid) if worker.poll() is None and is_named(pid, CRIU)]
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 self._criu = (pid, self._stack.enter_context(Descriptor(os.pidfd_open(pid))))
@@ -183,13 +191,13 @@ class CheckpointPlan:
     def unlock_network(self) -> None:
         """Let the container's network go on."""
         if self.outcome(succeeded=False) is SourceOutcome.RESUMED:
-            unlock_network(self.container, self._pid)
+            unlock(self.container, self._pid)
 
     def failed(self, error: RuncError) -> SourceOutcome:
         """Tell what became of a container whose checkpoint failed, and say it in the error."""
         outcome = self.outcome(succeeded=False)
         error.add_note(f"the container: {outcome.value}")
-        if outcome is SourceOutcome.RESUMED and is_network_locked(self._pid):
+        if outcome is SourceOutcome.RESUMED and is_network_locked(network_of(self._pid)):
             error.add_note("its network is still locked: unlock_network(), once no destination runs it")
         return outcome
 
@@ -205,21 +213,6 @@ def check_runs(container: str, state: ContainerState | None) -> ContainerState:
     if state.status not in {"running", "paused"}:
         raise RuncError("checkpoint", container, f"expected it to run, it is {state.status}")
     return state
-
-
-def _tracer_of(pid: int) -> int:
-    """Return the process that traces another one, 0 for none."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("TracerPid:"):
-                return int(line.split()[1])
-    return 0
-
-
-def _is_named(pid: int, name: str) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip() == name
-    return False
 
 
 def _holders(target: str) -> Iterator[int]:
@@ -250,8 +243,7 @@ class RestorePlan:
         image_dir = path_word("image_path", image_path)
         self.work_dir: Path = Path(image_dir if work_path is None else path_word("work_path", work_path))
         bundle_dir = path_word("bundle", bundle)
-        if not Path(bundle_dir, "config.json").is_file():
-            raise OptionError("bundle", f"expected a bundle, there is no {bundle_dir}/config.json")
+        self._network = _network_in(bundle_dir)
         self._words = ["--detach", "--lazy-pages", "--bundle", bundle_dir]
         self._words += ["--image-path", image_dir, "--work-path", str(self.work_dir)]
         self._words += option_words(RestoreOptions, options)
@@ -323,6 +315,11 @@ class RestorePlan:
         """Do away with what is dangerous of a restore that was killed, and say in the error what is left."""
         if left := release_cgroups(self.work_dir):
             error.add_note(f"CRIU was killed and has left the host's cgroups mounted at {left}: unmount them")
+        if self._network is not None and is_network_locked(self._network):
+            error.add_note(
+                f"{self._network} is locked still: criupy.rpc.unlock_network('{self._network}') undoes that, "
+                "before it is tried again"
+            )
         if (command.worker.poll() or 0) >= 0:
             return
         left = release_root(program.root, self.container)
@@ -339,6 +336,19 @@ class RestorePlan:
             return
         with Descriptor(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as null:
             yield (null.fileno(),) * 3
+
+
+def _network_in(bundle: str) -> str | None:
+    """Return the path of the network namespace that a container is to join; None for one of its own."""
+    try:
+        config = json.loads(Path(bundle, "config.json").read_bytes())
+        namespaces = config.get("linux", {}).get("namespaces", [])
+        found = [each.get("path") for each in namespaces if each.get("type") == "network"]
+    except FileNotFoundError as error:
+        raise OptionError("bundle", f"expected a bundle, there is no {bundle}/config.json") from error
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise OptionError("bundle", f"expected a bundle, {bundle}/config.json: {error}") from error
+    return found[0] if found and isinstance(found[0], str) and found[0] else None
 
 
 def _number(stream: object) -> int:

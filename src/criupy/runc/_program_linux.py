@@ -7,15 +7,16 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from criupy._descriptor import Descriptor
-from criupy.errors import OptionError, RuncError, RuncTimeout
+from criupy.errors import CriuUnavailable, OptionError, RuncError, RuncTimeout
 from criupy.rpc._report import MAX_LINES, LogWatch, best_of, hint_for
 from criupy.rpc._transport import check_seconds
-from criupy.rpc._worker_linux import HeldInterrupt, Worker
+from criupy.rpc._worker_linux import HeldInterrupt, Worker, ending
 from criupy.runc._words import (
     CheckpointOptions,
     ContainerState,
@@ -25,7 +26,7 @@ from criupy.runc._words import (
     parse_state,
 )
 
-__all__ = ["Command", "Program", "lacks", "make_program", "no_such_container"]
+__all__ = ["Command", "Program", "asking_criu", "lacks", "make_program", "no_such_container"]
 
 #: runC looks for CRIU under this name only.
 CRIU = "criu"
@@ -128,6 +129,7 @@ class Command:
         self.worker = worker
         self._log = log
         self._criu_log = criu_log
+        self._started = time.monotonic()
 
     def errors(self) -> tuple[str, ...]:
         """Return the errors that runC has logged so far."""
@@ -146,7 +148,7 @@ class Command:
         criu_lines = self._criu_log.errors() if self._criu_log is not None else ()
         # The last is what it ended with; what went before was tidying up.
         message = next(iter(lines[-1].splitlines()), "") if lines else ""
-        message = message or f"ended with status {status} and without a word"
+        message = message or f"{'has not ended' if status is None else ending(status)}, without a word"
         if lines and lines[-1].startswith("criu failed") and criu_lines:
             message = best_of(criu_lines) or message
         log = self._criu_log
@@ -173,7 +175,10 @@ class Command:
 
     def overdue(self) -> RuncTimeout:
         """Make the error for one that took too long."""
-        return RuncTimeout(self.name, self.container, "not done in time", log_lines=self.errors())
+        seconds = time.monotonic() - self._started
+        return RuncTimeout(
+            self.name, self.container, f"not done after {seconds:.3g} s", log_lines=self.errors()
+        )
 
     def stuck(self) -> RuncError:
         """Make the error for a CRIU that hangs, having lost its lazy-pages daemon."""
@@ -233,6 +238,17 @@ def no_such_container(command: str, container: str) -> RuncError:
     return RuncError(
         command, container, "there is no such container", hint="runc list shows those of one root"
     )
+
+
+@contextlib.contextmanager
+def asking_criu() -> Iterator[None]:
+    """Ask CRIU itself: what is its ``binary`` there is ``criu`` here."""
+    try:
+        yield
+    except CriuUnavailable as error:
+        if error.hint is not None:
+            error.hint = error.hint.replace("binary=", "criu=")
+        raise
 
 
 def lacks(command: str, container: str, feature: str) -> RuncError:

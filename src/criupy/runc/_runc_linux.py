@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
 from typing import Unpack
 
 from criupy.errors import RuncError
-from criupy.rpc import Criu, Features, HasFileno
+from criupy.rpc import Criu, Features, HasFileno, SourceOutcome
 from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._operation_linux import wait_for
 from criupy.rpc._report import LogWatch
 from criupy.runc._checkpoint_linux import ContainerCheckpoint
-from criupy.runc._network_linux import unlock_network
+from criupy.runc._left_linux import LeftCheckpoint, unlock
 from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, check_runs, pre_dump_words
-from criupy.runc._program_linux import Command, lacks, make_program
+from criupy.runc._program_linux import Command, asking_criu, lacks, make_program
 from criupy.runc._restore_linux import ContainerRestore
 from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
 
@@ -65,7 +66,10 @@ class Runc:
         keeps that out of the time that a container stands still.
         """
         if self._features is None:
-            with Criu(self._program.criu, request_timeout=self._program.request_timeout) as criu:
+            with (
+                asking_criu(),
+                Criu(self._program.criu, request_timeout=self._program.request_timeout) as criu,
+            ):
                 self._features = criu.feature_check()
         return self._features
 
@@ -154,13 +158,34 @@ class Runc:
         )
         return ContainerRestore(self, plan)
 
+    def abort_checkpoint(self, container: str) -> SourceOutcome:
+        """End a checkpoint whose controller is gone, so that the container goes on here, and its network.
+
+        Who started it does not matter, nor whether CRIU still holds the container or has
+        left it behind with its network locked. Only for when no destination runs the
+        container. One that was paused before runs then.
+        """
+        left = LeftCheckpoint(container, check_runs(container, self.state(container)))
+        try:
+            for pidfd in left.kill():
+                wait_for(math.inf, pidfd)
+            outcome = left.outcome()
+            if outcome is SourceOutcome.RESUMED:
+                try:
+                    self._set_paused(container, paused=False)
+                finally:
+                    left.unlock_network()
+            return outcome
+        finally:
+            left.close()
+
     def unlock_network(self, container: str) -> None:
         """Let a container's network go on that a failed checkpoint has left locked.
 
         Only when no destination runs it: two would answer for one.
         """
         state = check_runs(container, self.state(container))
-        unlock_network(container, state.pid)
+        unlock(container, state.pid)
 
     # ---- inside --------------------------------------------------------------------------------------
 
