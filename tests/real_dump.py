@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from criupy.testing.criu_linux import caches
+
 PAGE = mmap.PAGESIZE
 RUNS = 50
 
@@ -23,10 +25,7 @@ def criu_binaries() -> list[Path]:
     """List the CRIUs to test with: CRIUPY_CRIU, else those in criupy's caches, else the system's."""
     if listed := os.environ.get("CRIUPY_CRIU"):
         return [Path(name) for name in listed.split(":") if name]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    found = [
-        path for cache in (Path("/var/cache"), home) for path in sorted(cache.glob("criupy/criu-*/bin/criu"))
-    ]
+    found = [path for cache in caches() for path in sorted(cache.glob("criu-*/bin/criu"))]
     # The system's may be too old to start on this kernel.
     if not found and (name := shutil.which("criu")):
         started = subprocess.run([name, "check"], capture_output=True, check=False).returncode == 0

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from criupy.testing.criu_linux import caches
+
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "vm"
 HERE = Path(__file__).parent
@@ -38,12 +40,6 @@ class Disks:
     initrd: Path
     base: Path
     criupy: Path
-
-
-def caches() -> tuple[Path, Path]:
-    """Where the set-up puts things, as in tools/setup."""
-    own = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path("/var/cache/criupy"), Path(own, "criupy")
 
 
 def find_made(name: str) -> Path:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from criupy.errors import CriupyError
 from criupy.runc._mounts_linux import mounts_below
+from criupy.testing.criu_linux import caches
 from criupy.testing.web_client import PAGES, page
 
 __all__ = ["Client", "Host", "Lab", "find_root", "open_lab"]
@@ -53,8 +54,7 @@ http {{
 
 def find_root() -> Path | None:
     """Return the root file system that the set-up has made; None if it has not."""
-    own_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    for cache in (Path("/var/cache/criupy"), Path(own_cache, "criupy")):
+    for cache in caches():
         if (cache / "root-12" / "made-from").exists():
             return cache / "root-12"
     return None

@@ -25,6 +25,7 @@ __all__ = [
     "CriuJob",
     "CriuJobError",
     "Restored",
+    "caches",
     "dump",
     "find_criu",
     "free_port",
@@ -70,10 +71,15 @@ class Criu:
         return f"criu-{'.'.join(map(str, self.version))}"
 
 
+def caches() -> tuple[Path, Path]:
+    """Return where the set-up puts what it fetches: the system's cache, or the user's own."""
+    own = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path("/var/cache/criupy"), Path(own, "criupy")
+
+
 def _candidates() -> Iterator[Path]:
     yield from (Path(name) for name in os.environ.get("CRIUPY_CRIU", "").split(":") if name)
-    own_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    for cache in (Path("/var/cache/criupy"), Path(own_cache, "criupy")):
+    for cache in caches():
         yield from sorted(cache.glob("criu-*/bin/criu"))
     system = shutil.which("criu")
     if system:
