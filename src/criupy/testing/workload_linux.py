@@ -104,9 +104,10 @@ class Workload:
         await until(met_or_failed)
 
     def _check_start(self) -> None:
+        is_alive = self.kept.is_alive(self.pid)  # before the file, where it may say why it ends
         if self.control.get("failed"):
             raise WorkloadError(f"criupy-workload: {self.control.error}")
-        if not self.kept.is_alive(self.pid):
+        if not is_alive:
             output = self.kept.output.read_text(errors="replace").strip()
             raise WorkloadError(f"criupy-workload ended at its start: {output or 'it said nothing'}")
 
@@ -162,10 +163,11 @@ class Standin(Workload):
 async def _open_control(path: Path, kept: Kept) -> Control:
     """Wait until the program has made its control file; its magic comes last."""
     while True:
+        is_alive = kept.is_alive(kept.pid)  # before the file, where it may say why it ends
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             if file.read(4) == struct.pack("=I", CONTROL_MAGIC):
                 return Control(path)
-        if not kept.is_alive(kept.pid):
+        if not is_alive:
             output = kept.output.read_text(errors="replace").strip()
             raise WorkloadError(f"criupy-workload ended at its start: {output or 'it said nothing'}")
         await trio.sleep(0.001)
