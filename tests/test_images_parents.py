@@ -291,6 +291,19 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_nothing_is_left_when_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its marker it would pass for a dump."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    top = write_chain(tmp_path, [[(1, 4, 1)], [(1, 4, 6)]])
+    monkeypatch.setattr("criupy.images._parents_writer.write_pagemap", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_lazy_parents(top, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_once_is_enough(tmp_path: Path) -> None:
     top = write_chain(tmp_path, [[(1, 4, 1)], [(1, 4, 6)]])
     write_lazy_parents(top, tmp_path / "new")

@@ -11,12 +11,17 @@ import pytest
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 PACKAGE = SOURCE / "criupy"
 
+#: What Linux tells of other processes and their networks, and what is done to these.
+OF_PROCESSES = ("_kill_linux", "_proc_linux", "_network_linux")
+
 #: The rooms each room may import, besides itself. No entry may be missing here.
 MAY_IMPORT = {
     "errors": frozenset[str](),
     "_descriptor": frozenset[str](),
     "_elsewhere": frozenset({"errors"}),
     "_kill_linux": frozenset[str](),
+    "_proc_linux": frozenset[str](),
+    "_network_linux": frozenset({"errors"}),
     "_command": frozenset({"errors", "_tls"}),
     "": frozenset(
         {"errors", "rpc", "_tls", "_elsewhere"}
@@ -25,8 +30,8 @@ MAY_IMPORT = {
     "images": frozenset({"errors"}),
     "_uffd": frozenset({"errors"}),
     "_tls": frozenset({"errors"}),
-    "rpc": frozenset({"errors", "images", "_descriptor", "_elsewhere", "_kill_linux"}),
-    "runc": frozenset({"errors", "rpc", "_descriptor", "_elsewhere", "_kill_linux"}),
+    "rpc": frozenset({"errors", "images", "_descriptor", "_elsewhere", *OF_PROCESSES}),
+    "runc": frozenset({"errors", "rpc", "_descriptor", "_elsewhere", *OF_PROCESSES}),
     "pre_copy": frozenset({"errors", "images"}),
     "policy": frozenset({"errors", "images", "wire"}),
     "trace": frozenset({"errors", "images", "wire", "_uffd"}),

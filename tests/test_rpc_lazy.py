@@ -20,10 +20,10 @@ import trio.testing
 
 import criupy
 from criupy import SourceOutcome
+from criupy._network_linux import is_network_locked
 from criupy.rpc import unlock_network
 from criupy.rpc._async_lazy_client_linux import AsyncLazyDump
 from criupy.rpc._lazy_linux import listeners
-from criupy.rpc._network_linux import is_network_locked
 from criupy.testing._keeper_linux import Kept, keep
 from criupy.testing.certificates import Certificates
 from criupy.testing.control_linux import Control
@@ -510,13 +510,32 @@ async def test_a_failure_tells_of_the_locked_network(criu: Criu, kind: str, room
             victim.assert_running()
 
 
-def test_what_is_no_network() -> None:
-    with pytest.raises(criupy.CriuError, match=r"unlock_network: expected a network namespace, /no/such: No"):
-        unlock_network("/no/such")
-    unlock_network("/proc/self/ns/net")  # our own, which CRIU does not lock
+async def test_an_error_in_the_block_stays_the_one_that_is_raised(
+    criu: Criu, kind: str, room: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the network cannot be unlocked after it."""
+    with counter(room, wrap=LONELY) as victim:
+        netns = Path(f"/proc/{victim.pid}/ns/net")
+        await until(lambda: victim.count() > 0)
+        async with open_client(kind, binary=criu.path) as client:
+            with pytest.raises(ZeroDivisionError) as caught:
+                async with client.block("lazy_dump", victim.pid, images_dir=images) as source:
+                    nsenter = room / "nsenter"
+                    nsenter.write_text("#!/bin/sh\necho nsenter: out of order >&2\nexit 1\n")
+                    nsenter.chmod(0o755)
+                    monkeypatch.setenv("PATH", f"{room}:{os.environ['PATH']}")
+                    _ = 1 / 0
+            monkeypatch.undo()
+            assert source.outcome is SourceOutcome.RESUMED
+            assert caught.value.__notes__ == [
+                f"unlock_network: expected a network namespace, {netns}: nsenter: out of order"
+            ]
+            unlock_network(netns)
+            victim.assert_running()
 
 
-async def test_abort_while_another_task_waits(criu: Criu, room: Path, images: Path) -> None:
+@pytest.mark.parametrize("wrap", [[], LONELY])
+async def test_abort_while_another_task_waits(criu: Criu, room: Path, images: Path, wrap: list[str]) -> None:
     outcomes: list[SourceOutcome] = []
 
     async def abort(source: AsyncLazyDump) -> None:
@@ -525,7 +544,8 @@ async def test_abort_while_another_task_waits(criu: Criu, room: Path, images: Pa
             await source.wait()
         outcomes.append(await source.abort())
 
-    with counter(room) as victim:
+    with counter(room, wrap=wrap) as victim:
+        await until(lambda: victim.count() > 0)
         async with criupy.AsyncCriu(criu.path) as client:
             async with (
                 client.lazy_dump(victim.pid, images_dir=images) as source,
@@ -537,6 +557,7 @@ async def test_abort_while_another_task_waits(criu: Criu, room: Path, images: Pa
                 assert caught.value.__notes__ == ["the dumped process: resumed"]
             assert outcomes == [source.outcome] == [SourceOutcome.RESUMED]
             victim.assert_running()
+            assert not is_network_locked(f"/proc/{victim.pid}/ns/net")
 
 
 async def test_destination_that_resets(criu: Criu, kind: str, room: Path, images: Path) -> None:

@@ -18,10 +18,10 @@ import pytest
 import trio
 
 from container_hosts import NAME, kill, open_hosts, processes, runc_on, wait_until
+from criupy._network_linux import is_network_locked
+from criupy._proc_linux import tracer_of
 from criupy.errors import CriuTimeout, CriuUnavailable, LazyPagesError, OptionError, RuncError, RuncTimeout
 from criupy.rpc import SourceOutcome, unlock_network
-from criupy.rpc._network_linux import is_network_locked
-from criupy.rpc._worker_linux import tracer_of
 from criupy.runc import AsyncRunc, Runc
 from criupy.runc._mounts_linux import mounts_below
 from criupy.testing.containers_linux import Lab
@@ -94,22 +94,32 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def runc_checkpoint(lab: Lab, tmp_path: Path, *, is_ready: bool = True) -> Iterator[subprocess.Popen[bytes]]:
+def runc_checkpoint(
+    lab: Lab, tmp_path: Path, *, is_ready: bool = True, name_last: bool = True
+) -> Iterator[subprocess.Popen[bytes]]:
     """A checkpoint that nobody controls."""
     host, port = where(lab, tmp_path)["page_server"]
     words = ["--lazy-pages", "--page-server", f"{host}:{port}", "--tcp-established"]
     reading, writing = os.pipe()
     with open(reading, "rb") as status:  # noqa: PTH123 - a descriptor
-        options = lab.a.runc(
-            "checkpoint", *words, "--image-path", tmp_path, "--status-fd", str(writing), NAME
-        )
-        with subprocess.Popen(options, pass_fds=[writing], env={**os.environ, "PATH": lab.path}) as command:
+        options = [*words, "--image-path", str(tmp_path), "--status-fd", str(writing)]
+        options = [*options, NAME] if name_last else [NAME, *options]
+        with subprocess.Popen(
+            lab.a.runc("checkpoint", *options), pass_fds=[writing], env={**os.environ, "PATH": lab.path}
+        ) as command:
             os.close(writing)
             try:
                 assert not is_ready or status.read(1) == b"\0"
                 yield command
             finally:
                 command.kill()
+
+
+def still_locked(pid: int) -> str:
+    return (
+        f"its network is still locked: criupy.rpc.unlock_network('/proc/{pid}/ns/net') undoes that, "
+        "once no destination runs it"
+    )
 
 
 # ---- the source ----------------------------------------------------------------------------------
@@ -125,13 +135,14 @@ async def test_abort(lab: Lab, source: Client, tmp_path: Path) -> None:
     assert checkpoint.outcome is SourceOutcome.RESUMED
 
 
-async def test_abort_from_elsewhere(lab: Lab, source: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name_last", [True, False])
+async def test_abort_from_elsewhere(lab: Lab, source: Client, tmp_path: Path, *, name_last: bool) -> None:
     """The controller may be gone, and what it started goes on."""
     with pytest.raises(RuncError, match="no CRIU holds it, so there is nothing to end"):
         await source.call("abort_checkpoint", NAME)
     with pytest.raises(RuncError, match="no such container"):
         await source.call("abort_checkpoint", "nobody")
-    with runc_checkpoint(lab, tmp_path) as command:
+    with runc_checkpoint(lab, tmp_path, name_last=name_last) as command:
         with pytest.raises(RuncError, match=r"process \d+ traces it.*abort_checkpoint\(\) ends one"):
             async with source.block("lazy_checkpoint", NAME, **where(lab, tmp_path / "second")):
                 pass
@@ -200,6 +211,7 @@ async def test_cancelled_while_getting_ready(lab: Lab, hosts: tuple[Lab, Criu], 
 
 
 async def test_runc_is_killed_when_it_serves(lab: Lab, source: Client, tmp_path: Path) -> None:
+    first = (await source.call("state", NAME)).pid
     with pytest.raises(RuncError, match=f"checkpoint {NAME}: was killed by SIGKILL") as caught:
         async with frozen(lab, source, tmp_path) as (checkpoint, _):
             for pid in processes(lab.a, "runc"):
@@ -212,7 +224,7 @@ async def test_runc_is_killed_when_it_serves(lab: Lab, source: Client, tmp_path:
                 kill(pid)
     assert caught.value.__notes__ == [
         "the container: resumed",
-        "its network is still locked: unlock_network(), once no destination runs it",
+        still_locked(first),
     ]
     await source.call("unlock_network", NAME)
 
@@ -364,6 +376,7 @@ async def test_a_veto_of_the_daemon_leaves_the_network_locked(
     lab: Lab, source: Client, destination: Client, tmp_path: Path
 ) -> None:
     """Nobody at the source can know that no destination runs the container."""
+    first = (await source.call("state", NAME)).pid
     with pytest.raises(RuncError) as caught:
         async with frozen(lab, source, tmp_path) as (checkpoint, how):
 
@@ -379,15 +392,18 @@ async def test_a_veto_of_the_daemon_leaves_the_network_locked(
                         pass
             # Here, too: CRIU had locked it already.
             netns = f"/run/netns/{lab.b.container_network}"
-            assert (
-                f"{netns} is locked still: criupy.rpc.unlock_network('{netns}')" in vetoed.value.__notes__[0]
-            )
+            assert vetoed.value.__notes__ == [
+                (
+                    f"its network is still locked: criupy.rpc.unlock_network('{netns}') undoes that, "
+                    "before it is tried again"
+                )
+            ]
             await trio.to_thread.run_sync(unlock_network, netns)
             assert not is_network_locked(netns)
             await source.run(checkpoint.wait)
     assert caught.value.__notes__ == [
         "the container: resumed",
-        "its network is still locked: unlock_network(), once no destination runs it",
+        still_locked(first),
     ]
     assert not lab.answers()
     await source.call("unlock_network", NAME)

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from criupy._kill_linux import kill_trees
-from criupy.errors import RuncError, RuncTimeout
+from criupy.errors import LazyPagesError, RuncError, RuncTimeout
 from criupy.rpc import Features, SourceOutcome
 from criupy.rpc._daemon_linux import OUR_DAEMON
+from criupy.rpc._report import LogWatch
 from criupy.runc import AsyncRunc, Runc
-from criupy.runc._plans_linux import RestorePlan
+from criupy.runc._plans_linux import CheckpointPlan, RestorePlan
 from rpc_clients import Client
 
 RUNC = """#!/bin/bash
@@ -141,14 +142,18 @@ def is_alive(pidfile: Path) -> bool:
 @pytest.mark.parametrize("ended", [None, 0, 1])
 @pytest.mark.parametrize("log", [None, b"(00.1) Error", b"(00.2) Restore finished successfully.\n"])
 @pytest.mark.parametrize("daemon", ["ours", "stock", None])
+@pytest.mark.parametrize("is_old", [False, True])
 def test_what_may_be_killed_of_a_restore(
-    tmp_path: Path, ended: int | None, log: bytes | None, daemon: str | None
+    tmp_path: Path, ended: int | None, log: bytes | None, daemon: str | None, *, is_old: bool
 ) -> None:
     words = {"ours": OUR_DAEMON, "stock": ("criu", "lazy-pages"), None: None}[daemon]
     plan = RestorePlan("web", bundle(tmp_path), tmp_path, None, None, words, None, {}, None)
-    if log is not None:
+    if is_old and log is not None:
         (tmp_path / "restore.log").write_bytes(log)
-    is_finished = log is not None and b"finished" in log
+    plan._log = LogWatch.of(tmp_path, "restore.log")
+    if not is_old and log is not None:
+        (tmp_path / "restore.log").write_bytes(log)
+    is_finished = log is not None and b"finished" in log and not is_old
     # Our own daemon has vetoed what is not finished, and then ends with 1; others know nothing.
     expected = ended is None if daemon == "ours" and ended != 0 else is_finished
     assert plan.may_run(ended) is expected
@@ -244,6 +249,62 @@ async def test_a_criu_that_has_lost_its_daemon(client: Client, tmp_path: Path) -
         async with client.block("lazy_restore", "web", **how):
             pass
     assert caught.value.hint == "the lazy-pages daemon ended with status 7: it said nothing"
+
+
+def test_what_we_have_forked_is_no_criu(tmp_path: Path) -> None:
+    """It inherits the status descriptor as CRIU does."""
+    (tmp_path / "images").mkdir()
+    plan = CheckpointPlan("web", tmp_path / "images", ("127.0.0.1", 7), None, None, {})
+    reading, writing = os.pipe()
+    plan._status_pipe = str(Path(f"/proc/self/fd/{writing}").readlink())
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    try:
+        assert list(plan._other_holders(0)) == []
+        with subprocess.Popen(["sleep", "1000"], pass_fds=[writing]) as other:
+            try:
+                assert list(plan._other_holders(0)) == [other.pid]
+                assert list(plan._other_holders(other.pid)) == []
+            finally:
+                other.kill()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
+
+
+async def test_a_frozen_cgroup_that_a_checkpoint_has_left(
+    client: Client, tmp_path: Path, process: int
+) -> None:
+    """Without a CRIU, and without a lock."""
+    say(tmp_path, "state", state(process, "paused"))
+    say(tmp_path, "resume", "")
+    assert await client.call("abort_checkpoint", "web") is SourceOutcome.RESUMED
+    assert calls(tmp_path) == ["state", "state", "resume"]
+
+
+@pytest.mark.parametrize("status", ["kill -9 $$", "exit 3"])
+async def test_a_daemon_that_is_killed_leaves_zeros(client: Client, tmp_path: Path, status: str) -> None:
+    daemon = tmp_path / "daemon"
+    daemon.write_text(
+        "#!/bin/bash\nwhile [ $# -gt 1 ]; do [ $1 = --status-fd ] && fd=$2; shift; done\n"
+        f"printf '\\0' >&$fd\nsleep 0.7\n{status}\n"
+    )
+    daemon.chmod(0o755)
+    say(tmp_path, "restore", f"cp '{tmp_path}/running' '{tmp_path}/state'\n")
+    say(tmp_path, "running", state(1, "running"))
+    say(tmp_path, "state", """echo '{"level":"error","msg":"container does not exist"}' >>"$log"; exit 1\n""")
+    how = {"bundle": bundle(tmp_path), "image_path": tmp_path, "daemon": [str(daemon)]}
+    with pytest.raises(LazyPagesError, match="may read zeros where its memory had not come: kill it"):
+        async with client.block("lazy_restore", "web", **how):
+            pass
+    with pytest.raises(ZeroDivisionError) as caught:
+        say(tmp_path, "state", """echo '{"level":"error","msg":"does not exist"}' >>"$log"; exit 1\n""")
+        async with client.block("lazy_restore", "web", **how):
+            _ = 1 / 0
+    assert "may read zeros" in caught.value.__notes__[0]
 
 
 async def test_a_container_that_another_checkpoint_holds(

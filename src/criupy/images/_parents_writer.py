@@ -57,9 +57,12 @@ def write_lazy_parents(images_dir: StrPath, new_dir: StrPath) -> int:
             with (target / made.path.name).open("wb") as file:
                 write_pagemap(file, made.pages_id, made.starts, made.nr_pages, made.flags, style)
         (target / LAZY_PARENTS).write_text(original_text(to_source))
-    except OSError as error:
+    except BaseException as error:
+        # Without its marker it would pass for a dump.
         _remove(target)
-        raise ImageError(target, None, f"it cannot be made: {error}") from error
+        if isinstance(error, OSError):
+            raise ImageError(target, None, f"it cannot be made: {error}") from error
+        raise
     return sum(
         nr
         for memory in found

@@ -27,6 +27,7 @@ from criupy.rpc._options import (
 from criupy.rpc._results import FeatureName, Features, PageServer, Restored, SourceOutcome, Version
 
 if TYPE_CHECKING:
+    from criupy._network_linux import unlock_network
     from criupy.rpc._async_client_linux import AsyncCriu
     from criupy.rpc._async_held_linux import AsyncPageServerChild, AsyncPreDumpLoop
     from criupy.rpc._async_lazy_client_linux import AsyncLazyDump, AsyncLazyRestore
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from criupy.rpc._client_linux import Criu
     from criupy.rpc._held_linux import PageServerChild, PreDumpLoop
     from criupy.rpc._lazy_client_linux import LazyDump, LazyRestore
-    from criupy.rpc._network_linux import unlock_network
     from criupy.rpc._operation_linux import Operation, Process
 
 __all__ = [
@@ -95,7 +95,7 @@ _OF_LINUX = {
     "PageServerChild": "criupy.rpc._held_linux",
     "PreDumpLoop": "criupy.rpc._held_linux",
     "Process": "criupy.rpc._operation_linux",
-    "unlock_network": "criupy.rpc._network_linux",
+    "unlock_network": "criupy._network_linux",
 }
 
 

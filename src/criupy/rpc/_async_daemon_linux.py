@@ -87,7 +87,7 @@ class AsyncDaemon:
             status, output = worker.poll(), worker.output()
             worker.close()
             if status:
-                raise self._plan.failure(output, status, ready=True)
+                raise self._plan.failure(output, status, ready=True, served=True)
 
     async def see_out(self, error: BaseException) -> None:
         """Wait for its end after an error elsewhere."""

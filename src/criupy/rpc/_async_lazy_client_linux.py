@@ -43,6 +43,7 @@ class AsyncLazyDump:
         self._operation: AsyncOperation[None] | None = None
         self._waiter: trio.Event | None = None
         """Set when the task that waits, if one does, has left."""
+        self._is_aborted = False
         self.outcome: SourceOutcome | None = None
         self.address: str = ""
         self.port: int = 0
@@ -64,6 +65,8 @@ class AsyncLazyDump:
                 await self._get_ready(operation)
             except BaseException as error:
                 await operation.__aexit__(type(error), error, error.__traceback__)
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._plan.tell_lock, error)
                 raise
         except BaseException:
             call.close()
@@ -103,14 +106,14 @@ class AsyncLazyDump:
         with trio.CancelScope(shield=True):
             if self.outcome is not None:
                 return
-            unreached = await trio.to_thread.run_sync(
-                self._plan.is_unreached, self._running._peer_pid, self.address, self.port
-            )
-            if unreached:
-                await self.abort()
-                return
             try:
-                await self.wait()
+                unreached = await trio.to_thread.run_sync(
+                    self._plan.is_unreached, self._running._peer_pid, self.address, self.port
+                )
+                if unreached:
+                    await self.abort()
+                else:
+                    await self.wait()
             except CriupyError as failure:
                 error.add_note(str(failure))
 
@@ -144,7 +147,9 @@ class AsyncLazyDump:
         except (CriuError, RemoteProtocolError) as error:
             await operation.__aexit__(type(error), error, error.__traceback__)
             with trio.CancelScope(shield=True):
-                self.outcome = await trio.to_thread.run_sync(self._plan.failed, error)
+                # Who aborts it unlocks the network.
+                tell = partial(self._plan.failed, error, tell_lock=not self._is_aborted)
+                self.outcome = await trio.to_thread.run_sync(tell)
             raise
         self.outcome = self._plan.outcome(succeeded=True)
         return self.outcome
@@ -157,6 +162,7 @@ class AsyncLazyDump:
         """
         if self.outcome is not None:
             return self.outcome
+        self._is_aborted = True
         stop = partial(self._plan.stop, self.address, self.port)
         seen = True
         if (left := self._waiter) is not None:

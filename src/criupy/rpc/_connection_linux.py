@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from criupy._descriptor import Descriptor
+from criupy._proc_linux import parent_of
 from criupy.errors import CriuError, CriuUnavailable, OptionError
 from criupy.rpc._session import Answer, Notified, Session, State
-from criupy.rpc._worker_linux import Orphan, Worker, find_program, parent_of
+from criupy.rpc._worker_linux import Orphan, Worker, find_program
 
 __all__ = ["BUSY_PAUSE", "Connection", "Ended", "adopt", "connect", "start_detached_worker", "start_worker"]
 

@@ -76,8 +76,10 @@ class DaemonPlan:
             self.words(status_fd), request=self.request, pass_fds=(status_fd,), capture=self.capture
         )
 
-    def failure(self, output: str, status: int | None, *, ready: bool) -> LazyPagesError:
-        """Make the error for one that ended otherwise than it should."""
+    def failure(
+        self, output: str, status: int | None, *, ready: bool, served: bool = False
+    ) -> LazyPagesError:
+        """Make the error for one that ended otherwise than it should; ``served`` when tasks need it."""
         try:
             text = (self.work_dir / DAEMON_LOG).read_text(errors="replace")
         except OSError:
@@ -86,12 +88,11 @@ class DaemonPlan:
         lines = [*said, *output.splitlines()]
         ended = "still runs" if status is None else ending(status)
         what = "the lazy-pages daemon" if ready else "the lazy-pages daemon did not become ready: it"
-        error = LazyPagesError(f"{what} {ended}: {lines[-1] if lines else 'it said nothing'}")
-        if ready and status is not None and status < 0:
-            error.add_note(
-                "what was restored runs on without it, and reads zeros where its memory had not come: kill it"
-            )
-        return error
+        message = f"{what} {ended}: {lines[-1] if lines else 'it said nothing'}"
+        if served and status is not None and (status < 0 or not self.is_ours):
+            # The kernel lets what was registered with it go on without.
+            message += " - what was restored may read zeros where its memory had not come: kill it"
+        return LazyPagesError(message)
 
     def not_ready(self) -> CriuTimeout:
         """Make the error for one that took too long to listen."""
@@ -217,7 +218,7 @@ class Daemon:
             status, output = worker.poll(), worker.output()
             worker.close()
             if status:
-                raise self._plan.failure(output, status, ready=True)
+                raise self._plan.failure(output, status, ready=True, served=True)
 
     def see_out(self, error: BaseException) -> None:
         """Wait for its end after an error elsewhere."""

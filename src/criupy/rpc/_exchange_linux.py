@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Generic, TypeAlias, TypeVar
 
 from criupy._descriptor import Descriptor
+from criupy._proc_linux import status_of
 from criupy.errors import CriuDied, CriuError, CriuTimeout, LocalProtocolError, RemoteProtocolError
 from criupy.rpc import _schema_pb2 as schema
 from criupy.rpc._calls_linux import Call
@@ -25,7 +26,7 @@ from criupy.rpc._connection_linux import Connection, Ended
 from criupy.rpc._notify import Notification, Script, parse_script
 from criupy.rpc._report import MAX_LINES, NEVER_ATTACHED, failure, hint_for
 from criupy.rpc._session import KEEP_OPEN, Answer, Notified, State
-from criupy.rpc._worker_linux import Worker, status_of
+from criupy.rpc._worker_linux import Worker
 
 __all__ = ["Exchange", "Take", "ends_worker"]
 

@@ -58,6 +58,7 @@ class LazyDump:
                 self._get_ready(operation)
             except BaseException as error:
                 operation.__exit__(type(error), error, error.__traceback__)
+                self._plan.tell_lock(error)
                 raise
         except BaseException:
             call.close()
@@ -96,11 +97,11 @@ class LazyDump:
         """End it after an error: by force, unless a destination may run already, which alone can say how."""
         if self.outcome is not None:
             return
-        if self._plan.is_unreached(self._running._peer_pid, self.address, self.port):
-            self.abort()
-            return
         try:
-            self.wait()
+            if self._plan.is_unreached(self._running._peer_pid, self.address, self.port):
+                self.abort()
+            else:
+                self.wait()
         except CriupyError as failure:
             error.add_note(str(failure))
 

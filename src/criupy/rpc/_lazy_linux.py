@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Final, Literal
 
 from criupy._descriptor import Descriptor
+from criupy._network_linux import lock_note, network_of, unlock_network
 from criupy.errors import CriuError, CriuTimeout, OptionError
 from criupy.rpc import _calls_linux as calls
 from criupy.rpc import _schema_pb2 as schema
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._daemon_linux import SOCKET_NAME, DaemonPlan, plan_daemon
-from criupy.rpc._network_linux import is_network_locked, network_of, unlock_network
 from criupy.rpc._option_checks import host_file
 from criupy.rpc._option_types import Directory
 from criupy.rpc._options import TlsOptions
@@ -240,21 +240,26 @@ class LazyDumpPlan:
 
     def unlock_network(self) -> None:
         """Let the network of a tree go on whose CRIU was made to end; raise CriuError if it stays locked."""
-        if self._process is not None:
-            unlock_network(network_of(self._pid))
+        netns = network_of(self._pid)
+        try:
+            unlock_network(netns)
+        except CriuError:
+            if netns.exists():  # a tree that has ended needs it no more
+                raise
 
-    def failed(self, error: BaseException) -> SourceOutcome:
-        """Tell what became of the tree of a CRIU that failed, and say it in a note."""
+    def failed(self, error: BaseException, *, tell_lock: bool = True) -> SourceOutcome:
+        """Tell what became of the tree of a CRIU that failed; say it in notes, and a lock that is left."""
         outcome = self.outcome(succeeded=False)
         error.add_note(f"the dumped process: {outcome.value}")
-        if outcome is SourceOutcome.RESUMED and self._process is not None:
-            netns = network_of(self._pid)
-            if is_network_locked(netns):
-                error.add_note(
-                    f"its network is still locked: criupy.rpc.unlock_network('{netns}') undoes that, "
-                    "once no destination runs it"
-                )
+        if tell_lock and outcome is SourceOutcome.RESUMED:
+            self.tell_lock(error)
         return outcome
+
+    def tell_lock(self, error: BaseException) -> None:
+        """Say in an error that the network is still locked, if it is."""
+        netns = network_of(self._pid)
+        if netns.exists() and (note := lock_note(netns)):
+            error.add_note(f"{note}, once no destination runs it")
 
     def outcome(self, *, succeeded: bool) -> SourceOutcome:
         """Tell what became of the tree."""

@@ -133,10 +133,6 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
         "CRIU cannot dump its own ancestors: self_dump() can, and so can a service (socket=)",
     ),
     (r"empty-image|Can't open inventory", "are the images of a dump in there? criupy images DIR tells"),
-    (
-        r"[Aa]ddress already in use",
-        "somebody listens there already, perhaps the source of an earlier migration: take another port",
-    ),
     (r"No space left on device", "the disk that holds the images or the log is full"),
     (r"Read-only file system", "images_dir or work_dir is on a file system that cannot be written"),
     (
@@ -179,6 +175,10 @@ _PLACE: Final = re.compile(r"\([a-z][\w./-]*\.[ch]:\d+\)")
 _NO_PROCESS: Final = "there is no such process, or it has ended"
 #: A consequence, and the first error that CRIU logs where it keeps quiet about the cause.
 NEVER_ATTACHED: Final = "Unable to detach from"
+_PORT_TAKEN: Final = r"[Aa]ddress already in use"
+_PORT_IN_USE: Final = (
+    "somebody listens there already, perhaps the source of an earlier migration: take another port"
+)
 _PID_IN_USE: Final = (
     "the pid, or the number of its session or group, is in use here (a zombie's, too): "
     "reap or end that process, or restore in a new pid namespace"
@@ -190,6 +190,8 @@ def hint_for(request: str, code: int | None, text: str, message: str = "") -> st
     if request.endswith("restore") and (code == _EEXIST or re.search(_PID_TAKEN, text)):
         return _PID_IN_USE
     text = _PLACE.sub("", text)
+    if request.endswith("dump") and re.search(_PORT_TAKEN, text):
+        return _PORT_IN_USE
     if request == "cpuinfo_check" and re.search("empty-image|No cpuinfo image", text):
         return "there is no cpuinfo.img: cpuinfo_dump() writes it"
     for pattern, hint in _HINTS:

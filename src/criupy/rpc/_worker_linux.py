@@ -27,9 +27,6 @@ __all__ = [
     "Worker",
     "ending",
     "find_program",
-    "parent_of",
-    "status_of",
-    "tracer_of",
 ]
 
 _MAX_OUTPUT = 64 * 1024
@@ -259,28 +256,6 @@ class Orphan:
     def has_ended(self) -> bool:
         """Whether it has ended, reaped or not."""
         return _start_time(self.pid) != self._started or self._started is None
-
-
-def parent_of(pid: int) -> int | None:
-    """Return the parent of a process; None once it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def status_of(pid: int) -> dict[str, str]:
-    """Return what /proc/PID/status tells of a process; nothing once it is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return {}
-    return dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-
-
-def tracer_of(pid: int) -> int:
-    """Return the process that traces another one; 0 for none, or none that can be seen."""
-    return int(status_of(pid).get("TracerPid", "0"))
 
 
 def _start_time(pid: int) -> int | None:

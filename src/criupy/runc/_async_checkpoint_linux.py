@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -37,6 +38,7 @@ class AsyncContainerCheckpoint:
         self._timeout = runc._program.timeout(timeout)
         self._command: Command | None = None
         self._entered = False
+        self._is_aborted = False
         self.image_path: Path = plan.image_path
         self.outcome: SourceOutcome | None = None
         self.address: str = ""
@@ -49,8 +51,9 @@ class AsyncContainerCheckpoint:
         deadline = trio.current_time() + self._timeout
         plan = self._plan
         try:
-            await self._runc._need("lazy_pages", "checkpoint", plan.container)
-            plan.watch(await self._runc.state(plan.container, request_timeout=self._timeout))
+            await self._runc._need("lazy_pages", "checkpoint", plan.container, self._timeout)
+            left = max(deadline - trio.current_time(), 0.0)
+            plan.watch(await self._runc.state(plan.container, request_timeout=left))
             await self._start(deadline)
         except BaseException:
             plan.close()
@@ -146,7 +149,9 @@ class AsyncContainerCheckpoint:
                 self.outcome = self._plan.outcome(succeeded=True)
             else:
                 failure = command.failure()
-                self.outcome = await trio.to_thread.run_sync(self._plan.failed, failure)
+                # Who aborts it unlocks the network.
+                tell = partial(self._plan.failed, failure, tell_lock=not self._is_aborted)
+                self.outcome = await trio.to_thread.run_sync(tell)
                 raise failure
         return self.outcome
 
@@ -168,6 +173,7 @@ class AsyncContainerCheckpoint:
         command = self._running
         if self.outcome is not None:
             return self.outcome
+        self._is_aborted = True
         with trio.CancelScope(shield=True):
             self._plan.kill(command)
             await self._wait_ended(command)

@@ -48,15 +48,17 @@ class AsyncContainerRestore:
         self._entered = True
         deadline = trio.current_time() + self._timeout
         plan, runc = self._plan, self._runc
-        await runc._need("lazy_pages", "restore", plan.container)
-        plan.refuse(await runc.state(plan.container, request_timeout=self._timeout))
+        await runc._need("lazy_pages", "restore", plan.container, self._timeout)
+        left = max(deadline - trio.current_time(), 0.0)
+        plan.refuse(await runc.state(plan.container, request_timeout=left))
         try:
             if self._daemon is None:
                 check_listening(plan.work_dir)
             else:
                 await self._daemon.start(deadline)
             await self._restore(deadline)
-            state = await runc.state(plan.container)
+            left = max(deadline - trio.current_time(), 0.0)
+            state = await runc.state(plan.container, request_timeout=left)
         except BaseException as error:
             await self._end(error)
             raise

@@ -59,17 +59,16 @@ class AsyncRunc:
         )
         self._features: Features | None = None
 
-    async def features(self) -> Features:
+    async def features(self, *, request_timeout: float | None = None) -> Features:
         """Ask CRIU, once, what it can do on this kernel.
 
         Every request that needs something asks before. To ask here, early,
         keeps that out of the time that a container stands still.
         """
         if self._features is None:
+            timeout = self._program.timeout(request_timeout)
             with asking_criu():
-                async with AsyncCriu(
-                    self._program.criu, request_timeout=self._program.request_timeout
-                ) as criu:
+                async with AsyncCriu(self._program.criu, request_timeout=timeout) as criu:
                     self._features = await criu.feature_check()
         return self._features
 
@@ -94,7 +93,7 @@ class AsyncRunc:
         ``parent_path`` is the directory of the pre-dump before, relative to ``image_path``.
         """
         words, work_dir = pre_dump_words(image_path, parent_path, work_path, options)
-        await self._need("mem_track", "checkpoint", container)
+        await self._need("mem_track", "checkpoint", container, request_timeout)
         before = check_runs(container, await self.state(container, request_timeout=request_timeout))
         log = LogWatch.of(work_dir, "dump.log")
         try:
@@ -166,20 +165,8 @@ class AsyncRunc:
         left it behind with its network locked. Only for when no destination runs the
         container. One that was paused before runs then.
         """
-        left = LeftCheckpoint(container, check_runs(container, await self.state(container)))
-        try:
-            with trio.CancelScope(shield=True):
-                for pidfd in left.kill():
-                    await trio.lowlevel.wait_readable(pidfd)
-                outcome = left.outcome()
-                if outcome is SourceOutcome.RESUMED:
-                    try:
-                        await self._set_paused(container, paused=False)
-                    finally:
-                        await trio.to_thread.run_sync(left.unlock_network)
-            return outcome
-        finally:
-            left.close()
+        state = check_runs(container, await self.state(container))
+        return await self._end_left(container, state)
 
     async def unlock_network(self, container: str) -> None:
         """Let a container's network go on that a failed checkpoint has left locked.
@@ -191,8 +178,27 @@ class AsyncRunc:
 
     # ---- inside --------------------------------------------------------------------------------------
 
-    async def _need(self, feature: str, command: str, container: str) -> None:
-        if getattr(await self.features(), feature) is not True:
+    @trio.lowlevel.enable_ki_protection
+    async def _end_left(self, container: str, state: ContainerState) -> SourceOutcome:
+        left = await trio.to_thread.run_sync(LeftCheckpoint, container, state)
+        try:
+            with trio.CancelScope(shield=True):
+                for pidfd in left.kill():
+                    await trio.lowlevel.wait_readable(pidfd)
+                outcome = left.outcome()
+                if outcome is SourceOutcome.RESUMED:
+                    try:
+                        await self._set_paused(container, paused=False)
+                    finally:
+                        await trio.to_thread.run_sync(left.unlock_network)
+        finally:
+            left.close()
+        return outcome
+
+    async def _need(
+        self, feature: str, command: str, container: str, request_timeout: float | None = None
+    ) -> None:
+        if getattr(await self.features(request_timeout=request_timeout), feature) is not True:
             raise lacks(command, container, feature)
 
     async def _end(self, command: Command, request_timeout: float | None = None) -> int:

@@ -48,8 +48,9 @@ class ContainerCheckpoint:
         deadline = time.monotonic() + self._timeout
         plan = self._plan
         try:
-            self._runc._need("lazy_pages", "checkpoint", plan.container)
-            plan.watch(self._runc.state(plan.container, request_timeout=self._timeout))
+            self._runc._need("lazy_pages", "checkpoint", plan.container, self._timeout)
+            left = max(deadline - time.monotonic(), 0.0)
+            plan.watch(self._runc.state(plan.container, request_timeout=left))
             self._start(deadline)
         except BaseException:
             plan.close()

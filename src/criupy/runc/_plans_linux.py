@@ -11,14 +11,15 @@ from pathlib import Path
 
 from criupy._descriptor import Descriptor
 from criupy._kill_linux import descendants, kill_trees
+from criupy._network_linux import lock_note, network_of
+from criupy._proc_linux import is_named, tracer_of
 from criupy.errors import OptionError, RuncError
 from criupy.rpc import HasFileno, SourceOutcome
 from criupy.rpc._daemon_linux import DaemonPlan, check_page_server, plan_daemon
 from criupy.rpc._lazy_linux import open_process, outcome_of, page_socket
-from criupy.rpc._network_linux import is_network_locked, network_of
 from criupy.rpc._report import LogWatch
-from criupy.rpc._worker_linux import HeldInterrupt, tracer_of
-from criupy.runc._left_linux import is_named, unlock
+from criupy.rpc._worker_linux import HeldInterrupt
+from criupy.runc._left_linux import unlock
 from criupy.runc._mounts_linux import release_cgroups, release_root
 from criupy.runc._program_linux import CRIU, Command, Program, no_such_container
 from criupy.runc._words import (
@@ -158,12 +159,19 @@ class CheckpointPlan:
         if self._criu is not None:
             return
         worker = command.worker
-        found = [pid for pid in _holders(self._status_pipe) if pid != worker.pid]
-        found += [pid for pid in descendants(worker.pid) if worker.poll() is None and is_named(pid, CRIU)]
-        for pid in found:
+        found = [] if worker.poll() is not None else list(descendants(worker.pid))
+        for pid in [pid for pid in found if is_named(pid, CRIU)] or self._other_holders(worker.pid):
             with contextlib.suppress(ProcessLookupError):
                 self._criu = (pid, self._stack.enter_context(Descriptor(os.pidfd_open(pid))))
                 return
+
+    def _other_holders(self, runc: int) -> Iterator[int]:
+        """Yield who has the status descriptor, but runC and what was forked of ourselves meanwhile."""
+        ours = Path("/proc/self/exe")
+        for pid in _holders(self._status_pipe):
+            with contextlib.suppress(OSError):
+                if pid != runc and not Path(f"/proc/{pid}/exe").samefile(ours):
+                    yield pid
 
     @property
     def criu(self) -> Descriptor | None:
@@ -177,12 +185,15 @@ class CheckpointPlan:
     def kill(self, command: Command) -> None:
         """End runC and CRIU, which lets go of the container."""
         with HeldInterrupt():  # which would leave what is stopped already so
-            if command.worker.poll() is not None:
-                self.find_criu(command)
-            roots = [] if command.worker.poll() is not None else [(command.worker.pid, command.worker.pidfd)]
-            if self._criu is not None:
-                roots.append((self._criu[0], self._criu[1].fileno()))
-            kill_trees(roots)
+            worker = command.worker
+            if worker.poll() is None:
+                kill_trees([(worker.pid, worker.pidfd), *self._criu_tree()])
+            # runC may have ended before, and what it had started was nobody's child then.
+            self.find_criu(command)
+            kill_trees(self._criu_tree())
+
+    def _criu_tree(self) -> list[tuple[int, int]]:
+        return [] if self._criu is None else [(self._criu[0], self._criu[1].fileno())]
 
     def outcome(self, *, succeeded: bool) -> SourceOutcome:
         """Tell what became of the container."""
@@ -193,12 +204,12 @@ class CheckpointPlan:
         if self.outcome(succeeded=False) is SourceOutcome.RESUMED:
             unlock(self.container, self._pid)
 
-    def failed(self, error: RuncError) -> SourceOutcome:
-        """Tell what became of a container whose checkpoint failed, and say it in the error."""
+    def failed(self, error: RuncError, *, tell_lock: bool = True) -> SourceOutcome:
+        """Tell what became of a container whose checkpoint failed, and say it in the error, with a lock."""
         outcome = self.outcome(succeeded=False)
         error.add_note(f"the container: {outcome.value}")
-        if outcome is SourceOutcome.RESUMED and is_network_locked(network_of(self._pid)):
-            error.add_note("its network is still locked: unlock_network(), once no destination runs it")
+        if tell_lock and outcome is SourceOutcome.RESUMED and (note := lock_note(network_of(self._pid))):
+            error.add_note(f"{note}, once no destination runs it")
         return outcome
 
     def close(self) -> None:
@@ -252,6 +263,7 @@ class RestorePlan:
             raise OptionError("stdio", f"expected three descriptors, got {stdio!r}")
         self._stdio = None if stdio is None else tuple(map(_number, stdio))
         self.request_timeout = request_timeout
+        self._log: LogWatch | None = None
         self.daemon: DaemonPlan | None = plan_daemon(
             "lazy_restore", daemon, Path(image_dir), self.work_dir, page_server, capture=True
         )
@@ -268,13 +280,14 @@ class RestorePlan:
 
     def start(self, program: Program) -> Command:
         """Start runC."""
+        self._log = LogWatch.of(self.work_dir, "restore.log")
         with self._streams() as stdio:
             return program.start(
                 "restore",
                 self.container,
                 self._words,
                 stdio=stdio,
-                criu_log=LogWatch.of(self.work_dir, "restore.log"),
+                criu_log=self._log,
             )
 
     @property
@@ -287,13 +300,13 @@ class RestorePlan:
 
         Our own daemon knows: told to end, it vetoes a restore that is not
         finished, and so has failed; or it goes on, or has done all. Of others,
-        and where nobody had come to it, CRIU's log tells.
+        and where nobody had come to it, CRIU's log tells, a moment after it lets the tasks run.
         """
         if self.has_our_daemon and daemon_status != 0:
             return daemon_status is None
-        log = self.work_dir / "restore.log"
         try:
-            return _FINISHED in log.read_bytes()
+            # One of an earlier restore tells nothing.
+            return self._log is not None and self._log.is_written and _FINISHED in self._log.path.read_bytes()
         except OSError:
             return False
 
@@ -315,11 +328,8 @@ class RestorePlan:
         """Do away with what is dangerous of a restore that was killed, and say in the error what is left."""
         if left := release_cgroups(self.work_dir):
             error.add_note(f"CRIU was killed and has left the host's cgroups mounted at {left}: unmount them")
-        if self._network is not None and is_network_locked(self._network):
-            error.add_note(
-                f"{self._network} is locked still: criupy.rpc.unlock_network('{self._network}') undoes that, "
-                "before it is tried again"
-            )
+        if self._network is not None and (note := lock_note(self._network)):
+            error.add_note(f"{note}, before it is tried again")
         if (command.worker.poll() or 0) >= 0:
             return
         left = release_root(program.root, self.container)

@@ -47,15 +47,17 @@ class ContainerRestore:
         self._entered = True
         deadline = time.monotonic() + self._timeout
         plan, runc = self._plan, self._runc
-        runc._need("lazy_pages", "restore", plan.container)
-        plan.refuse(runc.state(plan.container, request_timeout=self._timeout))
+        runc._need("lazy_pages", "restore", plan.container, self._timeout)
+        left = max(deadline - time.monotonic(), 0.0)
+        plan.refuse(runc.state(plan.container, request_timeout=left))
         try:
             if self._daemon is None:
                 check_listening(plan.work_dir)
             else:
                 self._daemon.start(deadline)
             self._restore(deadline)
-            state = runc.state(plan.container)
+            left = max(deadline - time.monotonic(), 0.0)
+            state = runc.state(plan.container, request_timeout=left)
         except BaseException as error:
             self._end(error)
             raise
@@ -82,8 +84,13 @@ class ContainerRestore:
             self._wait_restored(command, deadline)
         except BaseException as error:
             if command is not None:
-                self._give_up(command)
-                self._plan.tidy(self._runc._program, command, error)
+                try:
+                    self._give_up(command)
+                except BaseException:
+                    self._give_up(command)  # what interrupted it does not leave it half done
+                    raise
+                finally:
+                    self._plan.tidy(self._runc._program, command, error)
             raise
         finally:
             if command is not None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Unpack
 
-from criupy.errors import RuncError
+from criupy.errors import CriupyError, RuncError
 from criupy.rpc import Criu, Features, HasFileno, SourceOutcome
 from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._operation_linux import wait_for
@@ -59,17 +59,15 @@ class Runc:
         )
         self._features: Features | None = None
 
-    def features(self) -> Features:
+    def features(self, *, request_timeout: float | None = None) -> Features:
         """Ask CRIU, once, what it can do on this kernel.
 
         Every request that needs something asks before. To ask here, early,
         keeps that out of the time that a container stands still.
         """
         if self._features is None:
-            with (
-                asking_criu(),
-                Criu(self._program.criu, request_timeout=self._program.request_timeout) as criu,
-            ):
+            timeout = self._program.timeout(request_timeout)
+            with asking_criu(), Criu(self._program.criu, request_timeout=timeout) as criu:
                 self._features = criu.feature_check()
         return self._features
 
@@ -94,7 +92,7 @@ class Runc:
         ``parent_path`` is the directory of the pre-dump before, relative to ``image_path``.
         """
         words, work_dir = pre_dump_words(image_path, parent_path, work_path, options)
-        self._need("mem_track", "checkpoint", container)
+        self._need("mem_track", "checkpoint", container, request_timeout)
         before = check_runs(container, self.state(container, request_timeout=request_timeout))
         log = LogWatch.of(work_dir, "dump.log")
         try:
@@ -167,15 +165,12 @@ class Runc:
         """
         left = LeftCheckpoint(container, check_runs(container, self.state(container)))
         try:
-            for pidfd in left.kill():
-                wait_for(math.inf, pidfd)
-            outcome = left.outcome()
-            if outcome is SourceOutcome.RESUMED:
-                try:
-                    self._set_paused(container, paused=False)
-                finally:
-                    left.unlock_network()
-            return outcome
+            return self._end_left(container, left)
+        except CriupyError:
+            raise
+        except BaseException:
+            self._end_left(container, left)  # what interrupted it does not leave it half done
+            raise
         finally:
             left.close()
 
@@ -189,8 +184,19 @@ class Runc:
 
     # ---- inside --------------------------------------------------------------------------------------
 
-    def _need(self, feature: str, command: str, container: str) -> None:
-        if getattr(self.features(), feature) is not True:
+    def _end_left(self, container: str, left: LeftCheckpoint) -> SourceOutcome:
+        for pidfd in left.kill():
+            wait_for(math.inf, pidfd)
+        outcome = left.outcome()
+        if outcome is SourceOutcome.RESUMED:
+            try:
+                self._set_paused(container, paused=False)
+            finally:
+                left.unlock_network()
+        return outcome
+
+    def _need(self, feature: str, command: str, container: str, request_timeout: float | None = None) -> None:
+        if getattr(self.features(request_timeout=request_timeout), feature) is not True:
             raise lacks(command, container, feature)
 
     def _end(self, command: Command, request_timeout: float | None = None) -> int:
