@@ -166,7 +166,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare pre-copy, post-copy and both.")
-    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--size", type=positive, default=64, metavar="MIB")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it there, as SVG")
     add_report_options(parser)

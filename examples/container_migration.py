@@ -34,8 +34,8 @@ async def send(arguments: argparse.Namespace, runc: AsyncRunc) -> None:
         request_timeout=60,
     ) as checkpoint:
         print(f"source: serves at {checkpoint.address}:{checkpoint.port}", flush=True)
-        outcome = await checkpoint.wait()
-    print(f"source: the container here is {outcome.value}", flush=True)
+        await checkpoint.wait()
+    print("source: it has moved, and is gone here", flush=True)
 
 
 async def receive(arguments: argparse.Namespace, runc: AsyncRunc) -> None:

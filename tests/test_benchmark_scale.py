@@ -65,6 +65,7 @@ def test_a_missed_aim_is_marked(scale: Any) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_picture(scale: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (dependency group bench)")

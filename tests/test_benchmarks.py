@@ -108,6 +108,7 @@ def test_an_aim_may_be_a_least_value(bench: Any) -> None:
     assert not aim.is_met({"ours": {"mb_s": 1199.0}})
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_for_the_same_report(bench: Any, tmp_path: Path) -> None:
     bench.draw(report(), tmp_path / "one")
     bench.draw(report(), tmp_path / "two")

@@ -86,6 +86,7 @@ def test_example(name: str, criu: Criu, tmp_path: Path, nothing_runs_on: None) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PRINTS))
 def test_without_criu_it_says_so(name: str, tmp_path: Path) -> None:
     done = subprocess.run(

@@ -31,7 +31,7 @@ from criupy.testing.spec import WorkloadSpec
 from criupy.testing.workload_linux import start_workload
 from page_server_clients import CLOSE, FRAMES, GET, PAGE, Destination, frame, loopback
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 HANG = 30.0
 #: Long enough for what must not happen to happen.

@@ -261,6 +261,7 @@ def test_pages_image(tmp_path: Path) -> None:
         check_pages(tmp_path, pagemap)
 
 
+@pytest.mark.slow
 def test_large_pagemap_needs_little_memory(tmp_path: Path) -> None:
     """Beyond the arrays there are only the objects of one batch."""
     count = 60_000
@@ -333,6 +334,7 @@ def test_a_count_that_the_old_style_has_no_room_for() -> None:
         write_pagemap(io.BytesIO(), 1, *runs, PagemapStyle.OLD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [1, 1 << 40])
 def test_writing_a_large_pagemap_needs_little_memory(counts: int) -> None:
     """Only one batch, and parts of so many entries, whether or not they are alike."""

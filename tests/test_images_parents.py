@@ -285,6 +285,8 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(ImageError, match="expected to make this directory: File exists"):
         write_lazy_parents(top, tmp_path / "there")
+    with pytest.raises(ImageError, match="expected a place outside of the dump"):
+        write_lazy_parents(top, top / "new")
     os.truncate(tmp_path / "1/pages-1.img", 0)
     with pytest.raises(ImageError, match="truncated"):
         write_lazy_parents(top, tmp_path / "new")

@@ -47,6 +47,7 @@ def left(session: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_what_forks_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     children = _kill_linux._children
 

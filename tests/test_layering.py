@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "_elsewhere": frozenset({"errors"}),
     "_kill_linux": frozenset[str](),
     "_proc_linux": frozenset[str](),
-    "_network_linux": frozenset({"errors"}),
+    "_network_linux": frozenset({"errors", "_descriptor"}),
     "_command": frozenset({"errors", "_tls"}),
     "": frozenset(
         {"errors", "rpc", "_tls", "_elsewhere"}

@@ -407,6 +407,7 @@ def test_idleness(serve: Serve) -> None:
         assert served.end().ending is Ending.IDLE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nr", [1, 128])
 def test_a_peer_that_never_reads(serve: Serve, nr: int) -> None:
     """It is given up; meanwhile others are served, and nothing piles up."""
@@ -425,6 +426,7 @@ def test_a_peer_that_never_reads(serve: Serve, nr: int) -> None:
         )  # and not as long for each part of an answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nr", [8, 256])
 def test_a_peer_that_reads_slowly_is_served_on(serve: Serve, nr: int) -> None:
     """It takes much longer for an answer than one may take nothing."""

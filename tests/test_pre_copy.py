@@ -84,8 +84,16 @@ def test_a_round_that_was_not_made(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_there(tmp_path: Path) -> None:
     run(PreCopy(tmp_path), [0])
-    with pytest.raises(FileExistsError):
+    with pytest.raises(OptionError, match=r"directory: expected none of .*/1, it has stats-dump already"):
         next(PreCopy(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match=r"directory: cannot make .*/file/1: Not a directory"):
+        next(PreCopy(tmp_path / "file"))
+
+
+def test_a_first_round_that_failed_can_be_tried_again(tmp_path: Path) -> None:
+    next(PreCopy(tmp_path))
+    assert next(PreCopy(tmp_path)).images_dir == tmp_path / "1"
 
 
 def test_the_last_before_the_others(tmp_path: Path) -> None:
@@ -94,8 +102,14 @@ def test_the_last_before_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"max_rounds": 0}, {"max_rounds": True}, {"min_shrink": 1}, {"min_shrink": -1}]
+    "how",
+    [{"max_rounds": 0}, {"max_rounds": True}, {"min_shrink": 1}, {"min_shrink": -1}, {"min_shrink": "x"}],
 )
 def test_wrong_limits(tmp_path: Path, how: dict[str, float]) -> None:
     with pytest.raises(OptionError, match=next(iter(how))):
         PreCopy(tmp_path, **how)  # type: ignore[arg-type]
+
+
+def test_no_directory() -> None:
+    with pytest.raises(OptionError, match="directory: expected a path"):
+        PreCopy("")

@@ -35,7 +35,7 @@ from page_server_clients import CLOSE, GET, Destination
 from parents import give_to_parents, lazily, nr_dirty
 from serving import MIB, Serving, all_good, serve
 
-pytestmark = [pytest.mark.usefixtures("workload_program", "nothing_is_left")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workload_program", "nothing_is_left")]
 
 SPEC = WorkloadSpec(size=16 * MIB, areas=2, tree=2)
 SMALL = WorkloadSpec(size=1 * MIB)

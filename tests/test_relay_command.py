@@ -26,7 +26,7 @@ from criupy.testing.wait import until
 from page_server_clients import Destination
 from page_server_command import Running, command
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 SPEC = WorkloadSpec(size=1 << 20)
 

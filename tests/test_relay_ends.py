@@ -40,7 +40,7 @@ from criupy.wire.page_server import Command, Frame
 from page_server_clients import OPEN2, Destination, task
 from page_server_command import command
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 MIB = 1 << 20
 SPEC = WorkloadSpec(size=4 * MIB, areas=2)

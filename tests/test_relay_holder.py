@@ -31,7 +31,7 @@ from criupy.wire.extension import encode_plain
 from criupy.wire.page_server import Command
 from test_relay_ends import Ours, a_source
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 #: Long enough for what must not happen to happen.
 QUIET = 0.3

@@ -138,7 +138,7 @@ async def test_abort(lab: Lab, source: Client, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name_last", [True, False])
 async def test_abort_from_elsewhere(lab: Lab, source: Client, tmp_path: Path, *, name_last: bool) -> None:
     """The controller may be gone, and what it started goes on."""
-    with pytest.raises(RuncError, match="no CRIU holds it, so there is nothing to end"):
+    with pytest.raises(RuncError, match="no checkpoint of it is under way, and none has left anything"):
         await source.call("abort_checkpoint", NAME)
     with pytest.raises(RuncError, match="no such container"):
         await source.call("abort_checkpoint", "nobody")
@@ -147,9 +147,111 @@ async def test_abort_from_elsewhere(lab: Lab, source: Client, tmp_path: Path, *,
             async with source.block("lazy_checkpoint", NAME, **where(lab, tmp_path / "second")):
                 pass
         assert not lab.answers()
+        with pytest.raises(
+            RuncError, match=r"CRIU \(process \d+\) holds it still - abort_checkpoint\(\) ends"
+        ):
+            await source.call("unlock_network", NAME)
+        assert not lab.answers()
         assert await source.call("abort_checkpoint", NAME) is SourceOutcome.RESUMED
         assert lab.answers()
         assert command.wait() == -signal.SIGKILL
+
+
+async def test_abort_of_what_has_just_begun(lab: Lab, source: Client, tmp_path: Path) -> None:
+    """runC may not even have started CRIU."""
+    for number in range(8):
+        with runc_checkpoint(lab, tmp_path / str(number), is_ready=False) as command:
+            await until(lambda: processes(lab.a, "runc") != [])  # before, it is not runC
+            await trio.sleep(number * 0.02)
+            assert await source.call("abort_checkpoint", NAME) is SourceOutcome.RESUMED
+            assert command.wait() == -signal.SIGKILL
+        assert processes(lab.a, "criu") == []
+        assert lab.answers()
+
+
+KNOCK = """
+import socket, sys
+knocking = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+print(flush=True)
+input()
+"""
+
+
+async def test_abort_after_a_destination_has_connected(lab: Lab, source: Client, tmp_path: Path) -> None:
+    with pytest.raises(RuncError) as caught:
+        async with frozen(lab, source, tmp_path) as (checkpoint, _):
+            words = lab.b.words(sys.executable, "-c", KNOCK, checkpoint.address, str(checkpoint.port))
+            with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as destination:  # noqa: ASYNC220
+                assert destination.stdout is not None
+                assert destination.stdout.read(1)
+                with pytest.raises(RuncError, match=r"a destination has connected.* abort with force=True"):
+                    await source.call("abort_checkpoint", NAME)
+                assert not lab.answers()
+                assert await source.call("abort_checkpoint", NAME, force=True) is SourceOutcome.RESUMED
+                destination.communicate()
+    assert caught.value.status == -signal.SIGKILL
+    assert checkpoint.outcome is SourceOutcome.RESUMED
+
+
+async def test_several_abort_at_once(lab: Lab, source: Client, tmp_path: Path) -> None:
+    async with frozen(lab, source, tmp_path) as (checkpoint, _), trio.open_nursery() as nursery:
+        for _ in range(3 if source.is_async else 1):
+            nursery.start_soon(source.run, checkpoint.abort)
+    with runc_checkpoint(lab, tmp_path / "another"):
+        ends: list[object] = []
+
+        async def abort() -> None:
+            try:
+                ends.append(await source.call("abort_checkpoint", NAME))
+            except RuncError as error:  # another one has undone all
+                ends.append(error.message)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(abort)
+    nothing = "no checkpoint of it is under way, and none has left anything"
+    assert SourceOutcome.RESUMED in ends
+    assert set(ends) <= {SourceOutcome.RESUMED, nothing}
+    assert lab.answers()
+
+
+async def test_two_checkpoints_at_once(lab: Lab, source: Client, tmp_path: Path) -> None:
+    """One is told, and leaves the other's lock and hold alone."""
+    held, told = trio.Event(), trio.Event()
+    errors: list[BaseException] = []
+
+    async def freeze(number: int) -> None:
+        how = where(lab, tmp_path / str(number))
+        try:
+            async with source.block("lazy_checkpoint", NAME, **how) as checkpoint:
+                held.set()
+                await told.wait()
+                assert not lab.answers()
+                assert await source.run(checkpoint.abort) is SourceOutcome.RESUMED
+        except RuncError as error:
+            errors.append(error)
+            told.set()
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for number in range(2):
+                nursery.start_soon(freeze, number)
+    assert held.is_set()
+    assert len(errors) == 1
+    assert lab.answers()
+
+
+async def test_a_container_that_is_killed_while_it_is_held(lab: Lab, source: Client, tmp_path: Path) -> None:
+    """Its network namespace has a name, and may get another container."""
+    try:
+        async with frozen(lab, source, tmp_path) as (checkpoint, _):
+            subprocess.run(lab.a.runc("kill", NAME, "KILL"), check=True)  # noqa: ASYNC221
+            outcome = await source.run(checkpoint.abort)
+        assert outcome is SourceOutcome.LOST
+        assert not is_network_locked(f"/run/netns/{lab.a.container_network}")
+    finally:
+        subprocess.run(lab.a.runc("delete", "--force", NAME), check=True)  # noqa: ASYNC221
+        lab.start_server(lab.a, NAME)
 
 
 @pytest.mark.parametrize("when", ["frozen", "serving"])
@@ -392,12 +494,13 @@ async def test_a_veto_of_the_daemon_leaves_the_network_locked(
                         pass
             # Here, too: CRIU had locked it already.
             netns = f"/run/netns/{lab.b.container_network}"
-            assert vetoed.value.__notes__ == [
-                (
-                    f"its network is still locked: criupy.rpc.unlock_network('{netns}') undoes that, "
-                    "before it is tried again"
-                )
-            ]
+            assert vetoed.value.message.startswith("the lazy-pages daemon was killed by SIGKILL")
+            said, locked = sorted(vetoed.value.__notes__)
+            assert said.startswith("CRIU said: uffd: ")
+            assert locked == (
+                f"its network is still locked: criupy.rpc.unlock_network('{netns}') undoes that, "
+                "before it is tried again"
+            )
             await trio.to_thread.run_sync(unlock_network, netns)
             assert not is_network_locked(netns)
             await source.run(checkpoint.wait)

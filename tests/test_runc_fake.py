@@ -23,6 +23,8 @@ from criupy.runc import AsyncRunc, Runc
 from criupy.runc._plans_linux import CheckpointPlan, RestorePlan
 from rpc_clients import Client
 
+pytestmark = pytest.mark.slow
+
 RUNC = """#!/bin/bash
 # runc --log FILE --log-format json COMMAND ... CONTAINER
 log=$2

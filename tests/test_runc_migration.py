@@ -131,7 +131,7 @@ def by_library(lab: Lab, criu: Criu, images: Path) -> None:
         assert destination.stdout.readline().startswith("destination: runs as process ")
         lab.switch_to(lab.b)
         assert succeed(destination).startswith("destination: all memory is here after ")
-        assert succeed(source) == "source: the container here is killed\n"
+        assert succeed(source) == "source: it has moved, and is gone here\n"
 
 
 @pytest.mark.parametrize("way", ["pipe", "fifo", "library"])

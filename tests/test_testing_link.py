@@ -15,7 +15,7 @@ import trio
 from criupy.testing._timer_linux import Timer
 from criupy.testing.link_linux import Conditions, Cut, Event, Link, Loss, Stall, open_link, random_cuts
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 DATA = random.Random(1).randbytes(3 << 20)
 

@@ -24,7 +24,7 @@ from page_server_clients import loopback
 from test_tls_key_updates import End, run
 from test_tls_serving import ADDRESS, handshake, python_end, wrap
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 NEW_SESSION_TICKET = 4  # RFC 8446, B.3
 

@@ -12,11 +12,15 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+from criupy._descriptor import Descriptor
 from criupy.errors import CriuError
 
-__all__ = ["is_network_locked", "lock_note", "network_of", "unlock_network"]
+__all__ = ["HeldNetwork", "is_network_locked", "lock_note", "unlock_network"]
 
 StrPath = str | os.PathLike[str]
 
@@ -24,28 +28,18 @@ _CHAIN = "CRIU"
 _TOOLS = ("iptables", "ip6tables", "nft")
 # For the lock that iptables themselves hold, in seconds: another program may hang with it.
 _WAIT = ("-w", "10")
+_TRIES = 5  # another one may be at it, too, and have undone what we were about to
 _NO_PROGRAM = 127  # execvp's, of nsenter as of a shell
-
-
-def network_of(pid: int) -> Path:
-    """Return the path of a process's network namespace."""
-    return Path(f"/proc/{pid}/ns/net")
 
 
 def is_network_locked(netns: StrPath) -> bool:
     """Tell whether CRIU has locked a network namespace; raise CriuError if that cannot be seen."""
-    return next(_locks_of(netns), None) is not None
+    return _Network(os.fspath(netns)).is_locked
 
 
 def lock_note(netns: StrPath) -> str | None:
     """Say that a network namespace is still locked, if it is, and what undoes that."""
-    where = os.fspath(netns)
-    try:
-        if not is_network_locked(netns):
-            return None
-    except CriuError as error:
-        return f"its network may still be locked: {error.message}"
-    return f"its network is still locked: criupy.rpc.unlock_network({where!r}) undoes that"
+    return _Network(os.fspath(netns)).note()
 
 
 def unlock_network(netns: StrPath) -> None:
@@ -56,62 +50,139 @@ def unlock_network(netns: StrPath) -> None:
     if it stays locked, or that cannot be seen. This starts ``nsenter`` with ``iptables``, ``ip6tables``
     and ``nft``, and needs their rights.
     """
-    for words in list(_locks_of(netns)):
-        done = _inside(netns, *words)
-        if done.returncode:
-            raise CriuError("unlock_network", f"the network stays locked: {' '.join(words)}: {_said(done)}")
+    _Network(os.fspath(netns)).unlock()
 
 
-def _inside(netns: StrPath, *words: str) -> subprocess.CompletedProcess[str]:
-    words = ("nsenter", f"--net={os.fspath(netns)}", *words)
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise CriuError("unlock_network", f"nsenter cannot be started: {error.strerror}") from error
+@dataclass(frozen=True, slots=True)
+class _Network:
+    """A network namespace: ``path`` is where it can be opened, ``name`` what it is called if not that."""
+
+    path: str
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or self.path
+
+    @property
+    def is_locked(self) -> bool:
+        return next(self._locks(), None) is not None
+
+    def note(self) -> str | None:
+        try:
+            if not self.is_locked:
+                return None
+        except CriuError as error:
+            return f"its network may still be locked: {error.message}"
+        return f"its network is still locked: criupy.rpc.unlock_network({str(self)!r}) undoes that"
+
+    def unlock(self) -> None:
+        failure = ""
+        for _ in range(_TRIES):
+            failed = ""
+            for words in list(self._locks()):
+                done = self._run(*words)
+                if done.returncode:
+                    failed = f"{' '.join(words)}: {_said(done)}"
+            if not failed:
+                return
+            failure = failed
+        if self.is_locked:
+            raise CriuError("unlock_network", f"the network stays locked: {failure}")
+
+    def _locks(self) -> Iterator[tuple[str, ...]]:
+        """Yield the commands that undo CRIU's locks."""
+        # A kernel may lack the tables of one of them, or the system a program.
+        failures: list[str] = []
+        for tool in _TOOLS[:2]:
+            rules = self._list(failures, tool, *_WAIT, "-S")
+            if f"-N {_CHAIN}" in rules:
+                # What failed before may have left its own.
+                yield from (
+                    (tool, *_WAIT, "-D", *rule.split()[1:])
+                    for rule in rules
+                    if rule.endswith(f" -j {_CHAIN}")
+                )
+                yield (tool, *_WAIT, "-F", _CHAIN)
+                yield (tool, *_WAIT, "-X", _CHAIN)
+        for line in self._list(failures, _TOOLS[2], "list", "tables"):
+            words = line.split()
+            if words[:2] == ["table", "inet"] and words[2].startswith(f"{_CHAIN}-"):
+                yield (_TOOLS[2], "delete", "table", "inet", words[2])
+        if len(failures) == len(_TOOLS):
+            raise CriuError("unlock_network", f"whether CRIU has locked {self} cannot be seen: {failures[0]}")
+
+    def _list(self, failures: list[str], *words: str) -> list[str]:
+        """Return the lines that one of the programs lists; what keeps it from that goes to the failures."""
+        done = self._run(*words)
+        if done.returncode == 0:
+            return done.stdout.splitlines()
+        said = _said(done)
+        if said.startswith("nsenter: ") and done.returncode != _NO_PROGRAM:
+            raise CriuError("unlock_network", f"expected a network namespace, {self}: {said}")
+        failures.append(said)
+        return []
+
+    def _run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        words = ("nsenter", f"--net={self.path}", *words)
+        # Where Debian has them, and not everybody's PATH.
+        path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+        try:
+            return subprocess.run(
+                words, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path}
+            )
+        except OSError as error:
+            raise CriuError("unlock_network", f"nsenter cannot be started: {error.strerror}") from error
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
     return (done.stderr.strip().splitlines() or [f"failed with status {done.returncode}"])[-1]
 
 
-def _list(netns: StrPath, failures: list[str], *words: str) -> list[str]:
-    """Return the lines that one of the programs lists; what keeps it from that goes to the failures."""
-    done = _inside(netns, *words)
-    if done.returncode == 0:
-        return done.stdout.splitlines()
-    said = _said(done)
-    if said.startswith("nsenter: ") and done.returncode != _NO_PROGRAM:
-        raise CriuError("unlock_network", f"expected a network namespace, {os.fspath(netns)}: {said}")
-    failures.append(said)
-    return []
+class HeldNetwork:
+    """The network namespace of a process, held as long as this is open: the process may end before."""
 
+    def __init__(self, pid: int) -> None:
+        self._path = f"/proc/{pid}/ns/net"
+        self._reason = ""
+        self._held: Descriptor | None = None
+        try:
+            self._held = Descriptor(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            self._reason = error.strerror or ""
 
-def _locks_of(netns: StrPath) -> Iterator[tuple[str, ...]]:
-    """Yield the commands that undo CRIU's locks; none for our own namespace, which CRIU does not lock."""
-    try:
-        if Path(netns).samefile("/proc/self/ns/net"):
-            return
-    except OSError as error:
-        where = os.fspath(netns)
-        raise CriuError(
-            "unlock_network", f"expected a network namespace, {where}: {error.strerror}"
-        ) from error
-    # A kernel may lack the tables of one of them, or the system a program.
-    failures: list[str] = []
-    for tool in _TOOLS[:2]:
-        rules = _list(netns, failures, tool, *_WAIT, "-S")
-        if f"-N {_CHAIN}" in rules:
-            # What failed before may have left its own.
-            yield from (
-                (tool, *_WAIT, "-D", *rule.split()[1:]) for rule in rules if rule.endswith(f" -j {_CHAIN}")
-            )
-            yield (tool, *_WAIT, "-F", _CHAIN)
-            yield (tool, *_WAIT, "-X", _CHAIN)
-    for line in _list(netns, failures, _TOOLS[2], "list", "tables"):
-        words = line.split()
-        if words[:2] == ["table", "inet"] and words[2].startswith(f"{_CHAIN}-"):
-            yield (_TOOLS[2], "delete", "table", "inet", words[2])
-    if len(failures) == len(_TOOLS):
-        raise CriuError(
-            "unlock_network", f"whether CRIU has locked {os.fspath(netns)} cannot be seen: {failures[0]}"
-        )
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._held is not None:
+            self._held.close()
+
+    def _other(self) -> _Network | None:
+        """Return it; None for our own, which CRIU does not lock, and when it is not held."""
+        if self._held is None:
+            return None
+        ours, held = Path("/proc/self/ns/net").stat(), os.fstat(self._held.fileno())
+        if (held.st_dev, held.st_ino) == (ours.st_dev, ours.st_ino):
+            return None
+        return _Network(f"/proc/{os.getpid()}/fd/{self._held.fileno()}", self._path)
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether CRIU has locked it; raise CriuError if that cannot be seen."""
+        other = self._other()
+        return other is not None and other.is_locked
+
+    def note(self) -> str | None:
+        """Say that it is still locked, if it is, and what undoes that."""
+        if self._held is None:
+            return f"its network may still be locked: {self._path}: {self._reason}"
+        other = self._other()
+        return None if other is None else other.note()
+
+    def unlock(self) -> None:
+        """Undo CRIU's lock; raise CriuError if it stays."""
+        other = self._other()
+        if other is not None:
+            other.unlock()

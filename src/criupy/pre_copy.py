@@ -75,7 +75,7 @@ class PreCopy:
 
     There are at most ``max_rounds``. They stop when one has written nothing, or
     at least ``1 - min_shrink`` times what the one before has written. A directory
-    that is there already is an error: images of an older round would be mixed in.
+    that has something in it already is an error: images of an older round would be mixed in.
     ``stats`` has what CRIU said of each round, ``stopped`` why they stopped.
     """
 
@@ -83,9 +83,12 @@ class PreCopy:
         given: object = max_rounds
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise OptionError("max_rounds", f"expected a number from 1 on, got {max_rounds!r}")
-        if not 0 <= min_shrink < 1:
+        shrink: object = min_shrink
+        if isinstance(shrink, bool) or not isinstance(shrink, (int, float)) or not 0 <= shrink < 1:
             raise OptionError("min_shrink", f"expected a part from 0 to below 1, got {min_shrink!r}")
-        self._directory = Path(os.fspath(directory))
+        if not os.fspath(directory):
+            raise OptionError("directory", f"expected a path, got {directory!r}")
+        self._directory = Path(directory)
         self._max_rounds = max_rounds
         self._min_shrink = min_shrink
         self._current: Round | None = None
@@ -117,7 +120,16 @@ class PreCopy:
 
     def _make(self, number: int) -> Round:
         images_dir = self._directory / str(number)
-        images_dir.mkdir(parents=True)
+        try:
+            images_dir.mkdir(parents=True, exist_ok=True)
+            left = next(images_dir.iterdir(), None)
+        except OSError as error:
+            raise OptionError("directory", f"cannot make {images_dir}: {error.strerror}") from error
+        if left is not None:
+            raise OptionError(
+                "directory",
+                f"expected none of {images_dir}, it has {left.name} already: remove it, or take another one",
+            )
         return Round(number, images_dir, None if number == 1 else f"../{number - 1}")
 
     def _verdict(self) -> Stopped | None:

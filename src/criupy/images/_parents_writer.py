@@ -30,8 +30,7 @@ def write_lazy_parents(images_dir: StrPath, new_dir: StrPath) -> int:
     pages became lazy. Raise an ImageError when it cannot be made, and leave nothing then.
     """
     source, target = Path(images_dir), Path(new_dir)
-    if original_images(source) != source:
-        raise ImageError(source, None, "expected a dump, this was made of one by criupy lazy-parents already")
+    _check_places(source, target)
     read_inventory(source)
     found = [lazy_parents(source, task) for task in read_pstree(source) if not is_zombie(source, task.pid)]
     try:
@@ -69,6 +68,13 @@ def write_lazy_parents(images_dir: StrPath, new_dir: StrPath) -> int:
         for nr, present in zip(memory.entries.nr_pages, memory.entries.present, strict=True)
         if present
     )
+
+
+def _check_places(source: Path, target: Path) -> None:
+    if original_images(source) != source:
+        raise ImageError(source, None, "expected a dump, this was made of one by criupy lazy-parents already")
+    if source.resolve() in target.resolve().parents:
+        raise ImageError(target, None, f"expected a place outside of the dump, {source} stays as it is")
 
 
 def _is_to_link(path: Path) -> bool:

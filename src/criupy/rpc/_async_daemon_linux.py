@@ -21,6 +21,7 @@ class AsyncDaemon:
 
     def __init__(self, plan: DaemonPlan) -> None:
         self._plan = plan
+        self._log = plan.watch()
         self._worker: Worker | None = None
         self.process: AsyncProcess | None = None
 
@@ -40,7 +41,7 @@ class AsyncDaemon:
             # It has closed the pipe, so it has ended or is about to.
             with trio.move_on_after(1):
                 await wait_ended(worker)
-            raise self._plan.failure(worker.output(), worker.poll(), ready=False)
+            raise self._plan.failure(self._log, worker.output(), worker.poll(), ready=False)
 
     def poll(self) -> int | None:
         """Return its exit status; None while it runs, or is not started."""
@@ -68,7 +69,7 @@ class AsyncDaemon:
             if status is None:
                 worker.terminate()
             elif status:
-                explain(error, self._plan.failure(worker.output(), status, ready=True))
+                explain(error, self._plan.failure(self._log, worker.output(), status, ready=True))
             # Tasks may run nevertheless, so ours is never killed: it ends by its own rules.
             try:
                 await end_worker(worker, math.inf if self._plan.is_ours else grace)
@@ -87,7 +88,7 @@ class AsyncDaemon:
             status, output = worker.poll(), worker.output()
             worker.close()
             if status:
-                raise self._plan.failure(output, status, ready=True, served=True)
+                raise self._plan.failure(self._log, output, status, ready=True, served=True)
 
     async def see_out(self, error: BaseException) -> None:
         """Wait for its end after an error elsewhere."""

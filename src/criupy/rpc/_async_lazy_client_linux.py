@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +45,7 @@ class AsyncLazyDump:
         self._waiter: trio.Event | None = None
         """Set when the task that waits, if one does, has left."""
         self._is_aborted = False
+        self._aborting = trio.Lock()
         self.outcome: SourceOutcome | None = None
         self.address: str = ""
         self.port: int = 0
@@ -160,10 +162,13 @@ class AsyncLazyDump:
         Only for when no destination runs it: after a destination has connected,
         nobody here can know that. A task in ``wait`` sees CRIU die.
         """
-        if self.outcome is not None:
-            return self.outcome
         self._is_aborted = True
-        stop = partial(self._plan.stop, self.address, self.port)
+        async with self._aborting:
+            if self.outcome is not None:
+                return self.outcome
+            return await self._abort(partial(self._plan.stop, self.address, self.port))
+
+    async def _abort(self, stop: Callable[[], None]) -> SourceOutcome:
         seen = True
         if (left := self._waiter) is not None:
             await self._running._strike(stop)
@@ -174,7 +179,7 @@ class AsyncLazyDump:
             if seen:  # nobody waits, or whoever did was interrupted
                 seen = await self._running._kill(stop)
             self.outcome = self._plan.aborted(seen=seen, succeeded=self._running._succeeded)
-        if self.outcome is SourceOutcome.RESUMED:
+        if self.outcome is not SourceOutcome.KILLED:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._plan.unlock_network)
         return self.outcome

@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Final
 
 from criupy._descriptor import Descriptor
-from criupy.errors import CriuError, CriupyError, CriuTimeout, LazyPagesError, OptionError, RuncError
+from criupy.errors import (
+    CriuError,
+    CriupyError,
+    CriuTimeout,
+    CriuUnavailable,
+    LazyPagesError,
+    OptionError,
+    RuncError,
+)
 from criupy.rpc._operation_linux import Process, end_worker, wait_for
-from criupy.rpc._report import errors_in
+from criupy.rpc._report import LogWatch, errors_in
 from criupy.rpc._worker_linux import HeldInterrupt, Worker, ending
 
 __all__ = [
@@ -70,20 +78,24 @@ class DaemonPlan:
             words += ["--progress", "none"]
         return words
 
+    def watch(self) -> LogWatch:
+        """Watch the log that it will write."""
+        return LogWatch.of(self.work_dir, DAEMON_LOG)
+
     def start(self, status_fd: int) -> Worker:
         """Start it."""
-        return Worker.start(
-            self.words(status_fd), request=self.request, pass_fds=(status_fd,), capture=self.capture
-        )
+        try:
+            return Worker.start(
+                self.words(status_fd), request=self.request, pass_fds=(status_fd,), capture=self.capture
+            )
+        except CriuUnavailable as error:
+            raise LazyPagesError(f"the lazy-pages daemon cannot be started: {error.message}") from error
 
     def failure(
-        self, output: str, status: int | None, *, ready: bool, served: bool = False
+        self, log: LogWatch, output: str, status: int | None, *, ready: bool, served: bool = False
     ) -> LazyPagesError:
         """Make the error for one that ended otherwise than it should; ``served`` when tasks need it."""
-        try:
-            text = (self.work_dir / DAEMON_LOG).read_text(errors="replace")
-        except OSError:
-            text = ""
+        text = log.text()
         said = errors_in(text) or tuple(line for line in text.splitlines() if "Error" in line)
         lines = [*said, *output.splitlines()]
         ended = "still runs" if status is None else ending(status)
@@ -135,9 +147,13 @@ def plan_daemon(
 
 
 def explain(error: BaseException, failure: LazyPagesError) -> None:
-    """Say in the error of a restore what the daemon had come to grief of."""
+    """Say in the error of a restore what the daemon had come to grief of; first, if CRIU only missed it."""
     if isinstance(error, (CriuError, RuncError)):
-        error.hint = str(failure)
+        if error.message.startswith("uffd: "):  # its part that talks to the daemon (criu/uffd.c)
+            error.add_note(f"CRIU said: {error.message}")
+            error.message, error.hint = str(failure), None
+        else:
+            error.hint = str(failure)
 
 
 def goes_on(worker: Worker) -> str:
@@ -161,6 +177,7 @@ class Daemon:
 
     def __init__(self, plan: DaemonPlan) -> None:
         self._plan = plan
+        self._log = plan.watch()
         self._worker: Worker | None = None
         self.process: Process | None = None
 
@@ -177,7 +194,7 @@ class Daemon:
                 return
             # It has closed the pipe, so it has ended or is about to.
             wait_for(min(deadline, time.monotonic() + 1), worker.pidfd)
-            raise self._plan.failure(worker.output(), worker.poll(), ready=False)
+            raise self._plan.failure(self._log, worker.output(), worker.poll(), ready=False)
 
     def poll(self) -> int | None:
         """Return its exit status; None while it runs, or is not started."""
@@ -201,7 +218,7 @@ class Daemon:
         if worker.poll() is None and not wait_for(time.monotonic() + 1, worker.pidfd):
             worker.terminate()
         elif status := worker.poll():
-            explain(error, self._plan.failure(worker.output(), status, ready=True))
+            explain(error, self._plan.failure(self._log, worker.output(), status, ready=True))
         # Tasks may run nevertheless, so ours is never killed: it ends by its own rules.
         try:
             end_worker(worker, math.inf if self._plan.is_ours else time.monotonic() + grace)
@@ -218,7 +235,7 @@ class Daemon:
             status, output = worker.poll(), worker.output()
             worker.close()
             if status:
-                raise self._plan.failure(output, status, ready=True, served=True)
+                raise self._plan.failure(self._log, output, status, ready=True, served=True)
 
     def see_out(self, error: BaseException) -> None:
         """Wait for its end after an error elsewhere."""

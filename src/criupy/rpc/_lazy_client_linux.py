@@ -139,7 +139,7 @@ class LazyDump:
         if self.outcome is None:
             seen = self._running._kill(partial(self._plan.stop, self.address, self.port))
             self.outcome = self._plan.aborted(seen=seen, succeeded=self._running._succeeded)
-            if self.outcome is SourceOutcome.RESUMED:
+            if self.outcome is not SourceOutcome.KILLED:
                 self._plan.unlock_network()
         return self.outcome
 

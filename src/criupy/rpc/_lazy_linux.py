@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from criupy._descriptor import Descriptor
-from criupy._network_linux import lock_note, network_of, unlock_network
+from criupy._network_linux import HeldNetwork
 from criupy.errors import CriuError, CriuTimeout, OptionError
 from criupy.rpc import _calls_linux as calls
 from criupy.rpc import _schema_pb2 as schema
@@ -26,9 +26,11 @@ from criupy.rpc._option_types import Directory
 from criupy.rpc._options import TlsOptions
 from criupy.rpc._results import SourceOutcome, Version
 
-__all__ = ["LazyDumpPlan", "check_listening", "listeners", "page_socket", "plan_restore"]
+__all__ = ["LazyDumpPlan", "check_listening", "is_connected", "listeners", "page_socket", "plan_restore"]
 
-_TCP_LISTEN: Final = "0A"  # include/net/tcp_states.h, as /proc/net/tcp shows it
+# include/net/tcp_states.h, as /proc/net/tcp shows it
+_TCP_ESTABLISHED: Final = "01"
+_TCP_LISTEN: Final = "0A"
 
 
 def frame_size(version: Version) -> Literal[24, 32]:
@@ -38,6 +40,15 @@ def frame_size(version: Version) -> Literal[24, 32]:
 
 def listeners(pid: int) -> list[tuple[str, int]]:
     """List (address, port) of the TCP sockets on which a process listens, in its own network namespace."""
+    return _sockets(pid, _TCP_LISTEN)
+
+
+def is_connected(pid: int) -> bool:
+    """Tell whether a process has a TCP connection, in its own network namespace."""
+    return _sockets(pid, _TCP_ESTABLISHED) != []
+
+
+def _sockets(pid: int, state: str) -> list[tuple[str, int]]:
     inodes = set()
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -50,7 +61,7 @@ def listeners(pid: int) -> list[tuple[str, int]]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
                 words = line.split()
-                if words[3] == _TCP_LISTEN and words[9] in inodes:
+                if words[3] == state and words[9] in inodes:
                     found.append(_endpoint(words[1]))
     return found
 
@@ -169,6 +180,7 @@ class LazyDumpPlan:
         self._port = port
         self._stack = contextlib.ExitStack()
         self._process: Descriptor | None = None
+        self._network: HeldNetwork | None = None
         self._criu: Descriptor | None = None
 
     def check_version(self, version: Version) -> Literal[24, 32]:
@@ -189,6 +201,7 @@ class LazyDumpPlan:
             self._process = open_process(self._pid)
             if self._process is not None:
                 self._stack.enter_context(self._process)
+                self._network = self._stack.enter_context(HeldNetwork(self._pid))
         except BaseException:
             self.close()
             raise
@@ -240,12 +253,8 @@ class LazyDumpPlan:
 
     def unlock_network(self) -> None:
         """Let the network of a tree go on whose CRIU was made to end; raise CriuError if it stays locked."""
-        netns = network_of(self._pid)
-        try:
-            unlock_network(netns)
-        except CriuError:
-            if netns.exists():  # a tree that has ended needs it no more
-                raise
+        if self._network is not None:
+            self._network.unlock()
 
     def failed(self, error: BaseException, *, tell_lock: bool = True) -> SourceOutcome:
         """Tell what became of the tree of a CRIU that failed; say it in notes, and a lock that is left."""
@@ -257,8 +266,7 @@ class LazyDumpPlan:
 
     def tell_lock(self, error: BaseException) -> None:
         """Say in an error that the network is still locked, if it is."""
-        netns = network_of(self._pid)
-        if netns.exists() and (note := lock_note(netns)):
+        if self._network is not None and (note := self._network.note()):
             error.add_note(f"{note}, once no destination runs it")
 
     def outcome(self, *, succeeded: bool) -> SourceOutcome:

@@ -57,17 +57,20 @@ class LogWatch:
         return cls(path, _identity(path))
 
     def errors(self) -> tuple[str, ...]:
-        """Return the error lines that this request wrote last; CRIU truncates its log at the start."""
+        """Return the error lines that this request wrote last."""
+        return errors_in(self.text())
+
+    def text(self) -> str:
+        """Return the end of what this request wrote; CRIU truncates its log at the start."""
         if not self.is_written:
-            return ()
+            return ""
         try:
             with self.path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - _MAX_TAIL))
-                text = file.read(_MAX_TAIL).decode(errors="replace")
+                return file.read(_MAX_TAIL).decode(errors="replace")
         except OSError:
-            return ()  # another user's, or gone: the message has to do
-        return errors_in(text)
+            return ""  # another user's, or gone: the message has to do
 
     @property
     def is_written(self) -> bool:

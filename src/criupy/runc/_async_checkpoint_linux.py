@@ -39,6 +39,7 @@ class AsyncContainerCheckpoint:
         self._command: Command | None = None
         self._entered = False
         self._is_aborted = False
+        self._aborting = trio.Lock()
         self.image_path: Path = plan.image_path
         self.outcome: SourceOutcome | None = None
         self.address: str = ""
@@ -171,17 +172,20 @@ class AsyncContainerCheckpoint:
         nobody here can know that.
         """
         command = self._running
-        if self.outcome is not None:
-            return self.outcome
         self._is_aborted = True
         with trio.CancelScope(shield=True):
-            self._plan.kill(command)
-            await self._wait_ended(command)
-            outcome = self._plan.outcome(succeeded=command.worker.poll() == 0)
-            if outcome is SourceOutcome.RESUMED:
-                try:
-                    await self._runc._set_paused(self._plan.container, paused=self._plan.was_paused)
-                finally:
-                    await trio.to_thread.run_sync(self._plan.unlock_network)
-            self.outcome = outcome
-        return outcome
+            async with self._aborting:
+                if self.outcome is None:
+                    self._plan.kill(command)
+                    await self._wait_ended(command)
+                    await self._let_go_on(succeeded=command.worker.poll() == 0)
+        self.outcome = self.outcome or self._plan.outcome(succeeded=command.worker.poll() == 0)
+        return self.outcome
+
+    async def _let_go_on(self, *, succeeded: bool) -> None:
+        if succeeded or self._plan.is_held:
+            return
+        try:
+            await self._runc._set_paused(self._plan.container, paused=self._plan.was_paused)
+        finally:
+            await trio.to_thread.run_sync(self._plan.unlock_network)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Unpack
 
 import trio
@@ -15,7 +16,7 @@ from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._report import LogWatch
 from criupy.runc._async_checkpoint_linux import AsyncContainerCheckpoint
 from criupy.runc._async_restore_linux import AsyncContainerRestore
-from criupy.runc._left_linux import LeftCheckpoint, unlock
+from criupy.runc._left_linux import LeftCheckpoint, unlock_left
 from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, check_runs, pre_dump_words
 from criupy.runc._program_linux import Command, asking_criu, lacks, make_program
 from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
@@ -158,39 +159,40 @@ class AsyncRunc:
         )
         return AsyncContainerRestore(self, plan)
 
-    async def abort_checkpoint(self, container: str) -> SourceOutcome:
+    async def abort_checkpoint(self, container: str, *, force: bool = False) -> SourceOutcome:
         """End a checkpoint whose controller is gone, so that the container goes on here, and its network.
 
-        Who started it does not matter, nor whether CRIU still holds the container or has
-        left it behind with its network locked. Only for when no destination runs the
-        container. One that was paused before runs then.
+        Who started it does not matter, nor how far it has come: runC may be about to start
+        CRIU, or both may have been killed and have left a frozen cgroup and a locked network.
+        Only for when no destination runs the container, which once one has connected nobody
+        here can know: ``force`` says that you do. A container that was paused before runs then.
         """
         state = check_runs(container, await self.state(container))
-        return await self._end_left(container, state)
+        return await self._end_left(container, state, force=force)
 
     async def unlock_network(self, container: str) -> None:
         """Let a container's network go on that a failed checkpoint has left locked.
 
-        Only when no destination runs it: two would answer for one.
+        Only when no destination runs it: two would answer for one. Raise RuncError if CRIU holds it still.
         """
         state = check_runs(container, await self.state(container))
-        await trio.to_thread.run_sync(unlock, container, state.pid)
+        await trio.to_thread.run_sync(unlock_left, container, state)
 
     # ---- inside --------------------------------------------------------------------------------------
 
     @trio.lowlevel.enable_ki_protection
-    async def _end_left(self, container: str, state: ContainerState) -> SourceOutcome:
-        left = await trio.to_thread.run_sync(LeftCheckpoint, container, state)
+    async def _end_left(self, container: str, state: ContainerState, *, force: bool) -> SourceOutcome:
+        look = partial(LeftCheckpoint, container, state, self._program.root, force=force)
+        left = await trio.to_thread.run_sync(look)
         try:
             with trio.CancelScope(shield=True):
                 for pidfd in left.kill():
                     await trio.lowlevel.wait_readable(pidfd)
+                try:
+                    await self._set_paused(container, paused=False)
+                finally:
+                    await trio.to_thread.run_sync(left.unlock_network)
                 outcome = left.outcome()
-                if outcome is SourceOutcome.RESUMED:
-                    try:
-                        await self._set_paused(container, paused=False)
-                    finally:
-                        await trio.to_thread.run_sync(left.unlock_network)
         finally:
             left.close()
         return outcome

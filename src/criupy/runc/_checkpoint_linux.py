@@ -155,6 +155,12 @@ class ContainerCheckpoint:
         if self._plan.criu is not None:
             wait_for(math.inf, self._plan.criu.fileno())
 
+    def _let_go_on(self) -> None:
+        try:
+            self._runc._set_paused(self._plan.container, paused=self._plan.was_paused)
+        finally:
+            self._plan.unlock_network()
+
     def abort(self) -> SourceOutcome:
         """End it now, so that the container goes on here and its network, too.
 
@@ -165,11 +171,10 @@ class ContainerCheckpoint:
         if self.outcome is None:
             self._plan.kill(command)
             self._wait_ended(command)
-            outcome = self._plan.outcome(succeeded=command.worker.poll() == 0)
-            if outcome is SourceOutcome.RESUMED:
-                try:
-                    self._runc._set_paused(self._plan.container, paused=self._plan.was_paused)
-                finally:
-                    self._plan.unlock_network()
-            self.outcome = outcome
+            succeeded = command.worker.poll() == 0
+            try:
+                if not succeeded and not self._plan.is_held:
+                    self._let_go_on()
+            finally:
+                self.outcome = self._plan.outcome(succeeded=succeeded)
         return self.outcome

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from criupy._descriptor import Descriptor
 from criupy._kill_linux import descendants, kill_trees
-from criupy._network_linux import lock_note, network_of
+from criupy._network_linux import HeldNetwork, lock_note
 from criupy._proc_linux import is_named, tracer_of
 from criupy.errors import OptionError, RuncError
 from criupy.rpc import HasFileno, SourceOutcome
@@ -37,7 +37,7 @@ __all__ = ["CheckpointPlan", "RestorePlan", "check_runs", "has_zero", "pre_dump_
 StrPath = str | os.PathLike[str]
 
 #: CRIU's last word of a restore that succeeded (criu/cr-restore.c).
-_FINISHED = b"Restore finished successfully"
+_FINISHED = "Restore finished successfully"
 
 
 def _places(
@@ -103,6 +103,7 @@ class CheckpointPlan:
         self._stack = contextlib.ExitStack()
         self._pid = 0
         self._process: Descriptor | None = None
+        self._network: HeldNetwork | None = None
         self._criu: tuple[int, Descriptor] | None = None
         self._status_pipe = ""
         self.was_paused: bool = False
@@ -122,6 +123,7 @@ class CheckpointPlan:
         self._process = open_process(state.pid)
         if self._process is not None:
             self._stack.enter_context(self._process)
+        self._network = self._stack.enter_context(HeldNetwork(state.pid))
 
     def start(self, program: Program, status_fd: int) -> Command:
         """Start runC."""
@@ -200,17 +202,29 @@ class CheckpointPlan:
         return outcome_of(self._process, succeeded=succeeded)
 
     def unlock_network(self) -> None:
-        """Let the container's network go on."""
-        if self.outcome(succeeded=False) is SourceOutcome.RESUMED:
-            unlock(self.container, self._pid)
+        """Let the container's network go on, or whatever follows it there."""
+        if self._network is not None:
+            unlock(self.container, self._network)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether another CRIU holds it, which came at the same time and was quicker."""
+        tracer = tracer_of(self._pid)
+        return tracer != 0 and is_named(tracer, CRIU)
 
     def failed(self, error: RuncError, *, tell_lock: bool = True) -> SourceOutcome:
         """Tell what became of a container whose checkpoint failed, and say it in the error, with a lock."""
         outcome = self.outcome(succeeded=False)
         error.add_note(f"the container: {outcome.value}")
-        if tell_lock and outcome is SourceOutcome.RESUMED and (note := lock_note(network_of(self._pid))):
-            error.add_note(f"{note}, once no destination runs it")
+        if self.is_held:
+            error.add_note("another checkpoint of it is under way")
+        elif tell_lock and outcome is SourceOutcome.RESUMED:
+            self._tell_lock(error)
         return outcome
+
+    def _tell_lock(self, error: RuncError) -> None:
+        if self._network is not None and (note := self._network.note()):
+            error.add_note(f"{note}, once no destination runs it")
 
     def close(self) -> None:
         """Close what was opened."""
@@ -304,11 +318,7 @@ class RestorePlan:
         """
         if self.has_our_daemon and daemon_status != 0:
             return daemon_status is None
-        try:
-            # One of an earlier restore tells nothing.
-            return self._log is not None and self._log.is_written and _FINISHED in self._log.path.read_bytes()
-        except OSError:
-            return False
+        return self._log is not None and _FINISHED in self._log.text()
 
     def kill_criu(self, command: Command) -> None:
         """Kill all that runC has started, tasks included: it then undoes what it has done itself."""
@@ -363,6 +373,8 @@ def _network_in(bundle: str) -> str | None:
 
 def _number(stream: object) -> int:
     number = stream if isinstance(stream, int) else stream.fileno() if isinstance(stream, HasFileno) else -1
-    if isinstance(number, bool) or number < 0:
-        raise OptionError("stdio", f"expected three descriptors, got {stream!r}")
+    try:
+        os.fstat(-1 if isinstance(number, bool) else number)
+    except OSError:
+        raise OptionError("stdio", f"expected three open descriptors, got {stream!r}") from None
     return number

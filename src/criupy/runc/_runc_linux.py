@@ -14,7 +14,7 @@ from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._operation_linux import wait_for
 from criupy.rpc._report import LogWatch
 from criupy.runc._checkpoint_linux import ContainerCheckpoint
-from criupy.runc._left_linux import LeftCheckpoint, unlock
+from criupy.runc._left_linux import LeftCheckpoint, unlock_left
 from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, check_runs, pre_dump_words
 from criupy.runc._program_linux import Command, asking_criu, lacks, make_program
 from criupy.runc._restore_linux import ContainerRestore
@@ -156,14 +156,16 @@ class Runc:
         )
         return ContainerRestore(self, plan)
 
-    def abort_checkpoint(self, container: str) -> SourceOutcome:
+    def abort_checkpoint(self, container: str, *, force: bool = False) -> SourceOutcome:
         """End a checkpoint whose controller is gone, so that the container goes on here, and its network.
 
-        Who started it does not matter, nor whether CRIU still holds the container or has
-        left it behind with its network locked. Only for when no destination runs the
-        container. One that was paused before runs then.
+        Who started it does not matter, nor how far it has come: runC may be about to start
+        CRIU, or both may have been killed and have left a frozen cgroup and a locked network.
+        Only for when no destination runs the container, which once one has connected nobody
+        here can know: ``force`` says that you do. A container that was paused before runs then.
         """
-        left = LeftCheckpoint(container, check_runs(container, self.state(container)))
+        state = check_runs(container, self.state(container))
+        left = LeftCheckpoint(container, state, self._program.root, force=force)
         try:
             return self._end_left(container, left)
         except CriupyError:
@@ -177,23 +179,21 @@ class Runc:
     def unlock_network(self, container: str) -> None:
         """Let a container's network go on that a failed checkpoint has left locked.
 
-        Only when no destination runs it: two would answer for one.
+        Only when no destination runs it: two would answer for one. Raise RuncError if CRIU holds it still.
         """
         state = check_runs(container, self.state(container))
-        unlock(container, state.pid)
+        unlock_left(container, state)
 
     # ---- inside --------------------------------------------------------------------------------------
 
     def _end_left(self, container: str, left: LeftCheckpoint) -> SourceOutcome:
         for pidfd in left.kill():
             wait_for(math.inf, pidfd)
-        outcome = left.outcome()
-        if outcome is SourceOutcome.RESUMED:
-            try:
-                self._set_paused(container, paused=False)
-            finally:
-                left.unlock_network()
-        return outcome
+        try:
+            self._set_paused(container, paused=False)
+        finally:
+            left.unlock_network()
+        return left.outcome()
 
     def _need(self, feature: str, command: str, container: str, request_timeout: float | None = None) -> None:
         if getattr(self.features(request_timeout=request_timeout), feature) is not True:
