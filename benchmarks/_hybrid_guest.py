@@ -34,16 +34,17 @@ UNLIMITED = 1 << 40
 PAUSE_NS = 500_000
 REWRITE = 0.05
 POLL = 0.002
-INTERPRETER = 5.0  # seconds in which one starts
 
 
-#: The daemon, with all it needs imported, once there is the file that is its first argument.
+#: The daemon, with all it needs imported. It says so in the file that is its first argument, and starts
+#: when that is gone.
 DAEMON = """
 import json, os, sys, time
 import trio, criupy.lazy_pages._cli as cli, criupy.lazy_pages._daemon_linux
 from criupy.images import lazy_parents
-go = sys.argv.pop(1)
-while not os.path.exists(go):
+waiting = sys.argv.pop(1)
+open(waiting, "w").close()
+while os.path.exists(waiting):
     time.sleep(0.002)
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -143,18 +144,19 @@ async def move(way: str, criu: Criu, room: Path, size: int) -> dict[str, object]
                     await restored.finished()
                     await settle(workload, writer, before, found)
             else:
-                port, go = free_port(), room / "go"
+                port, waiting = free_port(), room / "waiting"
                 # What the parents hold is lazy, too, and comes from their images.
                 restored_from = images if way == "post-copy" else room / "ckpt" / "lazily"
                 daemon: Started = Started()
-                command = [sys.executable, "-c", DAEMON, str(go)]
+                command = [sys.executable, "-c", DAEMON, str(waiting)]
                 extra = ["--stats-file", "stats.json"]
                 await nursery.start(daemon.run, command, restored_from, work, ("127.0.0.1", port), extra)
-                await trio.sleep(INTERPRETER)
+                while not waiting.exists():
+                    await trio.sleep(POLL)
                 async with client.lazy_dump(pid, images_dir=images, port=port, **options):
                     if way == "hybrid":
                         write_lazy_parents(images, restored_from)
-                    go.touch()
+                    waiting.unlink()
                     await daemon.ready.wait()
                     async with restore(criu, restored_from, work, pid) as restored:
                         workload.control.gone = restored.gone

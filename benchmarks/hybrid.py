@@ -4,8 +4,9 @@
 
 The kernel has to track what a process writes, so this runs in the virtual machine of `make test-vm`, with
 Debian's kernel 6.1, on a processor that is emulated: what is compared is compared in one machine and in turn,
-and the seconds mean nothing beyond that. The loopback device has a round trip of 10 ms. _hybrid_guest.py has
-what happens in the machine.
+and the seconds mean nothing beyond that. Emulation slows an interpreter down far more than what is C, so the
+daemon's is started before the process is frozen. The loopback device has a round trip of 10 ms.
+_hybrid_guest.py has what happens in the machine.
 
 pre-copy    pre-dumps until what changes does not get less, a dump of the rest, and a restore
 post-copy   a lazy dump, and a lazy restore with criupy-lazy-pages
@@ -166,8 +167,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare pre-copy, post-copy and both.")
-    parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--size", type=positive, default=64, metavar="MIB")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--size", type=positive, default=256, metavar="MIB")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it there, as SVG")
     add_report_options(parser)
     options = parser.parse_args()

@@ -140,7 +140,8 @@ def start(*, nic: Nic | None = None, memory: int = 1536, cores: int = 2) -> Iter
         (folder / "console").touch()
         command = [
             *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cores), "-m", str(memory)),
+            # Emulated, string instructions go byte by byte: a kernel that takes them for fast copies slowly.
+            *("-accel", "tcg,thread=multi", "-cpu", "max,-erms,-fsrm", "-smp", str(cores), "-m", str(memory)),
             *("-kernel", str(disks.kernel), "-initrd", str(disks.initrd), "-append"),
             "console=ttyS0 quiet panic=-1 oops=panic mitigations=off random.trust_cpu=on",
             *("-serial", f"file:{folder}/console"),

@@ -172,7 +172,8 @@ def present_pages(pagemap: Pagemap) -> int:
 
 def flag_mask(pagemap: Pagemap, flag: PageFlags) -> bytes:
     """Make a byte per entry: 1 where it has the flag, else 0."""
-    table = bytes(1 if byte & flag.value else 0 for byte in range(256))
+    bits = flag.value
+    table = bytes(1 if byte & bits else 0 for byte in range(8)).ljust(256, b"\0")  # no flag is above
     return pagemap.flags.tobytes().translate(table)
 
 

@@ -30,7 +30,8 @@ def write_lazy_parents(images_dir: StrPath, new_dir: StrPath) -> int:
     pages became lazy. Raise an ImageError when it cannot be made, and leave nothing then.
     """
     source, target = Path(images_dir), Path(new_dir)
-    _check_places(source, target)
+    # A path through symbolic links may not be what ".." leads back along.
+    real_source, real_target = _places(source, target)
     read_inventory(source)
     found = [lazy_parents(source, task) for task in read_pstree(source) if not is_zombie(source, task.pid)]
     try:
@@ -38,13 +39,12 @@ def write_lazy_parents(images_dir: StrPath, new_dir: StrPath) -> int:
     except OSError as error:
         raise ImageError(target, None, f"expected to make this directory: {error.strerror}") from error
     try:
-        # A path through symbolic links may not be what ".." leads back along.
-        to_source = os.path.relpath(source.resolve(), target.resolve())
+        to_source = os.path.relpath(real_source, real_target)
         written = {memory.dumped.path.name for memory in found}
         for path in sorted(source.iterdir()):
             if path.name == "parent":
                 # As CRIU does: an absolute one leads elsewhere in a container's mount namespace.
-                (target / "parent").symlink_to(os.path.relpath(path.resolve(), target.resolve()))
+                (target / "parent").symlink_to(os.path.relpath(path.resolve(), real_target))
             elif path.name not in written and _is_to_link(path):
                 (target / path.name).symlink_to(f"{to_source}/{path.name}")
         for memory in found:
@@ -70,11 +70,14 @@ def write_lazy_parents(images_dir: StrPath, new_dir: StrPath) -> int:
     )
 
 
-def _check_places(source: Path, target: Path) -> None:
+def _places(source: Path, target: Path) -> tuple[Path, Path]:
+    """Return where the two really are, or refuse them."""
     if original_images(source) != source:
         raise ImageError(source, None, "expected a dump, this was made of one by criupy lazy-parents already")
-    if source.resolve() in target.resolve().parents:
+    real_source, real_target = source.resolve(), target.resolve()
+    if real_source in real_target.parents:
         raise ImageError(target, None, f"expected a place outside of the dump, {source} stays as it is")
+    return real_source, real_target
 
 
 def _is_to_link(path: Path) -> bool:
