@@ -14,7 +14,7 @@ hybrid      the same pre-dumps, a lazy dump of the rest, and a lazy restore with
             criupy.images.write_lazy_parents makes of it
 
 The freeze is the longest time without a heartbeat; the stall is the sum of all faults of one thread from then
-on. All images lie in a directory that both sides share. Every byte is looked at in the end.
+on. All images lie in a directory that both sides share, in memory. Every byte is looked at in the end.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from vm.machine import Guest, start  # noqa: E402
 WAYS = ("pre-copy", "post-copy", "hybrid")
 MARK = ("<!-- hybrid: begin -->", "<!-- hybrid: end -->")
 GUEST = "/root/bench"
+IMAGES = "/root/images"
 MOST_STALL = 0.5
 
 
 async def once(guest: Guest, way: str, criu: str, size: int) -> dict[str, Any]:
     """Move a process once."""
-    room = f"{GUEST}/room"
+    room = f"{IMAGES}/room"
     words = ["python3", f"{GUEST}/guest.py", way, criu, room, str(size)]
     done = await guest.run(words, timeout=300)
     await guest.run(["rm", "-rf", room])
@@ -55,13 +56,16 @@ async def measure(rounds: int, size: int) -> dict[str, Any]:
     """Move it by each way in turn."""
     criu = str(find_criu_prefixes()[-1] / "bin" / "criu")
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-    with start(memory=2048) as machine:
+    with start(memory=3072) as machine:
         async with machine.connect() as guest:
             kernel = (await guest.run(["uname", "-r"])).output.split("-")[0]
             program = Path(__file__).with_name("_hybrid_guest.py")
             await guest.put(f"{GUEST}/guest.py", program.read_bytes())
             # One written byte would make all of a huge page dirty.
             await guest.put("/sys/kernel/mm/transparent_hugepage/enabled", b"never")
+            # A disk that is still written to would slow down who comes after.
+            await guest.run(["mkdir", IMAGES])
+            await guest.run(["mount", "-t", "tmpfs", "-o", "size=2g", "none", IMAGES])
             await guest.run(["ip", "link", "set", "lo", "up"])
             await guest.run(["tc", "qdisc", "replace", "dev", "lo", "root", "netem", "delay", "5ms"])
             for number in range(rounds):
