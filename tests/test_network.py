@@ -118,6 +118,23 @@ def test_what_cannot_be_seen_is_no_answer(netns: Path, script: str, said: str) -
     assert (lock_note(netns) or "").startswith("its network may still be locked: ")
 
 
+def test_one_that_is_busy_is_no_answer(netns: Path) -> None:
+    """Another one may have iptables' lock, and nft nothing to tell."""
+    answer(
+        netns, 'case $* in ip*) echo "Another app is currently holding the xtables lock." >&2; exit 4 ;; esac'
+    )
+    with pytest.raises(criupy.CriuError, match="cannot be seen: Another app is currently holding"):
+        unlock_network(netns)
+
+
+def test_what_could_not_be_held() -> None:
+    with HeldNetwork((1 << 22) - 1) as network:
+        for ask in (lambda: network.is_locked, network.unlock):
+            with pytest.raises(criupy.CriuError, match=r"cannot be seen: No such file"):
+                ask()
+        assert (network.note() or "").startswith("its network may still be locked: ")
+
+
 def test_without_nsenter(netns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(criupy.CriuError, match="nsenter cannot be started: No such file"):

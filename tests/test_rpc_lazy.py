@@ -560,6 +560,40 @@ async def test_abort_while_another_task_waits(criu: Criu, room: Path, images: Pa
             assert not is_network_locked(f"/proc/{victim.pid}/ns/net")
 
 
+async def test_abort_from_outside_of_the_block(criu: Criu, room: Path, images: Path) -> None:
+    """The block ends as soon as CRIU has, and the network is still to be unlocked."""
+    outcomes: list[SourceOutcome] = []
+
+    async def abort(source: AsyncLazyDump) -> None:
+        outcomes.append(await source.abort())
+
+    with counter(room, wrap=LONELY) as victim:
+        await until(lambda: victim.count() > 0)
+        async with criupy.AsyncCriu(criu.path) as client, trio.open_nursery() as nursery:
+            with pytest.raises(criupy.CriuDied):
+                async with client.lazy_dump(victim.pid, images_dir=images) as source:
+                    nursery.start_soon(abort, source)
+        assert outcomes == [source.outcome] == [SourceOutcome.RESUMED]
+        victim.assert_running()
+        assert not is_network_locked(f"/proc/{victim.pid}/ns/net")
+
+
+async def test_abort_after_it_has_failed(criu: Criu, kind: str, room: Path, images: Path) -> None:
+    with counter(room, wrap=LONELY) as victim:
+        netns = f"/proc/{victim.pid}/ns/net"
+        await until(lambda: victim.count() > 0)
+        async with (
+            open_client(kind, binary=criu.path) as client,
+            client.block("lazy_dump", victim.pid, images_dir=images) as source,
+        ):
+            reset(source.address, source.port)
+            with pytest.raises(criupy.CriuError, match="lazy_dump: "):
+                await client.run(source.wait)
+            assert is_network_locked(netns)
+            assert await client.run(source.abort) is SourceOutcome.RESUMED
+            assert not is_network_locked(netns)
+
+
 async def test_destination_that_resets(criu: Criu, kind: str, room: Path, images: Path) -> None:
     """The migration fails before its time: an error, and the process goes on here."""
     with counter(room) as victim:

@@ -215,6 +215,27 @@ async def test_several_abort_at_once(lab: Lab, source: Client, tmp_path: Path) -
     assert lab.answers()
 
 
+async def test_abort_after_it_has_failed(lab: Lab, source: Client, tmp_path: Path) -> None:
+    async with frozen(lab, source, tmp_path) as (checkpoint, _):
+        for pid in processes(lab.a, "criu"):
+            kill(pid)
+        with pytest.raises(RuncError):
+            await source.run(checkpoint.wait)
+        assert not lab.answers()
+        assert await source.run(checkpoint.abort) is SourceOutcome.RESUMED
+        assert lab.answers()
+
+
+@pytest.mark.parametrize("kind", ["trio"], indirect=True)
+async def test_abort_from_outside_of_the_block(lab: Lab, source: Client, tmp_path: Path) -> None:
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(RuncError):
+            async with frozen(lab, source, tmp_path) as (checkpoint, _):
+                nursery.start_soon(checkpoint.abort)
+    assert checkpoint.outcome is SourceOutcome.RESUMED
+    assert lab.answers()
+
+
 async def test_two_checkpoints_at_once(lab: Lab, source: Client, tmp_path: Path) -> None:
     """One is told, and leaves the other's lock and hold alone."""
     held, told = trio.Event(), trio.Event()
@@ -238,6 +259,9 @@ async def test_two_checkpoints_at_once(lab: Lab, source: Client, tmp_path: Path)
                 nursery.start_soon(freeze, number)
     assert held.is_set()
     assert len(errors) == 1
+    # The one that was quicker to be refused says it in the error itself.
+    told_of = [*getattr(errors[0], "__notes__", ()), str(errors[0])]
+    assert any("another checkpoint" in each for each in told_of), told_of
     assert lab.answers()
 
 
@@ -280,13 +304,14 @@ async def test_not_ready_in_time(lab: Lab, source: Client, tmp_path: Path) -> No
     rng = random.Random(7)
     given_up = 0
     for number in range(12):
-        how = {**where(lab, tmp_path / str(number)), "request_timeout": rng.uniform(0.02, 0.3)}
+        how = {**where(lab, tmp_path / str(number)), "request_timeout": rng.uniform(0.05, 0.3)}
         try:
             async with source.block("lazy_checkpoint", NAME, **how) as checkpoint:
                 await source.run(checkpoint.abort)
         except RuncTimeout as error:
-            assert re.fullmatch(rf"runc checkpoint {NAME}: not done after 0\.\d+ s", str(error))
-            assert error.__notes__ == ["the container: resumed"]
+            assert re.fullmatch(rf"runc (state|checkpoint) {NAME}: not done after 0\.\d\d s", str(error))
+            if error.command == "checkpoint":
+                assert error.__notes__ == ["the container: resumed"]
             given_up += 1
         assert lab.answers()
     assert given_up
@@ -494,13 +519,12 @@ async def test_a_veto_of_the_daemon_leaves_the_network_locked(
                         pass
             # Here, too: CRIU had locked it already.
             netns = f"/run/netns/{lab.b.container_network}"
-            assert vetoed.value.message.startswith("the lazy-pages daemon was killed by SIGKILL")
-            said, locked = sorted(vetoed.value.__notes__)
-            assert said.startswith("CRIU said: uffd: ")
-            assert locked == (
+            # CRIU ends by itself, or hangs.
+            assert "the lazy-pages daemon was killed by SIGKILL" in str(vetoed.value)
+            assert (
                 f"its network is still locked: criupy.rpc.unlock_network('{netns}') undoes that, "
                 "before it is tried again"
-            )
+            ) in vetoed.value.__notes__
             await trio.to_thread.run_sync(unlock_network, netns)
             assert not is_network_locked(netns)
             await source.run(checkpoint.wait)

@@ -20,6 +20,7 @@ from criupy.rpc import Features, SourceOutcome
 from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._report import LogWatch
 from criupy.runc import AsyncRunc, Runc
+from criupy.runc._left_linux import _parse, _was_reached
 from criupy.runc._plans_linux import CheckpointPlan, RestorePlan
 from rpc_clients import Client
 
@@ -285,6 +286,57 @@ async def test_a_frozen_cgroup_that_a_checkpoint_has_left(
     say(tmp_path, "resume", "")
     assert await client.call("abort_checkpoint", "web") is SourceOutcome.RESUMED
     assert calls(tmp_path) == ["state", "state", "resume"]
+
+
+async def test_an_abort_that_did_not_do_all_is_repeated(client: Client, tmp_path: Path, process: int) -> None:
+    say(tmp_path, "checkpoint", "printf '\\0' >&$status_fd; exec sleep 1000\n")
+    async with client.block("lazy_checkpoint", "web", **where(tmp_path)) as checkpoint:
+        say(tmp_path, "state", state(process, "paused"))
+        say(tmp_path, "resume", "exit 1")
+        with pytest.raises(RuncError, match="runc resume web: ended with status 1"):
+            await client.run(checkpoint.abort)
+        say(tmp_path, "resume", "")
+        assert await client.run(checkpoint.abort) is SourceOutcome.RESUMED
+    assert calls(tmp_path).count("resume") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "others", "root"),
+    [
+        ("runc checkpoint web", ["checkpoint", "web"], "/run/runc"),
+        ("runc checkpoint web --lazy-pages --status-fd 3", ["checkpoint", "web"], "/run/runc"),
+        ("runc --root /r/ -log x checkpoint --image-path db web", ["checkpoint", "web"], "/r"),
+        ("runc --debug --root=/r/../s checkpoint --page-server=h:1 web", ["checkpoint", "web"], "/s"),
+        ("runc -root", [], "."),
+    ],
+)
+def test_what_runc_was_told(words: str, others: list[str], root: str) -> None:
+    assert _parse(words.split()) == (others, root)
+
+
+@pytest.mark.parametrize(
+    ("log", "reached"),
+    [(None, True), ("Error", False), ("(00.1) Starting lazy pages server\n", True)],
+)
+def test_whether_a_destination_has_come(tmp_path: Path, log: str | None, *, reached: bool) -> None:
+    """It goes on for a while after it has closed, and does not listen any more."""
+    if log is not None:
+        (tmp_path / "dump.log").write_text(log)
+    with subprocess.Popen(["sleep", "1000"], cwd=tmp_path) as criu:
+        try:
+            assert _was_reached(criu.pid) is reached
+        finally:
+            criu.kill()
+    program = (
+        "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(flush=True); time.sleep(1000)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE) as criu:
+        try:
+            assert criu.stdout is not None
+            assert criu.stdout.read(1)
+            assert not _was_reached(criu.pid)
+        finally:
+            criu.kill()
 
 
 @pytest.mark.parametrize("status", ["kill -9 $$", "exit 3"])

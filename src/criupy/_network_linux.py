@@ -29,6 +29,7 @@ _TOOLS = ("iptables", "ip6tables", "nft")
 # For the lock that iptables themselves hold, in seconds: another program may hang with it.
 _WAIT = ("-w", "10")
 _TRIES = 5  # another one may be at it, too, and have undone what we were about to
+_NO_RESOURCE = 4  # iptables' own, when somebody else has its lock, or without the rights
 _NO_PROGRAM = 127  # execvp's, of nsenter as of a shell
 
 
@@ -119,6 +120,8 @@ class _Network:
         said = _said(done)
         if said.startswith("nsenter: ") and done.returncode != _NO_PROGRAM:
             raise CriuError("unlock_network", f"expected a network namespace, {self}: {said}")
+        if done.returncode == _NO_RESOURCE:
+            raise CriuError("unlock_network", f"whether CRIU has locked {self} cannot be seen: {said}")
         failures.append(said)
         return []
 
@@ -158,11 +161,14 @@ class HeldNetwork:
     ) -> None:
         if self._held is not None:
             self._held.close()
+            self._held, self._reason = None, "it was let go of"
 
     def _other(self) -> _Network | None:
-        """Return it; None for our own, which CRIU does not lock, and when it is not held."""
+        """Return it; None for our own, which CRIU does not lock."""
         if self._held is None:
-            return None
+            raise CriuError(
+                "unlock_network", f"whether CRIU has locked {self._path} cannot be seen: {self._reason}"
+            )
         ours, held = Path("/proc/self/ns/net").stat(), os.fstat(self._held.fileno())
         if (held.st_dev, held.st_ino) == (ours.st_dev, ours.st_ino):
             return None
@@ -176,9 +182,10 @@ class HeldNetwork:
 
     def note(self) -> str | None:
         """Say that it is still locked, if it is, and what undoes that."""
-        if self._held is None:
-            return f"its network may still be locked: {self._path}: {self._reason}"
-        other = self._other()
+        try:
+            other = self._other()
+        except CriuError as error:
+            return f"its network may still be locked: {error.message}"
         return None if other is None else other.note()
 
     def unlock(self) -> None:

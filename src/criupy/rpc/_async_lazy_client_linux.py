@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -101,7 +100,9 @@ class AsyncLazyDump:
             await self._see_out(interrupted)
             raise
         finally:
-            self._plan.close()
+            with trio.CancelScope(shield=True):
+                async with self._aborting:  # another task's abort still needs it
+                    self._plan.close()
 
     async def _see_out(self, error: BaseException) -> None:
         """End it after an error: by force, unless a destination may run already, which alone can say how."""
@@ -157,32 +158,33 @@ class AsyncLazyDump:
         return self.outcome
 
     async def abort(self) -> SourceOutcome:
-        """End it now, so that the tree goes on here, and its network.
+        """End it now, so that the tree goes on here, and its network; also after it has failed.
 
         Only for when no destination runs it: after a destination has connected,
         nobody here can know that. A task in ``wait`` sees CRIU die.
         """
-        self._is_aborted = True
-        async with self._aborting:
-            if self.outcome is not None:
-                return self.outcome
-            return await self._abort(partial(self._plan.stop, self.address, self.port))
+        with trio.CancelScope(shield=True):  # what begins is finished, within the grace
+            async with self._aborting:
+                self._is_aborted = True
+                outcome = await self._abort()
+        return outcome
 
-    async def _abort(self, stop: Callable[[], None]) -> SourceOutcome:
+    async def _abort(self) -> SourceOutcome:
+        stop = partial(self._plan.stop, self.address, self.port)
         seen = True
-        if (left := self._waiter) is not None:
+        if self.outcome is None and (left := self._waiter) is not None:
             await self._running._strike(stop)
             with trio.move_on_after(self._running._grace):
                 await left.wait()
             seen = left.is_set()
-        if self.outcome is None:
+        outcome = self.outcome
+        if outcome is None:
             if seen:  # nobody waits, or whoever did was interrupted
                 seen = await self._running._kill(stop)
-            self.outcome = self._plan.aborted(seen=seen, succeeded=self._running._succeeded)
-        if self.outcome is not SourceOutcome.KILLED:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._plan.unlock_network)
-        return self.outcome
+            self.outcome = outcome = self._plan.aborted(seen=seen, succeeded=self._running._succeeded)
+        if outcome is not SourceOutcome.KILLED and not self._plan.is_closed:
+            await trio.to_thread.run_sync(self._plan.unlock_network)
+        return outcome
 
 
 class AsyncLazyRestore:

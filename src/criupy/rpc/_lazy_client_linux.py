@@ -131,17 +131,23 @@ class LazyDump:
         return self.outcome
 
     def abort(self) -> SourceOutcome:
-        """End it now, so that the tree goes on here, and its network.
+        """End it now, so that the tree goes on here, and its network; also after it has failed.
 
         Only for when no destination runs it: after a destination has connected,
         nobody here can know that.
         """
-        if self.outcome is None:
+        outcome = self.outcome
+        if outcome is None:
             seen = self._running._kill(partial(self._plan.stop, self.address, self.port))
-            self.outcome = self._plan.aborted(seen=seen, succeeded=self._running._succeeded)
-            if self.outcome is not SourceOutcome.KILLED:
+            outcome = self._plan.aborted(seen=seen, succeeded=self._running._succeeded)
+        try:
+            if outcome is not SourceOutcome.KILLED and not self._plan.is_closed:
                 self._plan.unlock_network()
-        return self.outcome
+        except CriuError:
+            self.outcome = outcome
+            raise
+        self.outcome = outcome  # an interrupted one is not done
+        return outcome
 
 
 class LazyRestore:

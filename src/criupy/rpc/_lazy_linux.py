@@ -26,11 +26,9 @@ from criupy.rpc._option_types import Directory
 from criupy.rpc._options import TlsOptions
 from criupy.rpc._results import SourceOutcome, Version
 
-__all__ = ["LazyDumpPlan", "check_listening", "is_connected", "listeners", "page_socket", "plan_restore"]
+__all__ = ["LazyDumpPlan", "check_listening", "listeners", "page_socket", "plan_restore"]
 
-# include/net/tcp_states.h, as /proc/net/tcp shows it
-_TCP_ESTABLISHED: Final = "01"
-_TCP_LISTEN: Final = "0A"
+_TCP_LISTEN: Final = "0A"  # include/net/tcp_states.h, as /proc/net/tcp shows it
 
 
 def frame_size(version: Version) -> Literal[24, 32]:
@@ -40,15 +38,6 @@ def frame_size(version: Version) -> Literal[24, 32]:
 
 def listeners(pid: int) -> list[tuple[str, int]]:
     """List (address, port) of the TCP sockets on which a process listens, in its own network namespace."""
-    return _sockets(pid, _TCP_LISTEN)
-
-
-def is_connected(pid: int) -> bool:
-    """Tell whether a process has a TCP connection, in its own network namespace."""
-    return _sockets(pid, _TCP_ESTABLISHED) != []
-
-
-def _sockets(pid: int, state: str) -> list[tuple[str, int]]:
     inodes = set()
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -61,7 +50,7 @@ def _sockets(pid: int, state: str) -> list[tuple[str, int]]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
                 words = line.split()
-                if words[3] == state and words[9] in inodes:
+                if words[3] == _TCP_LISTEN and words[9] in inodes:
                     found.append(_endpoint(words[1]))
     return found
 
@@ -181,6 +170,7 @@ class LazyDumpPlan:
         self._stack = contextlib.ExitStack()
         self._process: Descriptor | None = None
         self._network: HeldNetwork | None = None
+        self.is_closed: bool = False
         self._criu: Descriptor | None = None
 
     def check_version(self, version: Version) -> Literal[24, 32]:
@@ -275,6 +265,7 @@ class LazyDumpPlan:
 
     def close(self) -> None:
         """Close what was opened."""
+        self.is_closed = True
         self._stack.close()
 
 

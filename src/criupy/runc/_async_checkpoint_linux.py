@@ -92,7 +92,7 @@ class AsyncContainerCheckpoint:
         """End a checkpoint that is not ready, so that the container goes on."""
         with trio.CancelScope(shield=True):
             try:
-                error.add_note(f"the container: {(await self.abort()).value}")
+                self._plan.tell(error, await self.abort())
             except CriupyError as failure:
                 error.add_note(str(failure))
             finally:
@@ -118,8 +118,10 @@ class AsyncContainerCheckpoint:
             await self._see_out(interrupted)
             raise
         finally:
-            self._running.close()
-            self._plan.close()
+            with trio.CancelScope(shield=True):
+                async with self._aborting:  # another task's abort still needs it
+                    self._running.close()
+                    self._plan.close()
 
     async def _see_out(self, error: BaseException) -> None:
         """End it after an error: by force, unless a destination may run already, which alone can say how.
@@ -166,25 +168,27 @@ class AsyncContainerCheckpoint:
                 await trio.lowlevel.wait_readable(pidfd.fileno())
 
     async def abort(self) -> SourceOutcome:
-        """End it now, so that the container goes on here and its network, too.
+        """End it now, so that the container goes on here and its network, too; also after it has failed.
 
         Only for when no destination runs it: after a destination has connected,
         nobody here can know that.
         """
         command = self._running
-        self._is_aborted = True
         with trio.CancelScope(shield=True):
             async with self._aborting:
+                self._is_aborted = True
                 if self.outcome is None:
                     self._plan.kill(command)
                     await self._wait_ended(command)
-                    await self._let_go_on(succeeded=command.worker.poll() == 0)
-        self.outcome = self.outcome or self._plan.outcome(succeeded=command.worker.poll() == 0)
-        return self.outcome
+                succeeded = command.worker.poll() == 0
+                try:
+                    if not succeeded and not self._plan.is_closed and not self._plan.is_held:
+                        await self._let_go_on()
+                finally:
+                    self.outcome = outcome = self.outcome or self._plan.outcome(succeeded=succeeded)
+        return outcome
 
-    async def _let_go_on(self, *, succeeded: bool) -> None:
-        if succeeded or self._plan.is_held:
-            return
+    async def _let_go_on(self) -> None:
         try:
             await self._runc._set_paused(self._plan.container, paused=self._plan.was_paused)
         finally:

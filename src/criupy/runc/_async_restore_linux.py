@@ -57,7 +57,8 @@ class AsyncContainerRestore:
             else:
                 await self._daemon.start(deadline)
             await self._restore(deadline)
-            left = max(deadline - trio.current_time(), 0.0)
+            # It runs, and only its pid is asked for.
+            left = max(deadline - trio.current_time(), runc._program.grace)
             state = await runc.state(plan.container, request_timeout=left)
         except BaseException as error:
             await self._end(error)

@@ -83,7 +83,7 @@ class ContainerCheckpoint:
     def _give_up(self, command: Command, error: BaseException) -> None:
         """End a checkpoint that is not ready, so that the container goes on."""
         try:
-            error.add_note(f"the container: {self.abort().value}")
+            self._plan.tell(error, self.abort())
         except CriupyError as failure:
             error.add_note(str(failure))
         except BaseException:
@@ -162,7 +162,7 @@ class ContainerCheckpoint:
             self._plan.unlock_network()
 
     def abort(self) -> SourceOutcome:
-        """End it now, so that the container goes on here and its network, too.
+        """End it now, so that the container goes on here and its network, too; also after it has failed.
 
         Only for when no destination runs it: after a destination has connected,
         nobody here can know that.
@@ -171,10 +171,14 @@ class ContainerCheckpoint:
         if self.outcome is None:
             self._plan.kill(command)
             self._wait_ended(command)
-            succeeded = command.worker.poll() == 0
-            try:
-                if not succeeded and not self._plan.is_held:
-                    self._let_go_on()
-            finally:
-                self.outcome = self._plan.outcome(succeeded=succeeded)
+        succeeded = command.worker.poll() == 0
+        try:
+            if not succeeded and not self._plan.is_closed and not self._plan.is_held:
+                self._let_go_on()
+        except CriupyError:
+            self.outcome = self.outcome or self._plan.outcome(succeeded=succeeded)
+            raise
+        self.outcome = self.outcome or self._plan.outcome(
+            succeeded=succeeded
+        )  # an interrupted one is not done
         return self.outcome

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 from criupy._descriptor import Descriptor
-from criupy._kill_linux import kill_trees
+from criupy._kill_linux import descendants, kill_trees
 from criupy._network_linux import HeldNetwork
 from criupy._proc_linux import is_named, parent_of, tracer_of
 from criupy.errors import CriuError, RuncError
 from criupy.rpc import SourceOutcome
-from criupy.rpc._lazy_linux import is_connected, open_process, outcome_of
+from criupy.rpc._lazy_linux import listeners, open_process, outcome_of
 from criupy.rpc._worker_linux import HeldInterrupt
 from criupy.runc._program_linux import CRIU
 from criupy.runc._words import ContainerState
@@ -32,7 +31,7 @@ def unlock(container: str, network: HeldNetwork) -> None:
 
 def unlock_left(container: str, state: ContainerState) -> None:
     """Let the network of a container go on that a checkpoint has left."""
-    if criu := criu_of(container, state.pid):
+    if criu := _criu_of(state.pid):
         raise RuncError(
             "checkpoint",
             container,
@@ -43,22 +42,65 @@ def unlock_left(container: str, state: ContainerState) -> None:
         unlock(container, network)
 
 
-def criu_of(container: str, pid: int) -> int:
-    """Return the CRIU that holds a container by its first process; 0 for none, RuncError for a debugger."""
+def _criu_of(pid: int) -> int:
+    """Return the CRIU that holds a container by its first process; 0 for none."""
     tracer = tracer_of(pid)
-    if tracer and not is_named(tracer, CRIU):
-        raise RuncError("checkpoint", container, f"process {tracer} traces it, and is no CRIU")
-    return tracer
+    return tracer if tracer and is_named(tracer, CRIU) else 0
 
 
-def _root_of(words: list[str]) -> str | None:
-    """Return the state directory that runC was told to use."""
-    for word, following in pairwise(words):
-        if word == "--root":
-            return following
-        if word.startswith("--root="):
-            return word.removeprefix("--root=")
-    return None
+#: CRIU says so before it listens (criu/cr-dump.c), in the log that runC has it write in its work directory.
+_SERVES = b"Starting lazy pages server"
+
+#: Options of runC and of its checkpoints that are followed by a value.
+_WITH_VALUE = frozenset(
+    {
+        *("root", "log", "log-format", "criu", "rootless"),
+        *("image-path", "work-path", "parent-path", "page-server", "status-fd", "manage-cgroups-mode"),
+        "empty-ns",
+    }
+)
+_USUAL_ROOT = "/run/runc"
+
+
+def _was_reached(criu: int) -> bool:
+    """Tell whether a destination has come to a CRIU; also if it cannot be told.
+
+    It listens until the first one comes, and goes on for a while after that one has closed.
+    One that is at its end has decided everything, or was killed.
+    """
+    if listeners(criu) or _is_ending(criu):
+        return False
+    try:
+        return _SERVES in Path(f"/proc/{criu}/cwd/dump.log").read_bytes()
+    except OSError:
+        return True
+
+
+def _is_ending(pid: int) -> bool:
+    try:
+        return next(Path(f"/proc/{pid}/fd").iterdir(), None) is None
+    except OSError:
+        return True
+
+
+def _parse(words: list[str]) -> tuple[list[str], str]:
+    """Return what runC was told but options, and its state directory."""
+    others: list[str] = []
+    root = _USUAL_ROOT
+    given = iter(words[1:])
+    for word in given:
+        if not word.startswith("-"):
+            others.append(word)
+            continue
+        name, has_value, value = word.lstrip("-").partition("=")
+        if name in _WITH_VALUE:
+            value = value if has_value else next(given, "")
+            root = value if name == "root" else root
+    return others, os.path.normpath(root)
+
+
+def _number(entry: Path) -> int:
+    return int(entry.name) if entry.name.isdecimal() else 0
 
 
 class LeftCheckpoint:
@@ -71,13 +113,13 @@ class LeftCheckpoint:
     def __init__(self, container: str, state: ContainerState, root: str | None, *, force: bool) -> None:
         self._container = container
         self._pid = state.pid
-        self._root = root
+        self._root = os.path.normpath(root or _USUAL_ROOT)
         self._killed = False
         self._stack = contextlib.ExitStack()
         try:
             self._process = self._stack.enter_context(self._open_container())
             self._network = self._stack.enter_context(HeldNetwork(self._pid))
-            self._criu = criu_of(container, self._pid)
+            self._criu = self._find_criu()
             self._found = [*self._open_criu(), *self._open_checkpoints()]
             self._check(state, force=force)
         except BaseException:
@@ -93,10 +135,16 @@ class LeftCheckpoint:
     def _error(self, message: str, hint: str | None = None) -> RuncError:
         return RuncError("checkpoint", self._container, message, hint=hint)
 
+    def _find_criu(self) -> int:
+        tracer, criu = tracer_of(self._pid), _criu_of(self._pid)
+        if tracer and not criu:
+            raise self._error(f"process {tracer} traces it, and is no CRIU")
+        return criu
+
     def _check(self, state: ContainerState, *, force: bool) -> None:
-        if self._criu and not force and is_connected(self._criu):
+        if self._criu and not force and _was_reached(self._criu):
             raise self._error(
-                "a destination has connected, which alone can know whether the container runs there",
+                "a destination has connected, and that alone can know whether the container runs there",
                 "end that one first, and if it is gone for good, abort with force=True",
             )
         if self._found or state.status == "paused":
@@ -114,12 +162,16 @@ class LeftCheckpoint:
                 yield found
 
     def _open_checkpoints(self) -> Iterator[tuple[int, Descriptor]]:
-        """Open the commands for this checkpoint, of which there should be one."""
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal() and self._is_checkpoint(int(entry.name)):
-                for found in self._open(int(entry.name)):
-                    if self._is_checkpoint(found[0]):  # still
+        """Open the command for this checkpoint, and a CRIU of it that does not hold the container yet."""
+        candidates = [parent_of(self._criu)] if self._criu else map(_number, Path("/proc").iterdir())
+        for pid in candidates:
+            if pid and self._is_checkpoint(pid):
+                for found in self._open(pid):
+                    if self._is_checkpoint(pid):  # still
                         yield found
+                for child in descendants(pid) if not self._criu else ():
+                    if is_named(child, CRIU):
+                        yield from self._open(child)
 
     def _open(self, pid: int) -> Iterator[tuple[int, Descriptor]]:
         if pid:
@@ -128,14 +180,14 @@ class LeftCheckpoint:
 
     def _is_checkpoint(self, pid: int) -> bool:
         """Tell whether a process is ``runc checkpoint`` of this container, and not of one of another root."""
-        words: list[str] = []
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-        if "checkpoint" not in words or self._container not in words or not is_named(pid, "runc"):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:-1]
+        except OSError:
             return False
-        if self._criu and parent_of(self._criu) == pid:
-            return True
-        return _root_of(words) == self._root
+        if not is_named(pid, "runc"):
+            return False
+        others, root = _parse(words)
+        return others == ["checkpoint", self._container] and (bool(self._criu) or root == self._root)
 
     def kill(self) -> list[int]:
         """Kill them; return pidfds that tell of their ends."""
@@ -150,8 +202,9 @@ class LeftCheckpoint:
         return outcome_of(self._process, succeeded=False)
 
     def unlock_network(self) -> None:
-        """Let the container's network go on."""
-        unlock(self._container, self._network)
+        """Let the container's network go on, unless another checkpoint has begun meanwhile."""
+        if not _criu_of(self._pid):
+            unlock(self._container, self._network)
 
     def close(self) -> None:
         """Close what was opened."""

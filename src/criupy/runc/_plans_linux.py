@@ -12,7 +12,7 @@ from pathlib import Path
 from criupy._descriptor import Descriptor
 from criupy._kill_linux import descendants, kill_trees
 from criupy._network_linux import HeldNetwork, lock_note
-from criupy._proc_linux import is_named, tracer_of
+from criupy._proc_linux import is_named, parent_of, tracer_of
 from criupy.errors import OptionError, RuncError
 from criupy.rpc import HasFileno, SourceOutcome
 from criupy.rpc._daemon_linux import DaemonPlan, check_page_server, plan_daemon
@@ -104,6 +104,7 @@ class CheckpointPlan:
         self._pid = 0
         self._process: Descriptor | None = None
         self._network: HeldNetwork | None = None
+        self.is_closed: bool = False
         self._criu: tuple[int, Descriptor] | None = None
         self._status_pipe = ""
         self.was_paused: bool = False
@@ -162,7 +163,9 @@ class CheckpointPlan:
             return
         worker = command.worker
         found = [] if worker.poll() is not None else list(descendants(worker.pid))
-        for pid in [pid for pid in found if is_named(pid, CRIU)] or self._other_holders(worker.pid):
+        # CRIU has forked some of that name, too.
+        found = [pid for pid in found if is_named(pid, CRIU) and not is_named(parent_of(pid) or 0, CRIU)]
+        for pid in found or self._other_holders(worker.pid):
             with contextlib.suppress(ProcessLookupError):
                 self._criu = (pid, self._stack.enter_context(Descriptor(os.pidfd_open(pid))))
                 return
@@ -215,12 +218,15 @@ class CheckpointPlan:
     def failed(self, error: RuncError, *, tell_lock: bool = True) -> SourceOutcome:
         """Tell what became of a container whose checkpoint failed, and say it in the error, with a lock."""
         outcome = self.outcome(succeeded=False)
-        error.add_note(f"the container: {outcome.value}")
-        if self.is_held:
-            error.add_note("another checkpoint of it is under way")
-        elif tell_lock and outcome is SourceOutcome.RESUMED:
+        self.tell(error, outcome)
+        if tell_lock and outcome is SourceOutcome.RESUMED and not self.is_held:
             self._tell_lock(error)
         return outcome
+
+    def tell(self, error: BaseException, outcome: SourceOutcome) -> None:
+        """Say in an error what became of the container."""
+        what = "held by another checkpoint" if self.is_held else outcome.value
+        error.add_note(f"the container: {what}")
 
     def _tell_lock(self, error: RuncError) -> None:
         if self._network is not None and (note := self._network.note()):
@@ -228,6 +234,7 @@ class CheckpointPlan:
 
     def close(self) -> None:
         """Close what was opened."""
+        self.is_closed = True
         self._stack.close()
 
 

@@ -177,7 +177,7 @@ class Command:
         """Make the error for one that took too long."""
         seconds = time.monotonic() - self._started
         return RuncTimeout(
-            self.name, self.container, f"not done after {seconds:.3g} s", log_lines=self.errors()
+            self.name, self.container, f"not done after {seconds:.2f} s", log_lines=self.errors()
         )
 
     def stuck(self) -> RuncError:

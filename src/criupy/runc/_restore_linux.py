@@ -56,7 +56,8 @@ class ContainerRestore:
             else:
                 self._daemon.start(deadline)
             self._restore(deadline)
-            left = max(deadline - time.monotonic(), 0.0)
+            # It runs, and only its pid is asked for.
+            left = max(deadline - time.monotonic(), runc._program.grace)
             state = runc.state(plan.container, request_timeout=left)
         except BaseException as error:
             self._end(error)
