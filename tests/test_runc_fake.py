@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -234,6 +236,24 @@ async def test_a_restore_that_succeeded_is_never_undone(client: Client, tmp_path
             pass
     assert done.exists()
     assert caught.value.__notes__ == ["container web was restored nevertheless, and runs"]
+
+
+async def test_a_restore_that_has_not_started_criu_yet(client: Client, tmp_path: Path) -> None:
+    """There is nothing to kill at first, and then there is; what runC starts later is not let go on."""
+    before = children()
+    wait = "SECONDS=0; while [ $SECONDS -lt 1 ]; do :; done"
+    say(tmp_path, "restore", f"{wait}\nsleep 1000 || {{ touch '{tmp_path}/undone'; exit 1; }}\n")
+    say(tmp_path, "state", """echo '{"level":"error","msg":"container does not exist"}' >>"$log"; exit 1\n""")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "lazy-pages.socket"))
+        how = {"bundle": bundle(tmp_path), "image_path": tmp_path, "daemon": None, "request_timeout": 0.3}
+        runc = client.client
+        runc._program = dataclasses.replace(runc._program, grace=5.0)
+        with pytest.raises(RuncTimeout):
+            async with client.block("lazy_restore", "web", **how):
+                pass
+    assert (tmp_path / "undone").exists()  # when its child was killed, it could do what runC does then
+    assert children() == before
 
 
 async def test_a_criu_that_has_lost_its_daemon(client: Client, tmp_path: Path) -> None:

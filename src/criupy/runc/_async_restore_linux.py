@@ -13,7 +13,7 @@ from criupy.rpc import AsyncProcess
 from criupy.rpc._async_daemon_linux import AsyncDaemon
 from criupy.rpc._async_operation_linux import wait_ended
 from criupy.rpc._lazy_linux import check_listening
-from criupy.runc._plans_linux import RestorePlan
+from criupy.runc._plans_linux import PAUSE, RestorePlan
 from criupy.runc._program_linux import Command
 
 if TYPE_CHECKING:
@@ -118,15 +118,26 @@ class AsyncContainerRestore:
             await self._wait_grace(command)
         status = command.worker.poll()
         if status is None:
-            self._runs = plan.may_run(None if daemon is None else daemon.poll())
-            if self._runs:
-                return
-            plan.kill_criu(command)
-            await self._wait_grace(command)
-            if command.worker.poll() is None:
-                command.worker.abandon()
+            await self._kill_criu(command)
         else:
             self._runs = status == 0
+
+    def _may_run(self) -> bool:
+        return self._plan.may_run(None if self._daemon is None else self._daemon.poll())
+
+    async def _kill_criu(self, command: Command) -> None:
+        """Kill what runC starts, until it gives up; it may not have started CRIU yet."""
+        with trio.move_on_after(self._runc._program.grace):
+            while command.worker.poll() is None:
+                if self._may_run():
+                    self._runs = True
+                    return
+                self._plan.kill_criu(command)
+                with trio.move_on_after(PAUSE):
+                    await wait_ended(command.worker)
+        if command.worker.poll() is None:
+            command.worker.abandon()
+        self._runs = command.worker.poll() == 0
 
     async def _wait_grace(self, command: Command) -> None:
         with trio.move_on_after(self._runc._program.grace):

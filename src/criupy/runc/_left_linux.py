@@ -18,7 +18,7 @@ from criupy.rpc._worker_linux import HeldInterrupt
 from criupy.runc._program_linux import CRIU
 from criupy.runc._words import ContainerState
 
-__all__ = ["LeftCheckpoint", "unlock", "unlock_left"]
+__all__ = ["LeftCheckpoint", "criu_of", "unlock", "unlock_left"]
 
 
 def unlock(container: str, network: HeldNetwork) -> None:
@@ -31,7 +31,7 @@ def unlock(container: str, network: HeldNetwork) -> None:
 
 def unlock_left(container: str, state: ContainerState) -> None:
     """Let the network of a container go on that a checkpoint has left."""
-    if criu := _criu_of(state.pid):
+    if criu := criu_of(state.pid):
         raise RuncError(
             "checkpoint",
             container,
@@ -42,10 +42,10 @@ def unlock_left(container: str, state: ContainerState) -> None:
         unlock(container, network)
 
 
-def _criu_of(pid: int) -> int:
-    """Return the CRIU that holds a container by its first process; 0 for none."""
+def criu_of(pid: int) -> int:
+    """Return the CRIU that holds a container by its first process; 0 for none, or one that is at its end."""
     tracer = tracer_of(pid)
-    return tracer if tracer and is_named(tracer, CRIU) else 0
+    return tracer if tracer and is_named(tracer, CRIU) and not _is_ending(tracer) else 0
 
 
 #: CRIU says so before it listens (criu/cr-dump.c), in the log that runC has it write in its work directory.
@@ -136,10 +136,10 @@ class LeftCheckpoint:
         return RuncError("checkpoint", self._container, message, hint=hint)
 
     def _find_criu(self) -> int:
-        tracer, criu = tracer_of(self._pid), _criu_of(self._pid)
-        if tracer and not criu:
+        tracer = tracer_of(self._pid)
+        if tracer and not is_named(tracer, CRIU):
             raise self._error(f"process {tracer} traces it, and is no CRIU")
-        return criu
+        return criu_of(self._pid)
 
     def _check(self, state: ContainerState, *, force: bool) -> None:
         if self._criu and not force and _was_reached(self._criu):
@@ -203,7 +203,7 @@ class LeftCheckpoint:
 
     def unlock_network(self) -> None:
         """Let the container's network go on, unless another checkpoint has begun meanwhile."""
-        if not _criu_of(self._pid):
+        if not criu_of(self._pid):
             unlock(self._container, self._network)
 
     def close(self) -> None:

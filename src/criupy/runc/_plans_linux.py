@@ -19,7 +19,7 @@ from criupy.rpc._daemon_linux import DaemonPlan, check_page_server, plan_daemon
 from criupy.rpc._lazy_linux import open_process, outcome_of, page_socket
 from criupy.rpc._report import LogWatch
 from criupy.rpc._worker_linux import HeldInterrupt
-from criupy.runc._left_linux import unlock
+from criupy.runc._left_linux import criu_of, unlock
 from criupy.runc._mounts_linux import release_cgroups, release_root
 from criupy.runc._program_linux import CRIU, Command, Program, no_such_container
 from criupy.runc._words import (
@@ -32,9 +32,12 @@ from criupy.runc._words import (
     path_word,
 )
 
-__all__ = ["CheckpointPlan", "RestorePlan", "check_runs", "has_zero", "pre_dump_words"]
+__all__ = ["PAUSE", "CheckpointPlan", "RestorePlan", "check_runs", "has_zero", "pre_dump_words"]
 
 StrPath = str | os.PathLike[str]
+
+#: Between two looks at what a runC that is given up has started meanwhile, in seconds.
+PAUSE = 0.02
 
 #: CRIU's last word of a restore that succeeded (criu/cr-restore.c).
 _FINISHED = "Restore finished successfully"
@@ -212,8 +215,7 @@ class CheckpointPlan:
     @property
     def is_held(self) -> bool:
         """Whether another CRIU holds it, which came at the same time and was quicker."""
-        tracer = tracer_of(self._pid)
-        return tracer != 0 and is_named(tracer, CRIU)
+        return criu_of(self._pid) != 0
 
     def failed(self, error: RuncError, *, tell_lock: bool = True) -> SourceOutcome:
         """Tell what became of a container whose checkpoint failed, and say it in the error, with a lock."""

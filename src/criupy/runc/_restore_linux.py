@@ -12,7 +12,7 @@ from criupy.rpc._daemon_linux import Daemon
 from criupy.rpc._lazy_linux import check_listening
 from criupy.rpc._operation_linux import wait_for
 from criupy.rpc._worker_linux import HeldInterrupt
-from criupy.runc._plans_linux import RestorePlan
+from criupy.runc._plans_linux import PAUSE, RestorePlan
 from criupy.runc._program_linux import Command
 
 if TYPE_CHECKING:
@@ -119,15 +119,25 @@ class ContainerRestore:
             self._wait_grace(command)
         status = command.worker.poll()
         if status is None:
-            self._runs = plan.may_run(None if daemon is None else daemon.poll())
-            if self._runs:
-                return
-            plan.kill_criu(command)
-            self._wait_grace(command)
-            if command.worker.poll() is None:
-                command.worker.abandon()
+            self._kill_criu(command)
         else:
             self._runs = status == 0
+
+    def _may_run(self) -> bool:
+        return self._plan.may_run(None if self._daemon is None else self._daemon.poll())
+
+    def _kill_criu(self, command: Command) -> None:
+        """Kill what runC starts, until it gives up; it may not have started CRIU yet."""
+        deadline = time.monotonic() + self._runc._program.grace
+        while command.worker.poll() is None and time.monotonic() < deadline:
+            if self._may_run():
+                self._runs = True
+                return
+            self._plan.kill_criu(command)
+            wait_for(min(deadline, time.monotonic() + PAUSE), command.worker.pidfd)
+        if command.worker.poll() is None:
+            command.worker.abandon()
+        self._runs = command.worker.poll() == 0
 
     def _wait_grace(self, command: Command) -> None:
         deadline = time.monotonic() + self._runc._program.grace
