@@ -77,18 +77,14 @@ class _Network:
         return f"its network is still locked: criupy.rpc.unlock_network({str(self)!r}) undoes that"
 
     def unlock(self) -> None:
-        failure = ""
         for _ in range(_TRIES):
-            failed = ""
-            for words in list(self._locks()):
-                done = self._run(*words)
-                if done.returncode:
-                    failed = f"{' '.join(words)}: {_said(done)}"
+            done = [self._run(*words) for words in list(self._locks())]
+            failed = [each for each in done if each.returncode]
             if not failed:
                 return
-            failure = failed
         if self.is_locked:
-            raise CriuError("unlock_network", f"the network stays locked: {failure}")
+            words = " ".join(failed[-1].args[2:])  # without nsenter's own
+            raise CriuError("unlock_network", f"the network stays locked: {words}: {_said(failed[-1])}")
 
     def _locks(self) -> Iterator[tuple[str, ...]]:
         """Yield the commands that undo CRIU's locks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-__all__ = ["is_named", "parent_of", "status_of", "tracer_of"]
+__all__ = ["is_ending", "is_named", "parent_of", "status_of", "tracer_of"]
 
 
 def parent_of(pid: int) -> int | None:
@@ -28,6 +28,14 @@ def status_of(pid: int) -> dict[str, str]:
 def tracer_of(pid: int) -> int:
     """Return the process that traces another one; 0 for none, or none that can be seen."""
     return int(status_of(pid).get("TracerPid", "0"))
+
+
+def is_ending(pid: int) -> bool:
+    """Tell whether a process has closed all that it had open, as it does at its end, or is gone."""
+    try:
+        return next(Path(f"/proc/{pid}/fd").iterdir(), None) is None
+    except OSError:
+        return True
 
 
 def is_named(pid: int, name: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from criupy._descriptor import Descriptor
 from criupy._kill_linux import descendants, kill_trees
 from criupy._network_linux import HeldNetwork
-from criupy._proc_linux import is_named, parent_of, tracer_of
+from criupy._proc_linux import is_ending, is_named, parent_of, tracer_of
 from criupy.errors import CriuError, RuncError
 from criupy.rpc import SourceOutcome
 from criupy.rpc._lazy_linux import listeners, open_process, outcome_of
@@ -45,7 +45,7 @@ def unlock_left(container: str, state: ContainerState) -> None:
 def criu_of(pid: int) -> int:
     """Return the CRIU that holds a container by its first process; 0 for none, or one that is at its end."""
     tracer = tracer_of(pid)
-    return tracer if tracer and is_named(tracer, CRIU) and not _is_ending(tracer) else 0
+    return tracer if tracer and is_named(tracer, CRIU) and not is_ending(tracer) else 0
 
 
 #: CRIU says so before it listens (criu/cr-dump.c), in the log that runC has it write in its work directory.
@@ -68,17 +68,10 @@ def _was_reached(criu: int) -> bool:
     It listens until the first one comes, and goes on for a while after that one has closed.
     One that is at its end has decided everything, or was killed.
     """
-    if listeners(criu) or _is_ending(criu):
+    if listeners(criu) or is_ending(criu):
         return False
     try:
         return _SERVES in Path(f"/proc/{criu}/cwd/dump.log").read_bytes()
-    except OSError:
-        return True
-
-
-def _is_ending(pid: int) -> bool:
-    try:
-        return next(Path(f"/proc/{pid}/fd").iterdir(), None) is None
     except OSError:
         return True
 
