@@ -3,7 +3,8 @@
 On the source it freezes the container and serves its memory, and says so; on the destination it restores
 the container at once, and criupy's lazy-pages daemon fetches the rest. The directory of the images is
 shared by both hosts, or is copied between the two lines that the source prints. When the destination
-says that the container runs, its network can be plugged in there.
+says that the container runs, its network can be plugged in there. CRIU up to 4.2 takes the address to listen
+at from its configuration: the bundle's annotation org.criu.config names a file with "address 10.0.0.1".
 
 Run as root, on the source:
     python examples/container_migration.py send httpd --images ckpt --listen 10.0.0.1:7000

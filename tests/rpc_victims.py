@@ -274,6 +274,6 @@ def children() -> list[int]:
     """List our children, zombies included."""
     found: list[int] = []
     for thread in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
             found += map(int, (thread / "children").read_text().split())
     return sorted(found)

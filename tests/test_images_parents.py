@@ -22,10 +22,10 @@ from criupy.images import (
     original_images,
     read_dump,
     read_pagemap,
-    read_parent_pages,
     read_pstree,
     write_lazy_parents,
 )
+from criupy.images._parents import _follow
 
 PAGE = 4096
 PID = 7
@@ -87,7 +87,7 @@ def test_a_chain(tmp_path: Path) -> None:
             [(1, 5, 6), (6, 20, 6), (30, 2, 6)],
         ],
     )
-    found = read_parent_pages(top, PID)
+    found = _follow(top, PID, read_pagemap(top, PID))
     assert found.files == (tmp_path / "1/pages-1.img", tmp_path / "2/pages-1.img")
     assert list(found) == [
         (5 * PAGE, 2, 0, 1, 1),

@@ -515,7 +515,7 @@ async def test_process_of_another_user(criu: Criu, kind: str, images: Path, tmp_
                 with pytest.raises(criupy.CriuError) as caught:
                     await client.call("dump", victim.pid, images_dir=images)
                 assert "CAP_SYS_RESOURCE" in (caught.value.hint or ""), caught.value
-        assert state_of(victim.pid) == "S"
+        until(lambda: state_of(victim.pid) == "S", "it does not go on to sleep")
 
 
 async def test_sockets_on_new_kernels(criu: Criu, kind: str, images: Path, tmp_path: Path) -> None:

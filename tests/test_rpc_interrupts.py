@@ -28,7 +28,7 @@ if sys.platform != "linux":
 
 from criupy.rpc import _async_operation_linux, _operation_linux
 from criupy.rpc._worker_linux import Worker
-from rpc_victims import counter, state_of, subreaper, until
+from rpc_victims import children, counter, state_of, subreaper, until
 
 pytestmark = pytest.mark.slow
 
@@ -91,14 +91,6 @@ def serve_on_trio(binary: Path, images_dir: Path) -> None:
     trio.run(main)
 
 
-def children() -> str:
-    found = ""
-    for path in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
-            found += path.read_text()
-    return found
-
-
 # Of descriptors it is not said: one that its owner loses in between is closed by its finalizer, which tells,
 # or not at all, where it was about to be closed (the other order could close another's).
 @pytest.mark.filterwarnings("ignore:unclosed <Descriptor:ResourceWarning")
@@ -148,9 +140,7 @@ def test_workers_that_are_kept(kind: str, criu: Criu, tmp_path: Path) -> None:
             except KeyboardInterrupt:
                 hit += 1
             timer.join()
-            until(
-                lambda: not any(state_of(int(pid)) != "Z" for pid in children().split()), "a worker is left"
-            )
+            until(lambda: not any(state_of(pid) != "Z" for pid in children()), "a worker is left")
     assert hit == MOMENTS
     with contextlib.suppress(ChildProcessError):
         while True:

@@ -23,7 +23,7 @@ from criupy import SourceOutcome
 from criupy._network_linux import is_network_locked
 from criupy.rpc import unlock_network
 from criupy.rpc._async_lazy_client_linux import AsyncLazyDump
-from criupy.rpc._lazy_linux import listeners
+from criupy.rpc._lazy_linux import LazyDumpPlan, listeners
 from criupy.testing._keeper_linux import Kept, keep
 from criupy.testing.certificates import Certificates
 from criupy.testing.control_linux import Control
@@ -328,7 +328,7 @@ async def test_pipes_that_stay_small(criu: Criu, kind: str, room: Path, images: 
 
 async def test_no_daemon_listens(criu: Criu, kind: str, images: Path) -> None:
     async with open_client(kind, binary=criu.path) as client:
-        with pytest.raises(criupy.CriuError, match=r"no lazy-pages daemon listens .* start it first"):
+        with pytest.raises(criupy.LazyPagesError, match=r"no lazy-pages daemon listens .* start it first"):
             async with client.block("lazy_restore", images_dir=images, daemon=None):
                 pass
 
@@ -484,6 +484,32 @@ async def test_abort_unlocks_the_network(criu: Criu, kind: str, room: Path, imag
         ):
             assert await trio.to_thread.run_sync(is_network_locked, netns)
             assert await client.run(source.abort) is SourceOutcome.RESUMED
+        victim.assert_running()
+        assert not is_network_locked(netns)
+
+
+@pytest.mark.parametrize("step", ["aborted", "unlock_network"])
+async def test_an_interrupted_abort_is_done_again(
+    criu: Criu, kind: str, room: Path, images: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """As by a second Ctrl-C: what it has begun is done when the block has ended."""
+    real = getattr(LazyDumpPlan, step)
+    interruptions = [KeyboardInterrupt()]
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if interruptions:
+            raise interruptions.pop()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(LazyDumpPlan, step, interrupted)
+    with counter(room, wrap=LONELY) as victim:
+        netns = Path(f"/proc/{victim.pid}/ns/net")
+        await until(lambda: victim.count() > 0)
+        async with open_client(kind, binary=criu.path) as client:
+            with pytest.raises(KeyboardInterrupt):
+                async with client.block("lazy_dump", victim.pid, images_dir=images) as source:
+                    await client.run(source.abort)
+            assert source.outcome is SourceOutcome.RESUMED
         victim.assert_running()
         assert not is_network_locked(netns)
 

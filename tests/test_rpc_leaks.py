@@ -16,6 +16,7 @@ from criupy import AsyncCriu, Criu
 from criupy.testing.criu_linux import Criu as RealCriu
 from criupy.testing.rpc_peer_linux import scripted_criu, scripted_service
 from rpc_peers import descriptors
+from rpc_victims import children
 
 pytestmark = [pytest.mark.usefixtures("nothing_is_left"), pytest.mark.slow]
 
@@ -31,10 +32,6 @@ OBJECTS = 100
 def resident() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
-
-
-def children() -> list[str]:
-    return [word for path in Path("/proc/self/task").glob("*/children") for word in path.read_text().split()]
 
 
 def held() -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from criupy.runc import AsyncRunc, Runc
 from criupy.runc._left_linux import _parse, _was_reached
 from criupy.runc._plans_linux import CheckpointPlan, RestorePlan
 from rpc_clients import Client
+from rpc_victims import children, until_reaped
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +43,9 @@ while [ $# -gt 1 ]; do
 done
 . "$(dirname "$0")/$command"
 """
+
+
+NO_CONTAINER = """echo '{"level":"error","msg":"container does not exist"}' >>"$log"; exit 1\n"""
 
 
 @pytest.fixture
@@ -146,12 +151,18 @@ def is_alive(pidfile: Path) -> bool:
 
 @pytest.mark.parametrize("ended", [None, 0, 1])
 @pytest.mark.parametrize("log", [None, b"(00.1) Error", b"(00.2) Restore finished successfully.\n"])
-@pytest.mark.parametrize("daemon", ["ours", "stock", None])
+@pytest.mark.parametrize("daemon", ["ours", "ours, with options", "ours, installed", "stock", None])
 @pytest.mark.parametrize("is_old", [False, True])
 def test_what_may_be_killed_of_a_restore(
     tmp_path: Path, ended: int | None, log: bytes | None, daemon: str | None, *, is_old: bool
 ) -> None:
-    words = {"ours": OUR_DAEMON, "stock": ("criu", "lazy-pages"), None: None}[daemon]
+    words = {
+        "ours": OUR_DAEMON,
+        "ours, with options": (*OUR_DAEMON, "--reconnect", "60"),
+        "ours, installed": ("/usr/bin/criupy-lazy-pages", "--lanes", "1"),
+        "stock": ("criu", "lazy-pages"),
+        None: None,
+    }[daemon]
     plan = RestorePlan("web", bundle(tmp_path), tmp_path, None, None, words, None, {}, None)
     if is_old and log is not None:
         (tmp_path / "restore.log").write_bytes(log)
@@ -160,7 +171,8 @@ def test_what_may_be_killed_of_a_restore(
         (tmp_path / "restore.log").write_bytes(log)
     is_finished = log is not None and b"finished" in log and not is_old
     # Our own daemon has vetoed what is not finished, and then ends with 1; others know nothing.
-    expected = ended is None if daemon == "ours" and ended != 0 else is_finished
+    is_ours = daemon is not None and daemon.startswith("ours")
+    expected = ended is None if is_ours and ended != 0 else is_finished
     assert plan.may_run(ended) is expected
 
 
@@ -214,8 +226,138 @@ def test_an_interrupt_at_the_start_leaves_no_process(
     assert children() == before
 
 
-def children() -> set[str]:
-    return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
+def interrupt_once(monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> None:
+    """Have one of its methods interrupted, as by a Ctrl-C that comes while another is seen to."""
+    real = getattr(kind, name)
+    interruptions = [KeyboardInterrupt()]
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if interruptions:
+            raise interruptions.pop()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(kind, name, interrupted)
+
+
+@pytest.mark.parametrize("when", ["at the start", "in the block", "by an error", "in a pre-dump"])
+async def test_an_interrupted_abort_is_done_again(
+    client: Client, tmp_path: Path, process: int, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    before = children()
+    script = f"cp '{tmp_path}/frozen' '{tmp_path}/state'; "
+    script += "printf '\\0' >&$status_fd; " if when in {"in the block", "by an error"} else ""
+    say(tmp_path, "checkpoint", f"{script}exec sleep 1000\n")
+    say(tmp_path, "frozen", state(process, "paused"))
+    say(tmp_path, "resume", "")
+    interrupt_once(monkeypatch, type(client.client), "_run")
+    found: list[Any] = []
+    with pytest.raises(KeyboardInterrupt):
+        if when == "in a pre-dump":
+            await client.call("pre_dump", "web", image_path=tmp_path / "images", request_timeout=1)
+        else:
+            async with client.block(
+                "lazy_checkpoint", "web", **where(tmp_path), request_timeout=1
+            ) as checkpoint:
+                found.append(checkpoint)
+                # Nobody listens here, as after a destination has come.
+                monkeypatch.setattr(CheckpointPlan, "is_unreached", lambda _: when == "by an error")
+                if when == "by an error":
+                    raise ZeroDivisionError
+                await client.run(checkpoint.abort)
+    assert calls(tmp_path)[-1] == "resume"
+    assert children() == before
+    assert [each.outcome for each in found] == [SourceOutcome.RESUMED] * len(found)
+
+
+async def test_an_interrupted_abort_of_what_is_left_is_done_again(
+    client: Client, tmp_path: Path, process: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(tmp_path, "state", state(process, "paused"))
+    say(tmp_path, "resume", "")
+    interrupt_once(monkeypatch, type(client.client), "_run")
+    with pytest.raises(KeyboardInterrupt):
+        await client.call("abort_checkpoint", "web", force=True)
+    assert calls(tmp_path) == ["state", "state", "state", "resume"]
+
+
+@pytest.fixture
+def listening(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """What a restore is given that expects a daemon of somebody else's, which listens already."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "lazy-pages.socket"))
+        yield {"bundle": bundle(tmp_path), "image_path": tmp_path, "daemon": None}
+
+
+async def test_an_interrupted_restore_is_ended_all_the_same(
+    client: Client, tmp_path: Path, listening: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = children()
+    say(tmp_path, "restore", f"sleep 1000 || {{ touch '{tmp_path}/undone'; exit 1; }}\n")
+    say(tmp_path, "state", NO_CONTAINER)
+    interrupt_once(monkeypatch, RestorePlan, "kill_criu")
+    client.client._program = dataclasses.replace(client.client._program, grace=5.0)
+    with pytest.raises(KeyboardInterrupt):
+        async with client.block("lazy_restore", "web", **listening, request_timeout=0.3):
+            pass
+    assert (tmp_path / "undone").exists()
+    assert children() == before
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+async def test_what_may_run_is_not_killed_for_want_of_time(
+    client: Client, tmp_path: Path, listening: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anything done to what CRIU needs still."""
+    say(
+        tmp_path,
+        "restore",
+        f"echo 'Restore finished successfully' >'{tmp_path}/restore.log'; exec sleep 1000\n",
+    )
+    say(tmp_path, "state", NO_CONTAINER)
+    monkeypatch.setattr(RestorePlan, "tidy", lambda *_: pytest.fail("it is not for a container that runs"))
+    client.client._program = dataclasses.replace(client.client._program, grace=0.0)
+    before = children()
+    with pytest.raises(RuncTimeout) as caught:
+        async with client.block("lazy_restore", "web", **listening, request_timeout=1):
+            pass
+    assert caught.value.__notes__ == ["container web was restored nevertheless, and runs"]
+    (runs,) = set(children()) - set(before)
+    os.kill(runs, signal.SIGKILL)
+    until_reaped(runs)
+    del caught
+    gc.collect()  # the warning is of this test
+
+
+async def test_a_daemon_that_is_not_ready_in_time(client: Client, tmp_path: Path) -> None:
+    say(tmp_path, "state", NO_CONTAINER)
+    daemon = tmp_path / "daemon"
+    daemon.write_text("#!/bin/sh\nexec sleep 1000\n")
+    daemon.chmod(0o755)
+    how = {"bundle": bundle(tmp_path), "image_path": tmp_path, "request_timeout": 0.3}
+    with pytest.raises(RuncTimeout, match="restore web: the lazy-pages daemon did not become ready in time"):
+        async with client.block("lazy_restore", "web", **how, daemon=[str(daemon)]):
+            pass
+    with pytest.raises(LazyPagesError, match=r"no lazy-pages daemon listens in .*: start it first"):
+        async with client.block("lazy_restore", "web", **how, daemon=None):
+            pass
+
+
+async def test_a_pre_dump_has_one_deadline(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes before it takes of its time."""
+    given: list[float] = []
+    real = type(client.client)._end
+
+    def end(runc: Any, command: Any, request_timeout: float | None = None) -> Any:
+        given.append(request_timeout or 0.0)
+        return real(runc, command, request_timeout)
+
+    monkeypatch.setattr(type(client.client), "_end", end)
+    say(tmp_path, "checkpoint", "")
+    await client.call("pre_dump", "web", image_path=tmp_path / "images", request_timeout=100)
+    asked, dumped = given
+    assert 100 > asked > dumped
 
 
 async def test_a_restore_that_succeeded_is_never_undone(client: Client, tmp_path: Path) -> None:
@@ -229,7 +371,7 @@ async def test_a_restore_that_succeeded_is_never_undone(client: Client, tmp_path
     )
     daemon.chmod(0o755)
     say(tmp_path, "restore", f"echo 'exit 3' >'{tmp_path}/state'\n")
-    say(tmp_path, "state", """echo '{"level":"error","msg":"container does not exist"}' >>"$log"; exit 1\n""")
+    say(tmp_path, "state", NO_CONTAINER)
     how = {"bundle": bundle(tmp_path), "image_path": tmp_path, "daemon": [str(daemon)]}
     with pytest.raises(RuncError, match="runc state web: ended with status 3") as caught:
         async with client.block("lazy_restore", "web", **how):
@@ -243,7 +385,7 @@ async def test_a_restore_that_has_not_started_criu_yet(client: Client, tmp_path:
     before = children()
     wait = "SECONDS=0; while [ $SECONDS -lt 1 ]; do :; done"
     say(tmp_path, "restore", f"{wait}\nsleep 1000 || {{ touch '{tmp_path}/undone'; exit 1; }}\n")
-    say(tmp_path, "state", """echo '{"level":"error","msg":"container does not exist"}' >>"$log"; exit 1\n""")
+    say(tmp_path, "state", NO_CONTAINER)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "lazy-pages.socket"))
         how = {"bundle": bundle(tmp_path), "image_path": tmp_path, "daemon": None, "request_timeout": 0.3}
@@ -266,7 +408,7 @@ async def test_a_criu_that_has_lost_its_daemon(client: Client, tmp_path: Path) -
     )
     daemon.chmod(0o755)
     say(tmp_path, "restore", "exec sleep 1000\n")
-    say(tmp_path, "state", """echo '{"level":"error","msg":"container does not exist"}' >>"$log"; exit 1\n""")
+    say(tmp_path, "state", NO_CONTAINER)
     how = {"bundle": bundle(tmp_path), "image_path": tmp_path, "daemon": [str(daemon)]}
     with pytest.raises(RuncError, match="the lazy-pages daemon has ended, and CRIU did not") as caught:
         async with client.block("lazy_restore", "web", **how):
@@ -301,11 +443,13 @@ def test_what_we_have_forked_is_no_criu(tmp_path: Path) -> None:
 async def test_a_frozen_cgroup_that_a_checkpoint_has_left(
     client: Client, tmp_path: Path, process: int
 ) -> None:
-    """Without a CRIU, and without a lock."""
+    """Without a CRIU, and without a lock: so it may be paused because somebody wants it."""
     say(tmp_path, "state", state(process, "paused"))
     say(tmp_path, "resume", "")
-    assert await client.call("abort_checkpoint", "web") is SourceOutcome.RESUMED
-    assert calls(tmp_path) == ["state", "state", "resume"]
+    with pytest.raises(RuncError, match="it is paused, and nothing tells of a checkpoint - if"):
+        await client.call("abort_checkpoint", "web")
+    assert await client.call("abort_checkpoint", "web", force=True) is SourceOutcome.RESUMED
+    assert calls(tmp_path) == ["state", "state", "state", "resume"]
 
 
 async def test_an_abort_that_did_not_do_all_is_repeated(client: Client, tmp_path: Path, process: int) -> None:
@@ -369,7 +513,7 @@ async def test_a_daemon_that_is_killed_leaves_zeros(client: Client, tmp_path: Pa
     daemon.chmod(0o755)
     say(tmp_path, "restore", f"cp '{tmp_path}/running' '{tmp_path}/state'\n")
     say(tmp_path, "running", state(1, "running"))
-    say(tmp_path, "state", """echo '{"level":"error","msg":"container does not exist"}' >>"$log"; exit 1\n""")
+    say(tmp_path, "state", NO_CONTAINER)
     how = {"bundle": bundle(tmp_path), "image_path": tmp_path, "daemon": [str(daemon)]}
     with pytest.raises(LazyPagesError, match="may read zeros where its memory had not come: kill it"):
         async with client.block("lazy_restore", "web", **how):

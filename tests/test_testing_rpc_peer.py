@@ -402,10 +402,13 @@ def test_flood(tmp_path: Path) -> None:
         client.socket.close()
         assert client.wait() == 255
         assert peer.connections[0].hung_up
-    with talking(tmp_path, [Expect(), flood]) as (_, client):
-        client.say(DUMP)
-        assert client.socket.recv(1 << 20)
-    assert client.process.returncode == -signal.SIGKILL
+    with contextlib.ExitStack() as stack:
+        with scripted_criu(tmp_path, [[Expect(), flood]]) as peer:
+            # it outlasts the peer: one that closes first would end the worker as well
+            client = stack.enter_context(client_of(peer))
+            client.say(DUMP)
+            assert client.socket.recv(1 << 20)
+        assert client.wait() == -signal.SIGKILL
 
 
 def test_repeat_some_times(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ class PreCopy:
     There are at most ``max_rounds``. They stop when one has written nothing, or
     at least ``1 - min_shrink`` times what the one before has written. A directory
     that has something in it already is an error: images of an older round would be mixed in.
+    CRIU writes its statistics into the work directory, so that has to be the images' own: give
+    the pre-dumps no ``work_dir`` (runC: ``work_path``) of another place.
     ``stats`` has what CRIU said of each round, ``stopped`` why they stopped.
     """
 

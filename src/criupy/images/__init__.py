@@ -68,7 +68,7 @@ if TYPE_CHECKING:
         vma_kind,
     )
     from criupy.images._pagemap_writer import write_pagemap
-    from criupy.images._parents import FILE_SHIFT, LazyParents, ParentPages, lazy_parents, read_parent_pages
+    from criupy.images._parents import FILE_SHIFT, LazyParents, lazy_parents
     from criupy.images._parents_writer import write_lazy_parents
     from criupy.images._stats import (
         DUMP_STATS,
@@ -103,7 +103,6 @@ __all__ = [
     "PageTotals",
     "Pagemap",
     "PagemapStyle",
-    "ParentPages",
     "PstreeEntry",
     "RelayMarker",
     "RestoreStats",
@@ -135,7 +134,6 @@ __all__ = [
     "read_mm",
     "read_pagemap",
     "read_pagemap_style",
-    "read_parent_pages",
     "read_pstree",
     "read_restore_stats",
     "read_shared_memory",
@@ -168,9 +166,7 @@ _LATER: Final = {
     "write_pagemap": "_pagemap_writer",
     "FILE_SHIFT": "_parents",
     "LazyParents": "_parents",
-    "ParentPages": "_parents",
     "lazy_parents": "_parents",
-    "read_parent_pages": "_parents",
     "write_lazy_parents": "_parents_writer",
     "DUMP_STATS": "_stats",
     "RESTORE_STATS": "_stats",

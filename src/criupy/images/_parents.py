@@ -57,7 +57,7 @@ _Range: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class ParentPages:
+class _ParentPages:
     """Where the pages are that a pagemap leaves to its parents: parallel arrays in address order.
 
     ``starts`` and ``nr_pages`` are as in a Pagemap. ``files`` are pages images,
@@ -98,14 +98,6 @@ class LazyParents:
     def extents(self) -> LazyExtents:
         """Split the entries, which are used up, at VMA borders."""
         return split_entries(self.dumped, self.mm, self.entries)
-
-
-def read_parent_pages(images_dir: StrPath, pid: int) -> ParentPages:
-    """Follow a task's PARENT entries through the chain of parents to where the bytes are.
-
-    What no parent has is left out: CRIU refuses to restore such a dump.
-    """
-    return _follow(images_dir, pid, read_pagemap(images_dir, pid))
 
 
 def lazy_parents(images_dir: StrPath, task: PstreeEntry, *, local: bool = False) -> LazyParents:
@@ -152,7 +144,11 @@ def lazy_parents(images_dir: StrPath, task: PstreeEntry, *, local: bool = False)
     )
 
 
-def _follow(images_dir: StrPath, pid: int, pagemap: Pagemap) -> ParentPages:
+def _follow(images_dir: StrPath, pid: int, pagemap: Pagemap) -> _ParentPages:
+    """Follow a task's PARENT entries through the chain of parents to where the bytes are.
+
+    What no parent has is left out: CRIU refuses to restore such a dump.
+    """
     wanted = [
         (start, start + (nr << PAGE_SHIFT))
         for start, nr, flags in zip(pagemap.starts, pagemap.nr_pages, pagemap.flags, strict=True)
@@ -184,7 +180,7 @@ def _follow(images_dir: StrPath, pid: int, pagemap: Pagemap) -> ParentPages:
     found.sort()
     columns = zip(*found, strict=True) if found else ((),) * 5
     starts, nr_pages, file_indices, page_indices, lazy = columns
-    return ParentPages(
+    return _ParentPages(
         tuple(files),
         array("Q", starts),
         array("Q", nr_pages),

@@ -44,6 +44,7 @@ class AsyncLazyDump:
         self._waiter: trio.Event | None = None
         """Set when the task that waits, if one does, has left."""
         self._is_aborted = False
+        self._is_half_aborted = False
         self._aborting = trio.Lock()
         self.outcome: SourceOutcome | None = None
         self.address: str = ""
@@ -100,20 +101,22 @@ class AsyncLazyDump:
             await self._see_out(interrupted)
             raise
         finally:
-            with trio.CancelScope(shield=True):
-                async with self._aborting:  # another task's abort still needs it
-                    self._plan.close()
+            try:
+                with trio.CancelScope(shield=True):
+                    async with self._aborting:
+                        pass  # another task's abort still needs what is closed
+            finally:
+                self._plan.close()
 
     async def _see_out(self, error: BaseException) -> None:
         """End it after an error: by force, unless a destination may run already, which alone can say how."""
         with trio.CancelScope(shield=True):
-            if self.outcome is not None:
+            if self.outcome is not None and not self._is_half_aborted:
                 return
             try:
-                unreached = await trio.to_thread.run_sync(
+                if self._is_half_aborted or await trio.to_thread.run_sync(
                     self._plan.is_unreached, self._running._peer_pid, self.address, self.port
-                )
-                if unreached:
+                ):
                     await self.abort()
                 else:
                     await self.wait()
@@ -165,8 +168,13 @@ class AsyncLazyDump:
         """
         with trio.CancelScope(shield=True):  # what begins is finished, within the grace
             async with self._aborting:
-                self._is_aborted = True
-                outcome = await self._abort()
+                self._is_aborted = self._is_half_aborted = True
+                try:
+                    outcome = await self._abort()
+                except CriuError:
+                    self._is_half_aborted = False
+                    raise
+                self._is_half_aborted = False
         return outcome
 
     async def _abort(self) -> SourceOutcome:

@@ -11,7 +11,7 @@ from typing import Generic, Self, TypeVar
 import trio
 
 from criupy._descriptor import Descriptor
-from criupy.errors import CriuTimeout, LocalProtocolError
+from criupy.errors import CriupyError, CriuTimeout, LocalProtocolError
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
 from criupy.rpc._exchange_linux import Exchange, Take, ends_worker
@@ -67,6 +67,22 @@ async def wait_ended(worker: Worker) -> int:
         with Descriptor(os.dup(worker.pidfd)) as pidfd:
             await trio.lowlevel.wait_readable(pidfd.fileno())
     return status
+
+
+async def insist(undo: Callable[[], Awaitable[T]]) -> T:
+    """Undo something, cancelled or not; if it is interrupted, once more, so that it is not left half done.
+
+    Against Ctrl-C a shield does not help: trio raises it in the main task, at any checkpoint.
+    """
+    with trio.CancelScope(shield=True):
+        try:
+            return await undo()
+        except CriupyError:
+            raise
+        except BaseException:
+            await undo()
+            raise
+    raise AssertionError  # a shield without a deadline swallows nothing
 
 
 async def end_worker(worker: Worker | Orphan | None, patience: float) -> None:
@@ -326,6 +342,9 @@ class AsyncOperation(Generic[T]):
 
     async def _kill(self, stop: Callable[[], None]) -> bool:
         """Strike, and let go of what is left; False if CRIU's end was not seen."""
+        exchange = self._running
+        if exchange.connection.fileno() < 0:  # ended already, and then interrupted
+            return exchange.over
         with trio.CancelScope(shield=True):
             await self._strike(stop)
             seen = await self._see_undone(trio.current_time() + self._grace)

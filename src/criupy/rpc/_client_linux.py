@@ -338,9 +338,10 @@ class Criu:
         """Restore a tree whose memory follows, in a block.
 
         Starts a lazy-pages ``daemon``, given as the words of its command and by
-        default criupy's own, that takes pages from ``page_server`` (host and
-        port), or from the images themselves; None expects one that listens in
-        the work directory already. With ``tls`` the daemon talks TLS to
+        default criupy's own (with options: ``("criupy-lazy-pages", "--reconnect",
+        "60")``), that takes pages from ``page_server`` (host and port), or from
+        the images themselves; None expects one that listens in the work directory
+        already. With ``tls`` the daemon talks TLS to
         ``page_server``. The block begins when the tasks run; leaving it waits
         for the last page.
         """

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,6 @@ from criupy._descriptor import Descriptor
 from criupy.errors import (
     CriuError,
     CriupyError,
-    CriuTimeout,
     CriuUnavailable,
     LazyPagesError,
     OptionError,
@@ -41,6 +40,9 @@ __all__ = [
 #: The command of criupy's own lazy-pages daemon, with this interpreter.
 OUR_DAEMON: Final = (sys.executable, "-m", "criupy.lazy_pages")
 
+#: The same, as it is installed.
+OUR_PROGRAM: Final = "criupy-lazy-pages"
+
 SOCKET_NAME: Final = "lazy-pages.socket"
 DAEMON_LOG: Final = "lazy-pages.log"
 
@@ -51,10 +53,11 @@ class DaemonPlan:
 
     That is its command, where the images are and where it works, where the
     pages come from (None is the images), and what it is told of TLS.
-    ``request`` is what it is started for, ``capture`` whether to keep what it prints.
+    ``overdue`` makes the error of the request that it is started for, when that takes too long;
+    ``capture`` tells whether to keep what it prints.
     """
 
-    request: str
+    overdue: Callable[[str], CriupyError]
     command: tuple[str, ...]
     images_dir: Path
     work_dir: Path
@@ -64,8 +67,8 @@ class DaemonPlan:
 
     @property
     def is_ours(self) -> bool:
-        """Whether SIGTERM makes it end in good order."""
-        return self.command == OUR_DAEMON
+        """Whether SIGTERM makes it end in good order; it may have options of its own."""
+        return self.command[: len(OUR_DAEMON)] == OUR_DAEMON or Path(self.command[0]).name == OUR_PROGRAM
 
     def words(self, status_fd: int) -> list[str]:
         """Return the command line, as ``criu lazy-pages`` takes it."""
@@ -86,7 +89,7 @@ class DaemonPlan:
         """Start it."""
         try:
             return Worker.start(
-                self.words(status_fd), request=self.request, pass_fds=(status_fd,), capture=self.capture
+                self.words(status_fd), request="lazy_restore", pass_fds=(status_fd,), capture=self.capture
             )
         except CriuUnavailable as error:
             raise LazyPagesError(f"the lazy-pages daemon cannot be started: {error.message}") from error
@@ -106,9 +109,9 @@ class DaemonPlan:
             message += " - what was restored may read zeros where its memory had not come: kill it"
         return LazyPagesError(message)
 
-    def not_ready(self) -> CriuTimeout:
+    def not_ready(self) -> CriupyError:
         """Make the error for one that took too long to listen."""
-        return CriuTimeout(self.request, "the lazy-pages daemon did not become ready in time")
+        return self.overdue("the lazy-pages daemon did not become ready in time")
 
 
 def check_page_server(option: str, value: object) -> None:
@@ -124,7 +127,7 @@ def check_page_server(option: str, value: object) -> None:
 
 
 def plan_daemon(
-    request: str,
+    overdue: Callable[[str], CriupyError],
     daemon: object,
     images_dir: Path,
     work_dir: Path,
@@ -143,7 +146,7 @@ def plan_daemon(
     if isinstance(daemon, str) or not isinstance(daemon, (tuple, list)) or not daemon:
         raise OptionError("daemon", f"expected the words of a command, got {daemon!r}")
     command = tuple(map(os.fspath, daemon))
-    return DaemonPlan(request, command, images_dir, work_dir, page_server, tls, capture)
+    return DaemonPlan(overdue, command, images_dir, work_dir, page_server, tls, capture)
 
 
 def explain(error: BaseException, failure: LazyPagesError) -> None:

@@ -37,6 +37,7 @@ class LazyDump:
         self._hooks = hooks
         self._timeout = timeout
         self._operation: Operation[None] | None = None
+        self._is_half_aborted = False
         self.outcome: SourceOutcome | None = None
         self.address: str = ""
         self.port: int = 0
@@ -95,10 +96,12 @@ class LazyDump:
 
     def _see_out(self, error: BaseException) -> None:
         """End it after an error: by force, unless a destination may run already, which alone can say how."""
-        if self.outcome is not None:
+        if self.outcome is not None and not self._is_half_aborted:
             return
         try:
-            if self._plan.is_unreached(self._running._peer_pid, self.address, self.port):
+            if self._is_half_aborted or self._plan.is_unreached(
+                self._running._peer_pid, self.address, self.port
+            ):
                 self.abort()
             else:
                 self.wait()
@@ -136,18 +139,22 @@ class LazyDump:
         Only for when no destination runs it: after a destination has connected,
         nobody here can know that.
         """
-        outcome = self.outcome
-        if outcome is None:
-            seen = self._running._kill(partial(self._plan.stop, self.address, self.port))
-            outcome = self._plan.aborted(seen=seen, succeeded=self._running._succeeded)
+        self._is_half_aborted = True
         try:
-            if outcome is not SourceOutcome.KILLED and not self._plan.is_closed:
-                self._plan.unlock_network()
+            outcome = self._abort()
         except CriuError:
-            self.outcome = outcome
+            self._is_half_aborted = False
             raise
-        self.outcome = outcome  # an interrupted one is not done
+        self._is_half_aborted = False
         return outcome
+
+    def _abort(self) -> SourceOutcome:
+        if self.outcome is None:
+            seen = self._running._kill(partial(self._plan.stop, self.address, self.port))
+            self.outcome = self._plan.aborted(seen=seen, succeeded=self._running._succeeded)
+        if self.outcome is not SourceOutcome.KILLED and not self._plan.is_closed:
+            self._plan.unlock_network()
+        return self.outcome
 
 
 class LazyRestore:

@@ -11,12 +11,13 @@ import socket
 import stat
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
 from criupy._descriptor import Descriptor
 from criupy._network_linux import HeldNetwork
-from criupy.errors import CriuError, CriuTimeout, OptionError
+from criupy.errors import CriuError, CriuTimeout, LazyPagesError, OptionError
 from criupy.rpc import _calls_linux as calls
 from criupy.rpc import _schema_pb2 as schema
 from criupy.rpc._calls_linux import Call
@@ -288,7 +289,7 @@ def plan_restore(
         work_dir = call.work_dir or Path()
         tls = () if daemon is None else _take_tls(call.request.opts)
         plan = plan_daemon(
-            "lazy_restore",
+            partial(CriuTimeout, "lazy_restore"),
             daemon,
             call.images_dir or work_dir,
             work_dir,
@@ -324,8 +325,7 @@ def check_listening(work_dir: Path) -> None:
     except OSError:
         is_socket = False
     if not is_socket:
-        raise CriuError(
-            "lazy_restore",
-            f"no lazy-pages daemon listens in {work_dir}: there is no {SOCKET_NAME}",
-            hint="start it first with this work directory, or let lazy_restore() start one",
+        raise LazyPagesError(
+            f"no lazy-pages daemon listens in {work_dir}, there is no {SOCKET_NAME}: "
+            "start it first with this work directory, or let lazy_restore() start one"
         )

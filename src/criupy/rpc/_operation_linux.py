@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from criupy.errors import LocalProtocolError
+from criupy.errors import CriupyError, LocalProtocolError
 from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
 from criupy.rpc._exchange_linux import Exchange, Take, ends_worker
@@ -37,6 +37,17 @@ def wait_for(deadline: float, *fds: int, events: int = select.POLLIN) -> bool:
         if poll.poll(None if left == math.inf else math.ceil(min(left * 1000, _LONGEST_POLL))):
             return True
     return False
+
+
+def insist(undo: Callable[[], T]) -> T:
+    """Undo something; if Ctrl-C or the like interrupts it, once more, so that it is not left half done."""
+    try:
+        return undo()
+    except CriupyError:
+        raise
+    except BaseException:
+        undo()
+        raise
 
 
 class Process:
@@ -298,7 +309,10 @@ class Operation(Generic[T]):
 
         False if its end was not seen.
         """
-        worker = self._running.connection.worker
+        exchange = self._running
+        if exchange.connection.fileno() < 0:  # ended already, and then interrupted
+            return exchange.over
+        worker = exchange.connection.worker
         if worker is not None:
             worker.kill()
         else:

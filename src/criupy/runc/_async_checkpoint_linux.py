@@ -14,7 +14,7 @@ import trio
 from criupy._descriptor import Descriptor
 from criupy.errors import CriupyError, LocalProtocolError, RuncError
 from criupy.rpc import SourceOutcome
-from criupy.rpc._async_operation_linux import wait_ended
+from criupy.rpc._async_operation_linux import insist, wait_ended
 from criupy.rpc._daemon_linux import status_pipe
 from criupy.runc._plans_linux import CheckpointPlan, has_zero
 from criupy.runc._program_linux import Command
@@ -39,6 +39,7 @@ class AsyncContainerCheckpoint:
         self._command: Command | None = None
         self._entered = False
         self._is_aborted = False
+        self._is_half_aborted = False
         self._aborting = trio.Lock()
         self.image_path: Path = plan.image_path
         self.outcome: SourceOutcome | None = None
@@ -90,13 +91,12 @@ class AsyncContainerCheckpoint:
 
     async def _give_up(self, command: Command, error: BaseException) -> None:
         """End a checkpoint that is not ready, so that the container goes on."""
-        with trio.CancelScope(shield=True):
-            try:
-                self._plan.tell(error, await self.abort())
-            except CriupyError as failure:
-                error.add_note(str(failure))
-            finally:
-                command.close()
+        try:
+            self._plan.tell(error, await insist(self.abort))
+        except CriupyError as failure:
+            error.add_note(str(failure))
+        finally:
+            command.close()
 
     @property
     def _running(self) -> Command:
@@ -118,21 +118,24 @@ class AsyncContainerCheckpoint:
             await self._see_out(interrupted)
             raise
         finally:
-            with trio.CancelScope(shield=True):
-                async with self._aborting:  # another task's abort still needs it
-                    self._running.close()
-                    self._plan.close()
+            try:
+                with trio.CancelScope(shield=True):
+                    async with self._aborting:
+                        pass  # another task's abort still needs what is closed
+            finally:
+                self._running.close()
+                self._plan.close()
 
     async def _see_out(self, error: BaseException) -> None:
         """End it after an error: by force, unless a destination may run already, which alone can say how.
 
         For that it waits, as long as that destination stays connected.
         """
-        if self.outcome is not None:
+        if self.outcome is not None and not self._is_half_aborted:
             return
         with trio.CancelScope(shield=True):
             try:
-                if self._plan.is_unreached():
+                if self._is_half_aborted or self._plan.is_unreached():
                     await self.abort()
                 else:
                     await self.wait()
@@ -176,7 +179,7 @@ class AsyncContainerCheckpoint:
         command = self._running
         with trio.CancelScope(shield=True):
             async with self._aborting:
-                self._is_aborted = True
+                self._is_aborted = self._is_half_aborted = True
                 if self.outcome is None:
                     self._plan.kill(command)
                     await self._wait_ended(command)
@@ -184,9 +187,16 @@ class AsyncContainerCheckpoint:
                 try:
                     if not succeeded and not self._plan.is_closed and not self._plan.is_held:
                         await self._let_go_on()
-                finally:
-                    self.outcome = outcome = self.outcome or self._plan.outcome(succeeded=succeeded)
+                except CriupyError:
+                    self._end_abort(succeeded=succeeded)
+                    raise
+                outcome = self._end_abort(succeeded=succeeded)
         return outcome
+
+    def _end_abort(self, *, succeeded: bool) -> SourceOutcome:
+        self._is_half_aborted = False
+        self.outcome = self.outcome or self._plan.outcome(succeeded=succeeded)
+        return self.outcome
 
     async def _let_go_on(self) -> None:
         try:

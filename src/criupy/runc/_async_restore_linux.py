@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -11,7 +12,7 @@ import trio
 from criupy.errors import LocalProtocolError
 from criupy.rpc import AsyncProcess
 from criupy.rpc._async_daemon_linux import AsyncDaemon
-from criupy.rpc._async_operation_linux import wait_ended
+from criupy.rpc._async_operation_linux import insist, wait_ended
 from criupy.rpc._lazy_linux import check_listening
 from criupy.runc._plans_linux import PAUSE, RestorePlan
 from criupy.runc._program_linux import Command
@@ -84,9 +85,12 @@ class AsyncContainerRestore:
         try:
             await self._wait_restored(command, deadline)
         except BaseException as error:
-            with trio.CancelScope(shield=True):
-                await self._give_up(command)
-                await trio.to_thread.run_sync(self._plan.tidy, self._runc._program, command, error)
+            try:
+                await insist(partial(self._give_up, command))
+            finally:
+                if not self._runs:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(self._plan.tidy, self._runc._program, command, error)
             raise
         finally:
             command.close()
@@ -127,16 +131,17 @@ class AsyncContainerRestore:
 
     async def _kill_criu(self, command: Command) -> None:
         """Kill what runC starts, until it gives up; it may not have started CRIU yet."""
-        with trio.move_on_after(self._runc._program.grace):
-            while command.worker.poll() is None:
-                if self._may_run():
-                    self._runs = True
-                    return
-                self._plan.kill_criu(command)
-                with trio.move_on_after(PAUSE):
-                    await wait_ended(command.worker)
-        if command.worker.poll() is None:
-            command.worker.abandon()
+        deadline = trio.current_time() + self._runc._program.grace
+        while command.worker.poll() is None:
+            if self._may_run():
+                self._runs = True
+                return
+            if trio.current_time() > deadline:
+                command.worker.abandon()
+                break
+            self._plan.kill_criu(command)
+            with trio.move_on_at(min(deadline, trio.current_time() + PAUSE)):
+                await wait_ended(command.worker)
         self._runs = command.worker.poll() == 0
 
     async def _wait_grace(self, command: Command) -> None:

@@ -11,7 +11,7 @@ import trio
 
 from criupy.errors import RuncError
 from criupy.rpc import AsyncCriu, Features, HasFileno, SourceOutcome
-from criupy.rpc._async_operation_linux import wait_ended
+from criupy.rpc._async_operation_linux import insist, wait_ended
 from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._report import LogWatch
 from criupy.runc._async_checkpoint_linux import AsyncContainerCheckpoint
@@ -29,9 +29,9 @@ StrPath = str | os.PathLike[str]
 class AsyncRunc:
     """Moves containers of runC.
 
-    What runC and CRIU say in failing is raised as RuncError, what a lazy-pages
-    daemon says as LazyPagesError, and CriuError is for a CRIU that cannot even be
-    asked what it can do.
+    What runC and CRIU say in failing is raised as RuncError (RuncTimeout if it
+    took too long), what a lazy-pages daemon says as LazyPagesError, and
+    CriuError is for a CRIU that cannot even be asked what it can do.
 
     ``binary`` is runC's program, ``root`` the directory of its state (its
     ``--root``), ``criu`` the CRIU that it is to find. ``request_timeout``, in
@@ -94,18 +94,19 @@ class AsyncRunc:
         ``parent_path`` is the directory of the pre-dump before, relative to ``image_path``.
         """
         words, work_dir = pre_dump_words(image_path, parent_path, work_path, options)
+        deadline = trio.current_time() + self._program.timeout(request_timeout)
         await self._need("mem_track", "checkpoint", container, request_timeout)
-        before = check_runs(container, await self.state(container, request_timeout=request_timeout))
+        left = max(deadline - trio.current_time(), 0.0)
+        before = check_runs(container, await self.state(container, request_timeout=left))
         log = LogWatch.of(work_dir, "dump.log")
         try:
             with self._program.running("checkpoint", container, words, criu_log=log) as command:
-                await self._succeed(command, request_timeout)
+                await self._succeed(command, max(deadline - trio.current_time(), 0.0))
         except BaseException as error:
-            with trio.CancelScope(shield=True):
-                try:
-                    await self._set_paused(container, paused=before.status == "paused")
-                except RuncError as failure:
-                    error.add_note(str(failure))
+            try:
+                await insist(partial(self._set_paused, container, paused=before.status == "paused"))
+            except RuncError as failure:
+                error.add_note(str(failure))
             raise
 
     def lazy_checkpoint(
@@ -124,9 +125,12 @@ class AsyncRunc:
         The block begins when ``image_path`` is complete and CRIU listens at
         ``page_server``, an address and a port of this host; ``request_timeout``
         counts until then. Leaving the block waits until the destination has all
-        pages and runC has removed the container here. CRIU up to 4.2 listens on
-        all addresses, whatever it is told, and takes any connection that is closed
-        for a destination that has all: see that only yours reaches the port.
+        pages and runC has removed the container here. CRIU up to 4.2 takes the
+        address from its configuration only (the bundle's annotation
+        ``org.criu.config`` names a file with ``address ADDRESS``) and listens on
+        all of them without; that is refused, with the container thawed again, unless 0.0.0.0 was asked
+        for. It takes any connection that is closed for a destination that has
+        all: see that only yours reaches the port.
         """
         plan = CheckpointPlan(container, image_path, page_server, parent_path, work_path, options)
         return AsyncContainerCheckpoint(self, plan, request_timeout)
@@ -147,9 +151,10 @@ class AsyncRunc:
         """Restore a container whose memory follows, in a block.
 
         Starts a lazy-pages ``daemon``, given as the words of its command and by
-        default criupy's own, that takes pages from ``page_server`` (host and
-        port), or from the images themselves; None expects one that listens in
-        ``work_path``, by default ``image_path``, already. ``stdio`` are the
+        default criupy's own (with options: ``("criupy-lazy-pages", "--reconnect",
+        "60")``), that takes pages from ``page_server`` (host and port), or from
+        the images themselves; None expects one that listens in ``work_path``, by
+        default ``image_path``, already. ``stdio`` are the
         standard input, output and error that the container gets, by default
         /dev/null. The block begins when the container runs; leaving it waits for
         the last page.
@@ -159,16 +164,24 @@ class AsyncRunc:
         )
         return AsyncContainerRestore(self, plan)
 
+    @trio.lowlevel.enable_ki_protection
     async def abort_checkpoint(self, container: str, *, force: bool = False) -> SourceOutcome:
         """End a checkpoint whose controller is gone, so that the container goes on here, and its network.
 
         Who started it does not matter, nor how far it has come: runC may be about to start
         CRIU, or both may have been killed and have left a frozen cgroup and a locked network.
         Only for when no destination runs the container, which once one has connected nobody
-        here can know: ``force`` says that you do. A container that was paused before runs then.
+        here can know: ``force`` says that you do. A container that is paused,
+        with no other trace of a checkpoint, takes ``force`` as well: somebody may want it so. One
+        that was paused before the checkpoint runs then.
         """
         state = check_runs(container, await self.state(container))
-        return await self._end_left(container, state, force=force)
+        look = partial(LeftCheckpoint, container, state, self._program.root, force=force)
+        left = await trio.to_thread.run_sync(look)
+        try:
+            return await insist(partial(self._end_left, container, left))
+        finally:
+            left.close()
 
     async def unlock_network(self, container: str) -> None:
         """Let a container's network go on that a failed checkpoint has left locked.
@@ -180,22 +193,14 @@ class AsyncRunc:
 
     # ---- inside --------------------------------------------------------------------------------------
 
-    @trio.lowlevel.enable_ki_protection
-    async def _end_left(self, container: str, state: ContainerState, *, force: bool) -> SourceOutcome:
-        look = partial(LeftCheckpoint, container, state, self._program.root, force=force)
-        left = await trio.to_thread.run_sync(look)
+    async def _end_left(self, container: str, left: LeftCheckpoint) -> SourceOutcome:
+        for pidfd in left.kill():
+            await trio.lowlevel.wait_readable(pidfd)
         try:
-            with trio.CancelScope(shield=True):
-                for pidfd in left.kill():
-                    await trio.lowlevel.wait_readable(pidfd)
-                try:
-                    await self._set_paused(container, paused=False)
-                finally:
-                    await trio.to_thread.run_sync(left.unlock_network)
-                outcome = left.outcome()
+            await self._set_paused(container, paused=False)
         finally:
-            left.close()
-        return outcome
+            await trio.to_thread.run_sync(left.unlock_network)
+        return left.outcome()
 
     async def _need(
         self, feature: str, command: str, container: str, request_timeout: float | None = None

@@ -12,7 +12,7 @@ from criupy._descriptor import Descriptor
 from criupy.errors import CriupyError, LocalProtocolError, RuncError
 from criupy.rpc import SourceOutcome
 from criupy.rpc._daemon_linux import status_pipe
-from criupy.rpc._operation_linux import wait_for
+from criupy.rpc._operation_linux import insist, wait_for
 from criupy.rpc._worker_linux import HeldInterrupt
 from criupy.runc._plans_linux import CheckpointPlan, has_zero
 from criupy.runc._program_linux import Command
@@ -36,6 +36,7 @@ class ContainerCheckpoint:
         self._timeout = runc._program.timeout(timeout)
         self._command: Command | None = None
         self._entered = False
+        self._is_half_aborted = False
         self.image_path: Path = plan.image_path
         self.outcome: SourceOutcome | None = None
         self.address: str = ""
@@ -83,12 +84,9 @@ class ContainerCheckpoint:
     def _give_up(self, command: Command, error: BaseException) -> None:
         """End a checkpoint that is not ready, so that the container goes on."""
         try:
-            self._plan.tell(error, self.abort())
+            self._plan.tell(error, insist(self.abort))
         except CriupyError as failure:
             error.add_note(str(failure))
-        except BaseException:
-            self.abort()  # what interrupted it does not leave it half done
-            raise
         finally:
             command.close()
 
@@ -120,10 +118,10 @@ class ContainerCheckpoint:
 
         For that it waits, as long as that destination stays connected.
         """
-        if self.outcome is not None:
+        if self.outcome is not None and not self._is_half_aborted:
             return
         try:
-            if self._plan.is_unreached():
+            if self._is_half_aborted or self._plan.is_unreached():
                 self.abort()
             else:
                 self.wait()
@@ -168,6 +166,7 @@ class ContainerCheckpoint:
         nobody here can know that.
         """
         command = self._running
+        self._is_half_aborted = True
         if self.outcome is None:
             self._plan.kill(command)
             self._wait_ended(command)
@@ -176,9 +175,11 @@ class ContainerCheckpoint:
             if not succeeded and not self._plan.is_closed and not self._plan.is_held:
                 self._let_go_on()
         except CriupyError:
-            self.outcome = self.outcome or self._plan.outcome(succeeded=succeeded)
+            self._end_abort(succeeded=succeeded)
             raise
-        self.outcome = self.outcome or self._plan.outcome(
-            succeeded=succeeded
-        )  # an interrupted one is not done
+        return self._end_abort(succeeded=succeeded)
+
+    def _end_abort(self, *, succeeded: bool) -> SourceOutcome:
+        self._is_half_aborted = False
+        self.outcome = self.outcome or self._plan.outcome(succeeded=succeeded)
         return self.outcome

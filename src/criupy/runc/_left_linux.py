@@ -140,13 +140,19 @@ class LeftCheckpoint:
                 "a destination has connected, and that alone can know whether the container runs there",
                 "end that one first, and if it is gone for good, abort with force=True",
             )
-        if self._found or state.status == "paused":
+        is_paused = state.status == "paused"
+        if self._found or (is_paused and force):
             return
         try:
             if self._network.is_locked:
                 return
         except CriuError as error:
             raise self._error(f"no CRIU holds it; {error.message}") from error
+        if is_paused:
+            raise self._error(
+                "it is paused, and nothing tells of a checkpoint",
+                "if one has left it so, abort with force=True (or: runc resume)",
+            )
         raise self._error("no checkpoint of it is under way, and none has left anything")
 
     def _open_criu(self) -> Iterator[tuple[int, Descriptor]]:

@@ -60,7 +60,8 @@ def release_cgroups(work_dir: Path) -> str | None:
             _unmount(place)
         if left := mounts_below(yard):
             return left[-1]
-        for folder in [*yard.iterdir(), yard]:  # one level of empty directories; never what is in them
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        with contextlib.suppress(FileNotFoundError):  # a CRIU that has ended by itself has removed it
+            for folder in [*yard.iterdir(), yard]:  # one level of empty directories; never what is in them
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
     return None

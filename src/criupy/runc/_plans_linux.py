@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from criupy._descriptor import Descriptor
 from criupy._kill_linux import descendants, kill_trees
 from criupy._network_linux import HeldNetwork, lock_note
 from criupy._proc_linux import is_named, parent_of, tracer_of
-from criupy.errors import OptionError, RuncError
+from criupy.errors import OptionError, RuncError, RuncTimeout
 from criupy.rpc import HasFileno, SourceOutcome
 from criupy.rpc._daemon_linux import DaemonPlan, check_page_server, plan_daemon
 from criupy.rpc._lazy_linux import open_process, outcome_of, page_socket
@@ -288,7 +289,12 @@ class RestorePlan:
         self.request_timeout = request_timeout
         self._log: LogWatch | None = None
         self.daemon: DaemonPlan | None = plan_daemon(
-            "lazy_restore", daemon, Path(image_dir), self.work_dir, page_server, capture=True
+            partial(RuncTimeout, "restore", container),
+            daemon,
+            Path(image_dir),
+            self.work_dir,
+            page_server,
+            capture=True,
         )
 
     def refuse(self, state: ContainerState | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -10,7 +11,7 @@ from criupy.errors import LocalProtocolError
 from criupy.rpc import Process
 from criupy.rpc._daemon_linux import Daemon
 from criupy.rpc._lazy_linux import check_listening
-from criupy.rpc._operation_linux import wait_for
+from criupy.rpc._operation_linux import insist, wait_for
 from criupy.rpc._worker_linux import HeldInterrupt
 from criupy.runc._plans_linux import PAUSE, RestorePlan
 from criupy.runc._program_linux import Command
@@ -86,12 +87,10 @@ class ContainerRestore:
         except BaseException as error:
             if command is not None:
                 try:
-                    self._give_up(command)
-                except BaseException:
-                    self._give_up(command)  # what interrupted it does not leave it half done
-                    raise
+                    insist(partial(self._give_up, command))
                 finally:
-                    self._plan.tidy(self._runc._program, command, error)
+                    if not self._runs:
+                        self._plan.tidy(self._runc._program, command, error)
             raise
         finally:
             if command is not None:
@@ -129,14 +128,15 @@ class ContainerRestore:
     def _kill_criu(self, command: Command) -> None:
         """Kill what runC starts, until it gives up; it may not have started CRIU yet."""
         deadline = time.monotonic() + self._runc._program.grace
-        while command.worker.poll() is None and time.monotonic() < deadline:
+        while command.worker.poll() is None:
             if self._may_run():
                 self._runs = True
                 return
+            if time.monotonic() > deadline:
+                command.worker.abandon()
+                break
             self._plan.kill_criu(command)
             wait_for(min(deadline, time.monotonic() + PAUSE), command.worker.pidfd)
-        if command.worker.poll() is None:
-            command.worker.abandon()
         self._runs = command.worker.poll() == 0
 
     def _wait_grace(self, command: Command) -> None:

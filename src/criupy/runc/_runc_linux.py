@@ -6,12 +6,13 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Unpack
 
-from criupy.errors import CriupyError, RuncError
+from criupy.errors import RuncError
 from criupy.rpc import Criu, Features, HasFileno, SourceOutcome
 from criupy.rpc._daemon_linux import OUR_DAEMON
-from criupy.rpc._operation_linux import wait_for
+from criupy.rpc._operation_linux import insist, wait_for
 from criupy.rpc._report import LogWatch
 from criupy.runc._checkpoint_linux import ContainerCheckpoint
 from criupy.runc._left_linux import LeftCheckpoint, unlock_left
@@ -28,9 +29,9 @@ StrPath = str | os.PathLike[str]
 class Runc:
     """Moves containers of runC.
 
-    What runC and CRIU say in failing is raised as RuncError, what a lazy-pages
-    daemon says as LazyPagesError, and CriuError is for a CRIU that cannot even be
-    asked what it can do.
+    What runC and CRIU say in failing is raised as RuncError (RuncTimeout if it
+    took too long), what a lazy-pages daemon says as LazyPagesError, and
+    CriuError is for a CRIU that cannot even be asked what it can do.
 
     ``binary`` is runC's program, ``root`` the directory of its state (its
     ``--root``), ``criu`` the CRIU that it is to find. ``request_timeout``, in
@@ -92,15 +93,17 @@ class Runc:
         ``parent_path`` is the directory of the pre-dump before, relative to ``image_path``.
         """
         words, work_dir = pre_dump_words(image_path, parent_path, work_path, options)
+        deadline = time.monotonic() + self._program.timeout(request_timeout)
         self._need("mem_track", "checkpoint", container, request_timeout)
-        before = check_runs(container, self.state(container, request_timeout=request_timeout))
+        left = max(deadline - time.monotonic(), 0.0)
+        before = check_runs(container, self.state(container, request_timeout=left))
         log = LogWatch.of(work_dir, "dump.log")
         try:
             with self._program.running("checkpoint", container, words, criu_log=log) as command:
-                self._succeed(command, request_timeout)
+                self._succeed(command, max(deadline - time.monotonic(), 0.0))
         except BaseException as error:
             try:
-                self._set_paused(container, paused=before.status == "paused")
+                insist(partial(self._set_paused, container, paused=before.status == "paused"))
             except RuncError as failure:
                 error.add_note(str(failure))
             raise
@@ -121,9 +124,12 @@ class Runc:
         The block begins when ``image_path`` is complete and CRIU listens at
         ``page_server``, an address and a port of this host; ``request_timeout``
         counts until then. Leaving the block waits until the destination has all
-        pages and runC has removed the container here. CRIU up to 4.2 listens on
-        all addresses, whatever it is told, and takes any connection that is closed
-        for a destination that has all: see that only yours reaches the port.
+        pages and runC has removed the container here. CRIU up to 4.2 takes the
+        address from its configuration only (the bundle's annotation
+        ``org.criu.config`` names a file with ``address ADDRESS``) and listens on
+        all of them without; that is refused, with the container thawed again, unless 0.0.0.0 was asked
+        for. It takes any connection that is closed for a destination that has
+        all: see that only yours reaches the port.
         """
         plan = CheckpointPlan(container, image_path, page_server, parent_path, work_path, options)
         return ContainerCheckpoint(self, plan, request_timeout)
@@ -144,9 +150,10 @@ class Runc:
         """Restore a container whose memory follows, in a block.
 
         Starts a lazy-pages ``daemon``, given as the words of its command and by
-        default criupy's own, that takes pages from ``page_server`` (host and
-        port), or from the images themselves; None expects one that listens in
-        ``work_path``, by default ``image_path``, already. ``stdio`` are the
+        default criupy's own (with options: ``("criupy-lazy-pages", "--reconnect",
+        "60")``), that takes pages from ``page_server`` (host and port), or from
+        the images themselves; None expects one that listens in ``work_path``, by
+        default ``image_path``, already. ``stdio`` are the
         standard input, output and error that the container gets, by default
         /dev/null. The block begins when the container runs; leaving it waits for
         the last page.
@@ -162,17 +169,14 @@ class Runc:
         Who started it does not matter, nor how far it has come: runC may be about to start
         CRIU, or both may have been killed and have left a frozen cgroup and a locked network.
         Only for when no destination runs the container, which once one has connected nobody
-        here can know: ``force`` says that you do. A container that was paused before runs then.
+        here can know: ``force`` says that you do. A container that is paused,
+        with no other trace of a checkpoint, takes ``force`` as well: somebody may want it so. One
+        that was paused before the checkpoint runs then.
         """
         state = check_runs(container, self.state(container))
         left = LeftCheckpoint(container, state, self._program.root, force=force)
         try:
-            return self._end_left(container, left)
-        except CriupyError:
-            raise
-        except BaseException:
-            self._end_left(container, left)  # what interrupted it does not leave it half done
-            raise
+            return insist(partial(self._end_left, container, left))
         finally:
             left.close()
 
