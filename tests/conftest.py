@@ -23,6 +23,7 @@ import criupy.testing
 from criupy.testing.certificates import Certificates, make_certificates
 
 if TYPE_CHECKING:
+    from criupy.testing.criu_linux import Criu
     from native_target import Target
 
 # A time limit on examples would measure what else the machine does.
@@ -62,7 +63,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 @functools.cache
-def usable_criu() -> tuple[list[object], str]:
+def usable_criu() -> tuple[list[Criu], str]:
     if not sys.platform.startswith("linux"):
         return [], "CRIU runs on Linux only"
     from criupy.testing.criu_linux import find_criu
@@ -82,6 +83,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not params:
         params = [pytest.param(None, id="no-criu", marks=[pytest.mark.criu, pytest.mark.skip(reason=reason)])]
     metafunc.parametrize("criu", params)
+
+
+@pytest.fixture
+def two_criu() -> tuple[Criu, Criu]:
+    """An older CRIU and a newer one, whose frames differ in size."""
+    found, reason = usable_criu()
+    newer, older = (found[0], found[-1]) if found else (None, None)
+    if newer is None or older is None or newer.frame_size == older.frame_size:
+        why = reason or "`make test` fetches them"
+        pytest.skip(f"needs two CRIUs, of 4.1 or before and of 4.2 or later: {why}")
+    return older, newer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

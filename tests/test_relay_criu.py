@@ -23,7 +23,6 @@ from criupy.testing.criu_linux import (
     CriuJob,
     Restored,
     Source,
-    find_criu,
     lazy_dump,
     lazy_pages_daemon,
     our_command,
@@ -156,12 +155,11 @@ async def test_ours(criu: Criu, room: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("--cache", "1M")], ids=["", "small-cache"])
-async def test_a_stock_daemon_of_the_other_frame_size(room: Path, words: tuple[str, ...]) -> None:
+async def test_a_stock_daemon_of_the_other_frame_size(
+    two_criu: tuple[Criu, Criu], room: Path, words: tuple[str, ...]
+) -> None:
     """Dumped by the older CRIU, restored by the newer; the other way round CRIU cannot."""
-    found, _ = find_criu()
-    newer, older = found[0], found[-1]
-    if newer.frame_size == older.frame_size:
-        pytest.skip("needs two CRIUs, of 4.1 or before and of 4.2 or later: `make test` fetches them")
+    older, newer = two_criu
     async with (
         relayed(older, room, *words) as r,
         r.destination(newer, stock=True) as (daemon, restored, control),
