@@ -219,7 +219,7 @@ def test_several_runs_wait_together_for_a_task_that_cannot_take_them(
         target.begin_fork()
         restore.until(lambda _: any(n.kind == NoticeKind.NO_DESCRIPTOR for n in restore.notices))
         bulk.reply_all(*asked)
-        stats = restore.until(lambda stats: stats.nr_again > 100)
+        stats = restore.until(lambda stats: stats.nr_again > 20)
         assert (stats.pages_received, stats.pages_background) == (16, 0)
         # It is kept, and not asked for again.
         assert (stats.nr_requests, stats.nr_outstanding) == (1, 0)

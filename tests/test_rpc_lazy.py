@@ -342,12 +342,16 @@ async def test_from_images_of_a_full_dump(criu: Criu, kind: str, room: Path, ima
         await client.call("dump", workload.pid, images_dir=images)
         await workload.wait()
         try:
-            async with client.block("lazy_restore", images_dir=images, rst_sibling=True) as restored:
+            daemon = (*our_command(), "--stats-file", "stats.json")
+            async with client.block(
+                "lazy_restore", images_dir=images, daemon=daemon, rst_sibling=True
+            ) as restored:
                 assert restored.pid == workload.pid
                 workload.control.gone = lambda _: None
                 assert restored.daemon.poll() in {None, 0}
                 assert await client.run(restored.daemon.wait) == 0
             assert (await workload.worker().verify()).is_good
+            assert json.loads((images / "stats.json").read_text())["state"] == "complete"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(workload.pid, signal.SIGKILL)

@@ -20,7 +20,7 @@ import trio
 from container_hosts import NAME, kill, open_hosts, processes, runc_on, wait_until
 from criupy._network_linux import is_network_locked
 from criupy._proc_linux import tracer_of
-from criupy.errors import CriuTimeout, CriuUnavailable, LazyPagesError, OptionError, RuncError, RuncTimeout
+from criupy.errors import CriuUnavailable, LazyPagesError, OptionError, RuncError, RuncTimeout
 from criupy.rpc import SourceOutcome, unlock_network
 from criupy.runc import AsyncRunc, Runc
 from criupy.runc._mounts_linux import mounts_below
@@ -359,24 +359,51 @@ async def test_runc_is_killed_when_it_serves(lab: Lab, source: Client, tmp_path:
 async def test_runc_is_killed_before(lab: Lab, source: Client, tmp_path: Path) -> None:
     """CRIU is then nobody's child, and holds the container if it was not ended."""
     rng = random.Random(3)
+    nr_killed = 0
     for number in range(8):
-        await kill_before(lab, source, tmp_path / str(number), rng)
+        nr_killed += await kill_before(lab, source, tmp_path / str(number), rng)
         assert lab.answers()
+    assert nr_killed > 0
 
 
-async def kill_before(lab: Lab, source: Client, tmp_path: Path, rng: random.Random) -> None:
+async def kill_before(lab: Lab, source: Client, tmp_path: Path, rng: random.Random) -> bool:
+    """Kill runC before it is ready; tell whether that came in time."""
+    is_ready = False
     async with trio.open_nursery() as nursery:
 
         async def kill_it() -> None:
             await until(lambda: bool(processes(lab.a, "criu")))
-            await trio.sleep(rng.uniform(0.02, 0.2))
-            for pid in processes(lab.a, "runc"):
-                kill(pid)
+            await trio.sleep(rng.uniform(0.0, 0.2))
+            if not is_ready:
+                for pid in processes(lab.a, "runc"):
+                    kill(pid)
 
         nursery.start_soon(kill_it)
-        with pytest.raises(RuncError, match="was killed by SIGKILL"):
-            async with source.block("lazy_checkpoint", NAME, **where(lab, tmp_path)):
-                pass
+        try:
+            async with source.block("lazy_checkpoint", NAME, **where(lab, tmp_path)) as checkpoint:
+                is_ready = True
+                assert await source.run(checkpoint.abort) is SourceOutcome.RESUMED
+        except RuncError as error:
+            assert "was killed by SIGKILL" in error.message
+            return True
+    return False
+
+
+async def test_a_checkpoint_that_is_given_up_at_any_time(lab: Lab, source: Client, tmp_path: Path) -> None:
+    """While CRIU has code of its own in the tasks it is not killed: they would run into that."""
+    rng = random.Random(3)
+    nr_given_up = 0
+    await source.call("features")
+    for number in range(8):
+        how = {**where(lab, tmp_path / str(number)), "request_timeout": rng.uniform(0.1, 0.35)}
+        try:
+            async with source.block("lazy_checkpoint", NAME, **how) as checkpoint:
+                assert await source.run(checkpoint.abort) is SourceOutcome.RESUMED
+        except RuncTimeout as error:
+            assert error.__notes__ == ["the container: resumed"]
+            nr_given_up += 1
+        assert lab.answers()
+    assert nr_given_up > 0
 
 
 async def test_the_dump_fails(lab: Lab, source: Client, tmp_path: Path) -> None:
@@ -492,11 +519,20 @@ async def test_a_restore_that_is_killed(
 async def test_a_restore_not_done_in_time(
     lab: Lab, source: Client, destination: Client, tmp_path: Path
 ) -> None:
+    config = lab.b.bundle / "criu.conf"
+    text = config.read_text()
     await destination.call("features")
     async with refused_by(lab, source, tmp_path) as how:
-        with pytest.raises((RuncTimeout, CriuTimeout)):
-            async with destination.block("lazy_restore", NAME, **how, request_timeout=0.25):
-                pytest.fail("it was quick")
+        slow = tmp_path / "slow"
+        slow.write_text('#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != setup-namespaces ] || sleep 3\n')
+        slow.chmod(0o755)
+        config.write_text(f"{text}action-script {slow}\n")
+        try:
+            with pytest.raises(RuncTimeout):
+                async with destination.block("lazy_restore", NAME, **how, request_timeout=1.5):
+                    pass
+        finally:
+            config.write_text(text)
 
 
 async def test_a_veto_of_the_daemon_leaves_the_network_locked(

@@ -12,19 +12,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from criupy._kill_linux import kill_trees
+from criupy._proc_linux import tracer_of
 from criupy.errors import LazyPagesError, RuncError, RuncTimeout
 from criupy.rpc import Features, SourceOutcome
 from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._report import LogWatch
 from criupy.runc import AsyncRunc, Runc
-from criupy.runc._left_linux import _parse, _was_reached
+from criupy.runc._criu_linux import was_reached
+from criupy.runc._left_linux import _parse
 from criupy.runc._plans_linux import CheckpointPlan, RestorePlan
+from criupy.testing.wait import until
 from rpc_clients import Client
 from rpc_victims import children, until_reaped
 
@@ -191,7 +196,7 @@ def test_an_interrupt_does_not_leave_what_is_killed_half_killed(
         kill_trees(roots)
 
     interruptions: list[int] = []
-    monkeypatch.setattr("criupy.runc._plans_linux.kill_trees", interrupted)
+    monkeypatch.setattr("criupy.runc._criu_linux.kill_trees", interrupted)
     say(tmp_path, "checkpoint", f"echo $$ >'{tmp_path}/pid'; exec sleep 1000\n")
     checkpoint = client.client.lazy_checkpoint("web", **where(tmp_path), request_timeout=0.3)
     with pytest.raises(KeyboardInterrupt):
@@ -267,6 +272,52 @@ async def test_an_interrupted_abort_is_done_again(
     assert calls(tmp_path)[-1] == "resume"
     assert children() == before
     assert [each.outcome for each in found] == [SourceOutcome.RESUMED] * len(found)
+
+
+CRIU = f"""#!{sys.executable} -S
+import ctypes, os, pathlib, sys, time
+pid, ready = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+if ctypes.CDLL(None).ptrace(0x4206, pid, 0, 0):  # PTRACE_SEIZE
+    sys.exit("it cannot be traced")
+ready.touch()
+time.sleep(2 if sys.argv[3] == "serves" else 60)
+pathlib.Path("dump.log").write_text("(00.1) Starting lazy pages server\\n" if sys.argv[3] == "serves" else "")
+pathlib.Path("later").touch()
+time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to trace any process takes root")
+@pytest.mark.parametrize("then", ["serves", "hangs"])
+@pytest.mark.parametrize("method", ["lazy_checkpoint", "pre_dump", "abort_checkpoint"])
+async def test_no_criu_is_killed_in_the_midst(
+    client: Client, tmp_path: Path, process: int, method: str, then: str
+) -> None:
+    """The container has code of CRIU's in it then. One that does not come further is killed all the same."""
+    criu, seized = tmp_path / "criu", tmp_path / "seized"
+    criu.write_text(CRIU)
+    criu.chmod(0o755)
+    start = f"cd '{tmp_path}'; ./criu {process} '{seized}' {then} & wait"
+    client.client._program = dataclasses.replace(
+        client.client._program, grace=30 if then == "serves" else 0.2
+    )
+    if method == "abort_checkpoint":
+        async with trio.open_nursery() as nursery:
+            command = partial(trio.run_process, ["bash", "-c", start], check=False, start_new_session=True)
+            nursery.start_soon(command)
+            await until(seized.exists)
+            assert await client.call("abort_checkpoint", "web", force=True) is SourceOutcome.RESUMED
+    else:
+        say(tmp_path, "checkpoint", start + "\n")
+        with pytest.raises(RuncTimeout):
+            if method == "pre_dump":
+                await client.call("pre_dump", "web", image_path=tmp_path / "images", request_timeout=1)
+            else:
+                async with client.block("lazy_checkpoint", "web", **where(tmp_path), request_timeout=1):
+                    pass
+    assert seized.exists()
+    assert (tmp_path / "later").exists() is (then == "serves")
+    assert tracer_of(process) == 0
 
 
 async def test_an_interrupted_abort_of_what_is_left_is_done_again(
@@ -480,7 +531,12 @@ def test_what_runc_was_told(words: str, others: list[str], root: str) -> None:
 
 @pytest.mark.parametrize(
     ("log", "reached"),
-    [(None, True), ("Error", False), ("(00.1) Starting lazy pages server\n", True)],
+    [
+        (None, True),
+        ("Error", False),
+        ("(00.1) Starting lazy pages server\n", False),  # it is about to listen
+        ("(00.1) Starting lazy pages server\n(00.2) Accepted connection from 10.0.0.1:40000\n", True),
+    ],
 )
 def test_whether_a_destination_has_come(tmp_path: Path, log: str | None, *, reached: bool) -> None:
     """It goes on for a while after it has closed, and does not listen any more."""
@@ -488,7 +544,7 @@ def test_whether_a_destination_has_come(tmp_path: Path, log: str | None, *, reac
         (tmp_path / "dump.log").write_text(log)
     with subprocess.Popen(["sleep", "1000"], cwd=tmp_path) as criu:
         try:
-            assert _was_reached(criu.pid) is reached
+            assert was_reached(criu.pid) is reached
         finally:
             criu.kill()
     program = (
@@ -498,7 +554,7 @@ def test_whether_a_destination_has_come(tmp_path: Path, log: str | None, *, reac
         try:
             assert criu.stdout is not None
             assert criu.stdout.read(1)
-            assert not _was_reached(criu.pid)
+            assert not was_reached(criu.pid)
         finally:
             criu.kill()
 

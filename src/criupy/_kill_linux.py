@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["descendants", "kill_trees"]
+__all__ = ["descendants", "kill_trees", "stop"]
 
 
 # States of /proc/PID/stat: stopped, traced, zombie, dead.
@@ -58,6 +58,12 @@ def _wait_until_still(pid: int, deadline: float) -> None:
 def _signal(pidfd: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, number)
+
+
+def stop(pid: int, pidfd: int) -> None:
+    """Stop a process; from then on it forks no more, unless a thread hangs in the kernel."""
+    _signal(pidfd, signal.SIGSTOP)
+    _wait_until_still(pid, time.monotonic() + _PATIENCE)
 
 
 def kill_trees(roots: Iterable[tuple[int | None, int]]) -> None:

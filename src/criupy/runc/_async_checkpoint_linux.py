@@ -181,7 +181,7 @@ class AsyncContainerCheckpoint:
             async with self._aborting:
                 self._is_aborted = self._is_half_aborted = True
                 if self.outcome is None:
-                    self._plan.kill(command)
+                    await self._runc._end_checkpoint(partial(self._plan.kill, command))
                     await self._wait_ended(command)
                 succeeded = command.worker.poll() == 0
                 try:

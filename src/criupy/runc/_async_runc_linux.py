@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Unpack
 
@@ -16,8 +16,9 @@ from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._report import LogWatch
 from criupy.runc._async_checkpoint_linux import AsyncContainerCheckpoint
 from criupy.runc._async_restore_linux import AsyncContainerRestore
+from criupy.runc._criu_linux import kill_holding
 from criupy.runc._left_linux import LeftCheckpoint, unlock_left
-from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, check_runs, pre_dump_words
+from criupy.runc._plans_linux import PAUSE, CheckpointPlan, RestorePlan, check_runs, pre_dump_words
 from criupy.runc._program_linux import Command, asking_criu, lacks, make_program
 from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
 
@@ -37,7 +38,8 @@ class AsyncRunc:
     ``--root``), ``criu`` the CRIU that it is to find. ``request_timeout``, in
     seconds, is for each request that has none of its own; without one a runC whose
     CRIU is killed may wait for ever. ``grace`` is how long runC may take to undo a
-    restore that is given up.
+    restore that is given up, and how long CRIU may take, in a dump that is given
+    up, to come to where killing it does no harm to the container.
     """
 
     def __init__(
@@ -101,7 +103,12 @@ class AsyncRunc:
         log = LogWatch.of(work_dir, "dump.log")
         try:
             with self._program.running("checkpoint", container, words, criu_log=log) as command:
-                await self._succeed(command, max(deadline - trio.current_time(), 0.0))
+                try:
+                    await self._succeed(command, max(deadline - trio.current_time(), 0.0))
+                except BaseException:
+                    kill = partial(kill_holding, command, before.pid)
+                    await insist(partial(self._end_checkpoint, kill))
+                    raise
         except BaseException as error:
             try:
                 await insist(partial(self._set_paused, container, paused=before.status == "paused"))
@@ -194,13 +201,20 @@ class AsyncRunc:
     # ---- inside --------------------------------------------------------------------------------------
 
     async def _end_left(self, container: str, left: LeftCheckpoint) -> SourceOutcome:
-        for pidfd in left.kill():
+        await self._end_checkpoint(left.kill)
+        for pidfd in left.pidfds:
             await trio.lowlevel.wait_readable(pidfd)
         try:
             await self._set_paused(container, paused=False)
         finally:
             await trio.to_thread.run_sync(left.unlock_network)
         return left.outcome()
+
+    async def _end_checkpoint(self, kill: Callable[..., bool]) -> None:
+        """Kill runC and CRIU, this once it does no harm to the container, or has had its time."""
+        deadline = trio.current_time() + self._program.grace
+        while not kill(force=trio.current_time() >= deadline):  # noqa: ASYNC110 - of no child of ours
+            await trio.sleep(PAUSE)
 
     async def _need(
         self, feature: str, command: str, container: str, request_timeout: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -168,7 +169,7 @@ class ContainerCheckpoint:
         command = self._running
         self._is_half_aborted = True
         if self.outcome is None:
-            self._plan.kill(command)
+            self._runc._end_checkpoint(partial(self._plan.kill, command))
             self._wait_ended(command)
         succeeded = command.worker.poll() == 0
         try:

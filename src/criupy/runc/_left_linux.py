@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from criupy._descriptor import Descriptor
-from criupy._kill_linux import descendants, kill_trees
+from criupy._kill_linux import descendants
 from criupy._network_linux import HeldNetwork
-from criupy._proc_linux import is_ending, is_named, parent_of, tracer_of
+from criupy._proc_linux import is_named, parent_of, tracer_of
 from criupy.errors import CriuError, RuncError
 from criupy.rpc import SourceOutcome
-from criupy.rpc._lazy_linux import listeners, open_process, outcome_of
-from criupy.rpc._worker_linux import HeldInterrupt
+from criupy.rpc._lazy_linux import open_process, outcome_of
+from criupy.runc._criu_linux import criu_of, kill_checkpoint, was_reached
 from criupy.runc._program_linux import CRIU
 from criupy.runc._words import ContainerState
 
-__all__ = ["LeftCheckpoint", "criu_of", "unlock", "unlock_left"]
+__all__ = ["LeftCheckpoint", "unlock", "unlock_left"]
 
 
 def unlock(container: str, network: HeldNetwork) -> None:
@@ -42,15 +42,6 @@ def unlock_left(container: str, state: ContainerState) -> None:
         unlock(container, network)
 
 
-def criu_of(pid: int) -> int:
-    """Return the CRIU that holds a container by its first process; 0 for none, or one that is at its end."""
-    tracer = tracer_of(pid)
-    return tracer if tracer and is_named(tracer, CRIU) and not is_ending(tracer) else 0
-
-
-#: CRIU says so before it listens (criu/cr-dump.c), in the log that runC has it write in its work directory.
-_SERVES = b"Starting lazy pages server"
-
 #: Options of runC and of its checkpoints that are followed by a value.
 _WITH_VALUE = frozenset(
     {
@@ -60,20 +51,6 @@ _WITH_VALUE = frozenset(
     }
 )
 _USUAL_ROOT = "/run/runc"
-
-
-def _was_reached(criu: int) -> bool:
-    """Tell whether a destination has come to a CRIU; also if it cannot be told.
-
-    It listens until the first one comes, and goes on for a while after that one has closed.
-    One that is at its end has decided everything, or was killed.
-    """
-    if listeners(criu) or is_ending(criu):
-        return False
-    try:
-        return _SERVES in Path(f"/proc/{criu}/cwd/dump.log").read_bytes()
-    except OSError:
-        return True
 
 
 def _parse(words: list[str]) -> tuple[list[str], str]:
@@ -107,13 +84,18 @@ class LeftCheckpoint:
         self._container = container
         self._pid = state.pid
         self._root = os.path.normpath(root or _USUAL_ROOT)
-        self._killed = False
         self._stack = contextlib.ExitStack()
         try:
             self._process = self._stack.enter_context(self._open_container())
             self._network = self._stack.enter_context(HeldNetwork(self._pid))
             self._criu = self._find_criu()
-            self._found = [*self._open_criu(), *self._open_checkpoints()]
+            self._holders = dict(self._open_criu())
+            self._commands: list[tuple[int, int]] = []
+            for pid, pidfd in self._open_checkpoints():
+                if is_named(pid, CRIU):
+                    self._holders[pid] = pidfd
+                else:
+                    self._commands.append((pid, pidfd))
             self._check(state, force=force)
         except BaseException:
             self.close()
@@ -135,13 +117,13 @@ class LeftCheckpoint:
         return criu_of(self._pid)
 
     def _check(self, state: ContainerState, *, force: bool) -> None:
-        if self._criu and not force and _was_reached(self._criu):
+        if self._criu and not force and was_reached(self._criu):
             raise self._error(
                 "a destination has connected, and that alone can know whether the container runs there",
                 "end that one first, and if it is gone for good, abort with force=True",
             )
         is_paused = state.status == "paused"
-        if self._found or (is_paused and force):
+        if self._commands or self._holders or (is_paused and force):
             return
         try:
             if self._network.is_locked:
@@ -155,12 +137,12 @@ class LeftCheckpoint:
             )
         raise self._error("no checkpoint of it is under way, and none has left anything")
 
-    def _open_criu(self) -> Iterator[tuple[int, Descriptor]]:
+    def _open_criu(self) -> Iterator[tuple[int, int]]:
         for found in self._open(self._criu):
             if tracer_of(self._pid) == self._criu:
                 yield found
 
-    def _open_checkpoints(self) -> Iterator[tuple[int, Descriptor]]:
+    def _open_checkpoints(self) -> Iterator[tuple[int, int]]:
         """Open the command for this checkpoint, and a CRIU of it that does not hold the container yet."""
         candidates = [parent_of(self._criu)] if self._criu else map(_number, Path("/proc").iterdir())
         for pid in candidates:
@@ -172,10 +154,10 @@ class LeftCheckpoint:
                     if is_named(child, CRIU):
                         yield from self._open(child)
 
-    def _open(self, pid: int) -> Iterator[tuple[int, Descriptor]]:
+    def _open(self, pid: int) -> Iterator[tuple[int, int]]:
         if pid:
             with contextlib.suppress(ProcessLookupError):
-                yield pid, self._stack.enter_context(Descriptor(os.pidfd_open(pid)))
+                yield pid, self._stack.enter_context(Descriptor(os.pidfd_open(pid))).fileno()
 
     def _is_checkpoint(self, pid: int) -> bool:
         """Tell whether a process is ``runc checkpoint`` of this container, and not of one of another root."""
@@ -188,13 +170,14 @@ class LeftCheckpoint:
         others, root = _parse(words)
         return others == ["checkpoint", self._container] and (bool(self._criu) or root == self._root)
 
-    def kill(self) -> list[int]:
-        """Kill them; return pidfds that tell of their ends."""
-        with HeldInterrupt():  # which would leave what is stopped already so
-            if not self._killed and self._found:
-                kill_trees([(pid, pidfd.fileno()) for pid, pidfd in self._found])
-                self._killed = True
-        return [pidfd.fileno() for _, pidfd in self._found]
+    def kill(self, *, force: bool) -> bool:
+        """Kill them, as kill_checkpoint() does; return whether all are."""
+        return kill_checkpoint(self._commands, self._holders, self._pid, force=force)
+
+    @property
+    def pidfds(self) -> list[int]:
+        """What tells of their ends."""
+        return [*self._holders.values(), *(pidfd for _, pidfd in self._commands)]
 
     def outcome(self) -> SourceOutcome:
         """Tell what became of the container."""

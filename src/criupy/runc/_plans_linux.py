@@ -20,7 +20,8 @@ from criupy.rpc._daemon_linux import DaemonPlan, check_page_server, plan_daemon
 from criupy.rpc._lazy_linux import open_process, outcome_of, page_socket
 from criupy.rpc._report import LogWatch
 from criupy.rpc._worker_linux import HeldInterrupt
-from criupy.runc._left_linux import criu_of, unlock
+from criupy.runc._criu_linux import criu_of, kill_checkpoint
+from criupy.runc._left_linux import unlock
 from criupy.runc._mounts_linux import release_cgroups, release_root
 from criupy.runc._program_linux import CRIU, Command, Program, no_such_container
 from criupy.runc._words import (
@@ -191,18 +192,14 @@ class CheckpointPlan:
         """Tell whether no destination has connected: CRIU listens until the first one has."""
         return self._criu is not None and page_socket(self._criu[0], self.page_server[1]) is not None
 
-    def kill(self, command: Command) -> None:
-        """End runC and CRIU, which lets go of the container."""
-        with HeldInterrupt():  # which would leave what is stopped already so
-            worker = command.worker
-            if worker.poll() is None:
-                kill_trees([(worker.pid, worker.pidfd), *self._criu_tree()])
-            # runC may have ended before, and what it had started was nobody's child then.
-            self.find_criu(command)
-            kill_trees(self._criu_tree())
-
-    def _criu_tree(self) -> list[tuple[int, int]]:
-        return [] if self._criu is None else [(self._criu[0], self._criu[1].fileno())]
+    def kill(self, command: Command, *, force: bool) -> bool:
+        """End runC and CRIU, so that the container goes on; as kill_checkpoint() does, and return whether."""
+        self.find_criu(command)
+        known = self._criu
+        holders = {} if known is None else {known[0]: known[1].fileno()}
+        done = kill_checkpoint(command.processes(), holders, self._pid, force=force)
+        self.find_criu(command)  # that runC has started just now, and that is nobody's child now
+        return done and self._criu is known
 
     def outcome(self, *, succeeded: bool) -> SourceOutcome:
         """Tell what became of the container."""

@@ -131,6 +131,10 @@ class Command:
         self._criu_log = criu_log
         self._started = time.monotonic()
 
+    def processes(self) -> list[tuple[int, int]]:
+        """Return its (pid, pidfd), if it runs."""
+        return [] if self.worker.poll() is not None else [(self.worker.pid, self.worker.pidfd)]
+
     def errors(self) -> tuple[str, ...]:
         """Return the errors that runC has logged so far."""
         size = os.fstat(self._log.fileno()).st_size

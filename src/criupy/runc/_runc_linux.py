@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Unpack
 
@@ -15,8 +15,9 @@ from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._operation_linux import insist, wait_for
 from criupy.rpc._report import LogWatch
 from criupy.runc._checkpoint_linux import ContainerCheckpoint
+from criupy.runc._criu_linux import kill_holding
 from criupy.runc._left_linux import LeftCheckpoint, unlock_left
-from criupy.runc._plans_linux import CheckpointPlan, RestorePlan, check_runs, pre_dump_words
+from criupy.runc._plans_linux import PAUSE, CheckpointPlan, RestorePlan, check_runs, pre_dump_words
 from criupy.runc._program_linux import Command, asking_criu, lacks, make_program
 from criupy.runc._restore_linux import ContainerRestore
 from criupy.runc._words import CheckpointOptions, ContainerState, PreDumpOptions, RestoreOptions
@@ -37,7 +38,8 @@ class Runc:
     ``--root``), ``criu`` the CRIU that it is to find. ``request_timeout``, in
     seconds, is for each request that has none of its own; without one a runC whose
     CRIU is killed may wait for ever. ``grace`` is how long runC may take to undo a
-    restore that is given up.
+    restore that is given up, and how long CRIU may take, in a dump that is given
+    up, to come to where killing it does no harm to the container.
     """
 
     def __init__(
@@ -100,7 +102,12 @@ class Runc:
         log = LogWatch.of(work_dir, "dump.log")
         try:
             with self._program.running("checkpoint", container, words, criu_log=log) as command:
-                self._succeed(command, max(deadline - time.monotonic(), 0.0))
+                try:
+                    self._succeed(command, max(deadline - time.monotonic(), 0.0))
+                except BaseException:
+                    kill = partial(kill_holding, command, before.pid)
+                    insist(partial(self._end_checkpoint, kill))
+                    raise
         except BaseException as error:
             try:
                 insist(partial(self._set_paused, container, paused=before.status == "paused"))
@@ -191,13 +198,20 @@ class Runc:
     # ---- inside --------------------------------------------------------------------------------------
 
     def _end_left(self, container: str, left: LeftCheckpoint) -> SourceOutcome:
-        for pidfd in left.kill():
+        self._end_checkpoint(left.kill)
+        for pidfd in left.pidfds:
             wait_for(math.inf, pidfd)
         try:
             self._set_paused(container, paused=False)
         finally:
             left.unlock_network()
         return left.outcome()
+
+    def _end_checkpoint(self, kill: Callable[..., bool]) -> None:
+        """Kill runC and CRIU, this once it does no harm to the container, or has had its time."""
+        deadline = time.monotonic() + self._program.grace
+        while not kill(force=time.monotonic() >= deadline):
+            time.sleep(PAUSE)
 
     def _need(self, feature: str, command: str, container: str, request_timeout: float | None = None) -> None:
         if getattr(self.features(request_timeout=request_timeout), feature) is not True:
