@@ -16,6 +16,7 @@ from criupy.rpc._calls_linux import Call
 from criupy.rpc._connection_linux import Connection, Ended
 from criupy.rpc._exchange_linux import Exchange, Take, ends_worker
 from criupy.rpc._notify import AsyncHooks, Notification, external_of, invoke
+from criupy.rpc._operation_linux import LAST_MOMENT
 from criupy.rpc._session import Answer, Notified
 from criupy.rpc._worker_linux import Orphan, Worker
 
@@ -295,13 +296,13 @@ class AsyncOperation(Generic[T]):
     async def _undo(self, error: BaseException) -> bool:
         """End a request that failed on our side; True if CRIU had done it nevertheless, in time.
 
-        What interrupts this, a Ctrl-C say, kills CRIU.
+        What interrupts this, a Ctrl-C say, leaves CRIU a moment to end by itself; another one kills it.
         """
         with trio.CancelScope(shield=True):
             try:
                 return await self._undo_all(error)
             except BaseException:
-                await self._end(0.0)
+                await self._end(min(self._grace, LAST_MOMENT))
                 raise
         raise AssertionError  # a shield without a deadline swallows nothing
 

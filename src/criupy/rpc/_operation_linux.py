@@ -21,6 +21,9 @@ __all__ = ["Operation", "Process", "end_worker"]
 
 T = TypeVar("T")
 
+#: In seconds, for a CRIU whose connection is closed: killed with its code in a task it kills that, too.
+LAST_MOMENT = 1.0
+
 _LONGEST_POLL = (1 << 31) - 1  # milliseconds, which poll(2) takes as an int
 
 
@@ -267,12 +270,12 @@ class Operation(Generic[T]):
     def _undo(self, error: BaseException) -> bool:
         """End a request that failed on our side; True if CRIU had done it nevertheless, in time.
 
-        What interrupts this, a second Ctrl-C say, kills CRIU.
+        What interrupts this, a second Ctrl-C say, leaves CRIU a moment to end by itself; a third one kills it.
         """
         try:
             return self._undo_all(error)
         except BaseException:
-            self._end(time.monotonic())
+            self._end(time.monotonic() + min(self._grace, LAST_MOMENT))
             raise
 
     def _undo_all(self, error: BaseException) -> bool:
