@@ -270,7 +270,7 @@ class Operation(Generic[T]):
     def _undo(self, error: BaseException) -> bool:
         """End a request that failed on our side; True if CRIU had done it nevertheless, in time.
 
-        What interrupts this, a second Ctrl-C say, leaves CRIU a moment to end by itself; a third one kills it.
+        What interrupts this, a second Ctrl-C say, leaves CRIU a moment to end by itself; a third kills it.
         """
         try:
             return self._undo_all(error)
