@@ -320,6 +320,27 @@ async def test_no_criu_is_killed_in_the_midst(
     assert tracer_of(process) == 0
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="to trace any process takes root")
+async def test_a_pre_dump_that_fails_touches_no_others_criu(
+    client: Client, tmp_path: Path, process: int
+) -> None:
+    """It fails because of that, which serves, and whose destination may run the container."""
+    criu, seized = tmp_path / "criu", tmp_path / "seized"
+    criu.write_text(CRIU.replace("time.sleep(2 ", "time.sleep(0 "))
+    criu.chmod(0o755)
+    say(tmp_path, "checkpoint", "exit 1\n")
+    async with trio.open_nursery() as nursery:
+        words = [str(criu), str(process), str(seized), "serves"]
+        command = partial(trio.run_process, words, check=False, cwd=tmp_path)
+        other = await nursery.start(command)
+        await until((tmp_path / "later").exists)
+        with pytest.raises(RuncError):
+            await client.call("pre_dump", "web", image_path=tmp_path / "images")
+        assert tracer_of(process) == other.pid
+        assert other.poll() is None
+        other.kill()
+
+
 async def test_an_interrupted_abort_of_what_is_left_is_done_again(
     client: Client, tmp_path: Path, process: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._report import LogWatch
 from criupy.runc._async_checkpoint_linux import AsyncContainerCheckpoint
 from criupy.runc._async_restore_linux import AsyncContainerRestore
-from criupy.runc._criu_linux import kill_holding
+from criupy.runc._criu_linux import kill_checkpoint
 from criupy.runc._left_linux import LeftCheckpoint, unlock_left
 from criupy.runc._plans_linux import PAUSE, CheckpointPlan, RestorePlan, check_runs, pre_dump_words
 from criupy.runc._program_linux import Command, asking_criu, lacks, make_program
@@ -106,8 +107,9 @@ class AsyncRunc:
                 try:
                     await self._succeed(command, max(deadline - trio.current_time(), 0.0))
                 except BaseException:
-                    kill = partial(kill_holding, command, before.pid)
-                    await insist(partial(self._end_checkpoint, kill))
+                    with contextlib.ExitStack() as stack:
+                        kill = partial(kill_checkpoint, command.processes(), {}, stack, before.pid)
+                        await insist(partial(self._end_checkpoint, kill))
                     raise
         except BaseException as error:
             try:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import select
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from criupy._descriptor import Descriptor
@@ -19,9 +19,9 @@ from criupy._kill_linux import descendants, kill_trees, stop
 from criupy._proc_linux import is_ending, is_named, parent_of, tracer_of
 from criupy.rpc._lazy_linux import listeners
 from criupy.rpc._worker_linux import HeldInterrupt
-from criupy.runc._program_linux import CRIU, Command
+from criupy.runc._program_linux import CRIU
 
-__all__ = ["criu_of", "kill_checkpoint", "kill_holding", "was_reached"]
+__all__ = ["criu_of", "kill_checkpoint", "was_reached"]
 
 #: CRIU says so before it listens (criu/cr-dump.c), in the log that runC has it write in its work directory;
 _SERVES = b"Starting lazy pages server"
@@ -76,31 +76,35 @@ def _stop_harmless(criu: int, pidfd: int, container: int) -> bool:
 
 
 def _has_ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def kill_checkpoint(
     commands: Sequence[tuple[int, int]],
-    holders: Mapping[int, int],
+    holders: dict[int, int],
+    stack: contextlib.ExitStack,
     container: int,
     *,
     force: bool,
 ) -> bool:
     """Kill what checkpoints a container, but no CRIU while that does harm, unless by ``force``.
 
-    ``commands`` are runC's, as (pid, pidfd), ``holders`` are pidfds of CRIUs that may not be their
-    children any more, by pid. Return whether all are killed; a CRIU that is not has lost its runC.
+    ``commands`` are runC's, as (pid, pidfd), ``holders`` are pidfds of their CRIUs, by pid. Those that are
+    found are added there, and to the stack: once runC is killed they are nobody's children. No other's
+    CRIU is touched. Return whether all are killed.
     """
-    with HeldInterrupt(), contextlib.ExitStack() as stack:  # or what is stopped would stay so
-        found = {pid: pidfd for pid, pidfd in holders.items() if not _has_ended(pidfd)}
+    with HeldInterrupt():  # or what is stopped would stay so
         commands = [(pid, pidfd) for pid, pidfd in commands if not _has_ended(pidfd)]
         for pid, pidfd in commands:
             stop(pid, pidfd)  # it starts no CRIU any more
-            for child in descendants(pid) - found.keys():
+            for child in descendants(pid) - holders.keys():
                 # CRIU has forked some of that name, too.
                 if is_named(child, CRIU) and not is_named(parent_of(child) or 0, CRIU):
                     with contextlib.suppress(ProcessLookupError):
-                        found[child] = stack.enter_context(Descriptor(os.pidfd_open(child))).fileno()
+                        holders[child] = stack.enter_context(Descriptor(os.pidfd_open(child))).fileno()
+        found = {pid: pidfd for pid, pidfd in holders.items() if not _has_ended(pidfd)}
         busy = {
             pid for pid, pidfd in found.items() if not force and not _stop_harmless(pid, pidfd, container)
         }
@@ -112,13 +116,3 @@ def kill_checkpoint(
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         return False
-
-
-def kill_holding(command: Command, container: int, *, force: bool) -> bool:
-    """Kill what pre-dumps a container, as kill_checkpoint() does, with the CRIU that holds it."""
-    with contextlib.ExitStack() as stack:
-        holders = {}
-        if criu := criu_of(container):
-            with contextlib.suppress(ProcessLookupError):
-                holders[criu] = stack.enter_context(Descriptor(os.pidfd_open(criu))).fileno()
-        return kill_checkpoint(command.processes(), holders, container, force=force)

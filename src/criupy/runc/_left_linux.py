@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from criupy._descriptor import Descriptor
-from criupy._kill_linux import descendants
 from criupy._network_linux import HeldNetwork
 from criupy._proc_linux import is_named, parent_of, tracer_of
 from criupy.errors import CriuError, RuncError
@@ -90,12 +89,7 @@ class LeftCheckpoint:
             self._network = self._stack.enter_context(HeldNetwork(self._pid))
             self._criu = self._find_criu()
             self._holders = dict(self._open_criu())
-            self._commands: list[tuple[int, int]] = []
-            for pid, pidfd in self._open_checkpoints():
-                if is_named(pid, CRIU):
-                    self._holders[pid] = pidfd
-                else:
-                    self._commands.append((pid, pidfd))
+            self._commands = list(self._open_checkpoints())
             self._check(state, force=force)
         except BaseException:
             self.close()
@@ -143,16 +137,13 @@ class LeftCheckpoint:
                 yield found
 
     def _open_checkpoints(self) -> Iterator[tuple[int, int]]:
-        """Open the command for this checkpoint, and a CRIU of it that does not hold the container yet."""
+        """Open the command for this checkpoint."""
         candidates = [parent_of(self._criu)] if self._criu else map(_number, Path("/proc").iterdir())
         for pid in candidates:
             if pid and self._is_checkpoint(pid):
                 for found in self._open(pid):
                     if self._is_checkpoint(pid):  # still
                         yield found
-                for child in descendants(pid) if not self._criu else ():
-                    if is_named(child, CRIU):
-                        yield from self._open(child)
 
     def _open(self, pid: int) -> Iterator[tuple[int, int]]:
         if pid:
@@ -172,7 +163,7 @@ class LeftCheckpoint:
 
     def kill(self, *, force: bool) -> bool:
         """Kill them, as kill_checkpoint() does; return whether all are."""
-        return kill_checkpoint(self._commands, self._holders, self._pid, force=force)
+        return kill_checkpoint(self._commands, self._holders, self._stack, self._pid, force=force)
 
     @property
     def pidfds(self) -> list[int]:

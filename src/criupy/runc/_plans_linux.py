@@ -197,7 +197,7 @@ class CheckpointPlan:
         self.find_criu(command)
         known = self._criu
         holders = {} if known is None else {known[0]: known[1].fileno()}
-        done = kill_checkpoint(command.processes(), holders, self._pid, force=force)
+        done = kill_checkpoint(command.processes(), holders, self._stack, self._pid, force=force)
         self.find_criu(command)  # that runC has started just now, and that is nobody's child now
         return done and self._criu is known
 

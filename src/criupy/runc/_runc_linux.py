@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -15,7 +16,7 @@ from criupy.rpc._daemon_linux import OUR_DAEMON
 from criupy.rpc._operation_linux import insist, wait_for
 from criupy.rpc._report import LogWatch
 from criupy.runc._checkpoint_linux import ContainerCheckpoint
-from criupy.runc._criu_linux import kill_holding
+from criupy.runc._criu_linux import kill_checkpoint
 from criupy.runc._left_linux import LeftCheckpoint, unlock_left
 from criupy.runc._plans_linux import PAUSE, CheckpointPlan, RestorePlan, check_runs, pre_dump_words
 from criupy.runc._program_linux import Command, asking_criu, lacks, make_program
@@ -105,8 +106,9 @@ class Runc:
                 try:
                     self._succeed(command, max(deadline - time.monotonic(), 0.0))
                 except BaseException:
-                    kill = partial(kill_holding, command, before.pid)
-                    insist(partial(self._end_checkpoint, kill))
+                    with contextlib.ExitStack() as stack:
+                        kill = partial(kill_checkpoint, command.processes(), {}, stack, before.pid)
+                        insist(partial(self._end_checkpoint, kill))
                     raise
         except BaseException as error:
             try:
