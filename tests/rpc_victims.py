@@ -13,6 +13,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from criupy.rpc import Descriptor
 
@@ -277,3 +280,16 @@ def children() -> list[int]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
             found += map(int, (thread / "children").read_text().split())
     return sorted(found)
+
+
+def interrupt_once(monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> None:
+    """Have one of its methods interrupted, as by a Ctrl-C that comes while another is seen to."""
+    real = getattr(kind, name)
+    interruptions = [KeyboardInterrupt()]
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if interruptions:
+            raise interruptions.pop()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(kind, name, interrupted)

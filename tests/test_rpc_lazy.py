@@ -32,7 +32,7 @@ from criupy.testing.spec import WorkloadSpec
 from criupy.testing.wait import until
 from criupy.testing.workload_linux import Workload, find_workload, start_workload
 from rpc_clients import Recorder, open_client
-from rpc_victims import counter, state_of, subreaper, until_reaped
+from rpc_victims import counter, interrupt_once, state_of, subreaper, until_reaped
 from test_rpc_criu import service
 
 pytestmark = [
@@ -497,15 +497,7 @@ async def test_an_interrupted_abort_is_done_again(
     criu: Criu, kind: str, room: Path, images: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     """As by a second Ctrl-C: what it has begun is done when the block has ended."""
-    real = getattr(LazyDumpPlan, step)
-    interruptions = [KeyboardInterrupt()]
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        if interruptions:
-            raise interruptions.pop()
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(LazyDumpPlan, step, interrupted)
+    interrupt_once(monkeypatch, LazyDumpPlan, step)
     with counter(room, wrap=LONELY) as victim:
         netns = Path(f"/proc/{victim.pid}/ns/net")
         await until(lambda: victim.count() > 0)

@@ -31,7 +31,7 @@ from criupy.runc._left_linux import _parse
 from criupy.runc._plans_linux import CheckpointPlan, RestorePlan
 from criupy.testing.wait import until
 from rpc_clients import Client
-from rpc_victims import children, until_reaped
+from rpc_victims import children, interrupt_once, until_reaped
 
 pytestmark = pytest.mark.slow
 
@@ -229,19 +229,6 @@ def test_an_interrupt_at_the_start_leaves_no_process(
         else:
             client.client.lazy_checkpoint("web", **where(tmp_path)).__enter__()
     assert children() == before
-
-
-def interrupt_once(monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> None:
-    """Have one of its methods interrupted, as by a Ctrl-C that comes while another is seen to."""
-    real = getattr(kind, name)
-    interruptions = [KeyboardInterrupt()]
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        if interruptions:
-            raise interruptions.pop()
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(kind, name, interrupted)
 
 
 @pytest.mark.parametrize("when", ["at the start", "in the block", "by an error", "in a pre-dump"])
